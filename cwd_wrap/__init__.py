@@ -1,0 +1,16 @@
+"""Cautious weight decay with the optimizer you already have (arXiv 2510.12402)."""
+
+from cwd_wrap.monitor import MaskMonitor
+from cwd_wrap.plot import plot_mask_ratio
+from cwd_wrap.wrappers import CautiousDecay
+
+__all__ = ["CautiousDecay", "MaskMonitor", "plot_mask_ratio"]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cwd-wrap")
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

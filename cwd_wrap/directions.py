@@ -1,0 +1,118 @@
+"""Which way will the optimizer's next step go? For some it follows from the gradient and the state alone.
+
+    sign(u) = sign(a*m + b*g)        m: a tensor in the parameter's state, g: its gradient, a > 0 and b scalars
+
+Then the mask is known before the step: nothing has to be copied, and what rounds away in the step (bfloat16) cannot
+blur it. A class is in the table, by its exact name, only if its update reads no weight (so that decaying before the
+step is the same as decaying beside it) and a test holds it equal to the snapshot path. Left out because it does not
+hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own
+scale), whatever reads the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = Mapping[str, Any]
+State = Mapping[str, Any]
+
+
+class Direction(NamedTuple):
+    """``sign(u) = sign(a*m + b*g)`` for the parameters of one group; ``m`` is None while there is no momentum."""
+
+    state_key: str | None
+    coefficients: Callable[[State], tuple[float, float]]
+
+    def of(self, state: State) -> tuple[Tensor | None, float, float]:
+        """``(m, a, b)`` for a parameter with this state (empty before its first step)."""
+        m = None if self.state_key is None else state.get(self.state_key)
+        a, b = self.coefficients(state)
+        return (m, a, b) if a > 0 else (None, a, b)
+
+
+def find(optimizer: Optimizer, group: Group) -> Direction | str:
+    """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is not known beforehand."""
+    cls = type(optimizer)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if name not in _TABLE:
+        return f"the sign of {cls.__name__}'s coming update is not known from its gradient and state alone"
+    if group.get("caution"):
+        return f"{cls.__name__} masks its own update in a group with caution=True"
+    return _TABLE[name](group)
+
+
+def _gradient(group: Group) -> Direction | str:
+    return _linear(group, None, 0.0, 1.0)
+
+
+def _momentum_buffer(group: Group) -> Direction | str:
+    """u = buf, or g + mu*buf with Nesterov, where buf <- mu*buf + (1 - dampening)*g."""
+    mu, dampening = group["momentum"], group["dampening"]
+    if mu == 0:
+        return _gradient(group)
+    if group["nesterov"]:
+        return _linear(group, "momentum_buffer", mu * mu, 1 + mu * (1 - dampening))
+    return _linear(group, "momentum_buffer", mu, 1 - dampening)
+
+
+def _moving_average(group: Group) -> Direction | str:
+    """u = (beta1*m + (1 - beta1)*g) / (something positive), or its sign."""
+    beta1 = group["betas"][0]
+    return _linear(group, "exp_avg", beta1, 1 - beta1)
+
+
+def _twice_averaged(group: Group) -> Direction | str:
+    """u = (beta1*m' + (1 - beta1)*g) / (something positive), m' = beta1*m + (1 - beta1)*g."""
+    beta1 = group["betas"][0]
+    return _linear(group, "exp_avg", beta1 * beta1, 1 - beta1 * beta1)
+
+
+def _nadam(group: Group) -> Direction | str:
+    """u = ((1 - mu_t)/(1 - prod mu_1..t) * g + mu_t+1/(1 - prod mu_1..t+1) * m') / (something positive)."""
+    if group.get("capturable"):
+        return "NAdam with capturable=True keeps the coefficients of its update on the device"
+    beta1, momentum_decay = group["betas"][0], group["momentum_decay"]
+    sign = -1.0 if group.get("maximize") else 1.0
+
+    def coefficients(state: State) -> tuple[float, float]:
+        t = float(state["step"]) + 1 if state else 1.0
+        product = float(state["mu_product"]) if state else 1.0
+        mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))
+        of_g = (1 - mu) / (1 - product * mu)
+        of_m = mu_next / (1 - product * mu * mu_next)
+        return of_m * beta1, sign * (of_g + of_m * (1 - beta1))
+
+    return Direction("exp_avg", coefficients)
+
+
+def _unscaled_only(group: Group) -> Direction | str:
+    if group["momentum"] != 0:
+        return "RMSprop with momentum divides each past gradient by its own scale"
+    return _gradient(group)
+
+
+def _linear(group: Group, state_key: str | None, a: float, b: float) -> Direction | str:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return "its coefficients are tensors"
+    pair = (a, -b if group.get("maximize") else b)
+    return Direction(state_key, lambda _: pair)
+
+
+_TABLE: Mapping[str, Callable[[Group], Direction | str]] = {
+    "torch.optim.adadelta.Adadelta": _gradient,
+    "torch.optim.adagrad.Adagrad": _gradient,
+    "torch.optim.adam.Adam": _moving_average,
+    "torch.optim.adamax.Adamax": _moving_average,
+    "torch.optim.adamw.AdamW": _moving_average,
+    "torch.optim.nadam.NAdam": _nadam,
+    "torch.optim.radam.RAdam": _moving_average,
+    "torch.optim.rmsprop.RMSprop": _unscaled_only,
+    "torch.optim.sgd.SGD": _momentum_buffer,
+    "timm.optim.adamw.AdamWLegacy": _moving_average,
+    "timm.optim.lion.Lion": _moving_average,
+    "timm.optim.nadamw.NAdamW": _twice_averaged,
+    "timm.optim.sgdw.SGDW": _momentum_buffer,
+    "lion_pytorch.lion_pytorch.Lion": _moving_average,
+}

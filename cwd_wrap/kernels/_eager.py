@@ -1,0 +1,164 @@
+"""The rules in torch operations, in blocks that stay in cache between the first read and the last write.
+
+Masks are kept as 0.0 and 1.0 in the weight's own (wide) type: on CPU a comparison into a bool tensor, or `torch.where`,
+takes four to six times as long.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
+BLOCK_ELSEWHERE = 1 << 24
+SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
+PACK = 1 << 18
+
+
+def decay_along(
+    w: Sequence[Tensor],
+    m: Sequence[Tensor | None],
+    g: Sequence[Tensor],
+    a: Sequence[float],
+    b: Sequence[float],
+    eta_lam: Sequence[float | Tensor],
+    *,
+    strict: bool,
+    count: bool,
+) -> int | Tensor:
+    """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step (a > 0 where m is not None).
+
+    `rules.aligned` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns how many
+    weights were decayed if ``count``, else 0.
+    """
+    active: int | Tensor = 0
+    keys = [(mi is None, ai, bi, id(ci)) for mi, ai, bi, ci in zip(m, a, b, eta_lam, strict=True)]
+    first = [gi if mi is None else mi for mi, gi in zip(m, g, strict=True)]
+    d_all, x_all = _scratch(w, 2)
+    for i, (x, m_or_g, grad) in _blocks(keys, w, first, g):
+        d = d_all[: x.numel()]
+        if m[i] is None:
+            torch.sign(grad, out=d) if grad.dtype == d.dtype else d.copy_(grad).sign_()
+            if b[i] < 0:
+                d.neg_()
+        else:
+            average, step = (
+                (m_or_g, grad) if m_or_g.dtype == grad.dtype == d.dtype else (d.copy_(m_or_g), grad.to(d.dtype))
+            )
+            if b[i] == 1 - a[i]:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
+                torch.lerp(average, step, b[i], out=d).sign_()
+            else:
+                torch.add(average, step, alpha=b[i] / a[i], out=d).sign_()
+        wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
+        d.mul_(wide)
+        mask = d.gt_(0) if strict else d.ge_(0)
+        if count:
+            active = active + _count(mask)
+        _subtract(wide, wide, mask, eta_lam[i], out=x)
+    return active
+
+
+def decay_from_snapshot(
+    w: Sequence[Tensor],
+    x: Sequence[Tensor],
+    eta_lam: Sequence[float | Tensor],
+    *,
+    strict: bool,
+    count: bool,
+) -> int | Tensor:
+    """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
+
+    `rules.moved_towards_zero` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns
+    how many weights were decayed if ``count``, else 0.
+    """
+    active: int | Tensor = 0
+    mask_all, size_all, x_all = _scratch(w, 3)
+    for i, (after, before) in _blocks([id(ci) for ci in eta_lam], w, x):
+        n = after.numel()
+        mask, size = mask_all[:n], size_all[:n]
+        wide = before if before.dtype == mask.dtype else x_all[:n].copy_(before)
+        torch.sign(wide, out=mask).mul_(after)
+        torch.abs(wide, out=size)
+        mask = mask.lt_(size) if strict else mask.le_(size)
+        if count:
+            active = active + _count(mask)
+        _subtract(after if after.dtype == mask.dtype else size.copy_(after), wide, mask, eta_lam[i], out=after)
+    return active
+
+
+def _subtract(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, out: Tensor) -> None:
+    """out <- w - eta*lam * mask * x, where ``w`` is ``out`` or a wider copy of it; ``mask`` is used up."""
+    if isinstance(eta_lam, Tensor):  # stays on its device: a schedule or a graph replay sees new values, nothing waits
+        w.addcmul_(x, mask.mul_(eta_lam), value=-1)
+    else:
+        w.addcmul_(x, mask, value=-eta_lam)
+    if w is not out:
+        out.copy_(w)
+
+
+def _count(mask: Tensor) -> int | Tensor:
+    total = mask.sum()  # exact: a block has at most 2**24 elements
+    return int(total) if mask.device.type == "cpu" else total.long()
+
+
+def _block_size(device: torch.device) -> int:
+    return BLOCK_ON_CPU if device.type == "cpu" else BLOCK_ELSEWHERE
+
+
+def _scratch(w: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """``rows`` flat buffers, each as long as the longest piece, in float32 or wider; an unused one costs nothing."""
+    longest = min(max(PACK, *(t.numel() for t in w)), _block_size(w[0].device))
+    wide = torch.promote_types(w[0].dtype, torch.float32)
+    return [torch.empty(longest, dtype=wide, device=w[0].device) for _ in range(rows)]
+
+
+def _blocks(
+    keys: Sequence[Hashable], w: Sequence[Tensor], *others: Sequence[Tensor]
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Flat, aligned pieces of each entry's tensors, with the entry's index; what is written to the first lands in ``w``.
+
+    Small tensors in a row with equal keys come packed into one piece, under the index of the first of them.
+    """
+    run: list[int] = []
+    for i, weight in enumerate(w):
+        if weight.numel() < SMALL:
+            if run and (keys[i] != keys[run[0]] or sum(w[j].numel() for j in run) + weight.numel() > PACK):
+                yield from _packed(run, w, *others)
+                run = []
+            run.append(i)
+            continue
+        lines = _lines(weight, *(other[i] for other in others))
+        for piece in zip(*(torch.split(line, _block_size(weight.device)) for line in lines), strict=True):
+            yield i, piece
+        _write_back(weight, lines[0])
+    if run:
+        yield from _packed(run, w, *others)
+
+
+def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    columns = list(zip(*(_lines(*(tensors[j] for tensors in lists)) for j in run), strict=True))
+    piece = tuple(torch.cat(column) for column in columns)
+    yield run[0], piece
+    weights = columns[0]
+    torch._foreach_copy_(weights, torch.split(piece[0], [line.numel() for line in weights]))
+    for j, line in zip(run, weights, strict=True):
+        _write_back(lists[0][j], line)
+
+
+def _lines(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as lines of equal order: views where they are dense (channels_last too), else copies."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
+    order = _order(tensors[0])
+    return [t.permute(order).reshape(-1) for t in tensors]
+
+
+def _write_back(weight: Tensor, line: Tensor) -> None:
+    if line.data_ptr() != weight.data_ptr():
+        in_order = weight.permute(_order(weight))
+        in_order.copy_(line.view_as(in_order))
+
+
+def _order(t: Tensor) -> list[int]:
+    """The dimensions from the widest stride to the narrowest: permuted so, a dense tensor is contiguous."""
+    return sorted(range(t.dim()), key=t.stride, reverse=True)

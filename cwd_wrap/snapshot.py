@@ -1,0 +1,39 @@
+"""Copies of weights from before a step: taken, reused from step to step, dropped. Knows no rule."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Snapshots:
+    """Buffers for `take`, one a tensor, kept until the tensor is no longer asked for or `drop` is called.
+
+    They live here and never in an optimizer's ``state``: many optimizers take a parameter with any state at all for
+    one that is already initialised.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, Tensor] = {}
+
+    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of ``tensors``, equal in shape, strides, type and device; valid until the next call.
+
+        ``owners`` are the parameters that the tensors belong to (the tensors may be new views at each step).
+        """
+        kept = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
+        self._buffers = kept
+        copies = list(kept.values())
+        if copies:
+            torch._foreach_copy_(copies, list(tensors))
+        return copies
+
+    def drop(self) -> None:
+        """Give the memory back; the next `take` allocates anew."""
+        self._buffers = {}
+
+    def _buffer(self, owner: Tensor, t: Tensor) -> Tensor:
+        old = self._buffers.get(id(owner))
+        if old is None or (old.shape, old.stride(), old.dtype, old.device) != (t.shape, t.stride(), t.dtype, t.device):
+            return torch.empty_like(t)
+        return old

@@ -1,0 +1,114 @@
+"""eta * lam of one param group: how much one step decays its weights where the mask lets it.
+
+lam is the group's own ``weight_decay``; eta is the step size that the optimizer itself multiplies its decay by.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+StepSize = Callable[[Group], float | Tensor]
+
+
+def check(value: object, what: str, where: str) -> None:
+    """Raise unless ``value`` is a number >= 0 and finite. A tensor on an accelerator is taken unread: no waiting."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if value.numel() != 1 or value.is_complex():
+            msg = f"{what} of {where} is a tensor of shape {tuple(value.shape)}: pass a number or a tensor with one element"
+            raise ValueError(msg)
+        value = value.item()
+    if not isinstance(value, Real):
+        msg = f"{what} of {where} is {value!r} ({type(value).__name__}): pass a number, zero or above"
+        raise TypeError(msg)
+    if not (math.isfinite(value) and float(value) >= 0):
+        msg = f"{what} of {where} is {value!r}: pass a finite number, zero or above"
+        raise ValueError(msg)
+
+
+def check_group(group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str) -> None:
+    """Raise where `eta_lam` of the group would, or where the group asks for what a wrapper cannot give."""
+    if group.get("differentiable"):
+        msg = (
+            f"param group {index} of {owner} has differentiable=True, but the decay is not recorded by autograd: "
+            "leave differentiable off"
+        )
+        raise ValueError(msg)
+    check(lam(group, fallback), "weight_decay", f"param group {index} of {owner}")
+    if step_size is None and decays(group, fallback):
+        eta(group, f"param group {index} of {owner}")
+
+
+def lam(group: Group, fallback: float | None) -> float | Tensor:
+    """The group's decay strength: its ``weight_decay``, or ``fallback`` where the optimizer has no such option."""
+    value: float | Tensor | None = group.get("weight_decay", fallback)
+    return 0.0 if value is None else value
+
+
+def decays(group: Group, fallback: float | None) -> bool:
+    """Does the group decay at all? A tensor on an accelerator counts as yes: reading it would wait."""
+    value = lam(group, fallback)
+    return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
+
+
+def eta_lam(group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str) -> float | Tensor:
+    """eta * lam for the coming step of group ``index``; ``owner`` is the optimizer's name, for the error texts.
+
+    A tensor learning rate gives a tensor on the same device. Raises ValueError where lam or eta is negative, NaN or
+    infinite, or where eta is unknown.
+    """
+    where = f"param group {index} of {owner}"
+    strength = lam(group, fallback)
+    check(strength, "weight_decay", where)
+    if not decays(group, fallback):
+        return 0.0
+    if step_size is None:
+        return eta(group, where) * strength
+    size = step_size(group)
+    check(size, "the step size that step_size= returned", where)
+    return size * strength
+
+
+def eta(group: Group, where: str) -> float | Tensor:
+    """The factor that the optimizer's own decoupled decay has, read afresh each step.
+
+    ==========================================  =============================
+    group                                       eta
+    ==========================================  =============================
+    ``fixed_decay`` (AdaBelief, ...)            1
+    ``corrected_weight_decay`` (timm)           lr**2 / max_lr_snapshot
+    ``d`` (Prodigy, D-Adaptation)               d * lr [* bias correction]
+    otherwise                                   lr
+    ==========================================  =============================
+    """
+    if group.get("fixed_decay"):
+        return 1.0
+    lr: float | Tensor | None = group.get("lr")
+    if lr is None or group.get("relative_step"):
+        had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
+        msg = (
+            f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: give the "
+            "group a learning rate, or pass step_size=, a function of the group that returns it"
+        )
+        raise ValueError(msg)
+    if group.get("corrected_weight_decay"):
+        max_lr: float | Tensor = group["max_lr_snapshot"]
+        return lr**2 / max_lr
+    if "d" in group and "growth_rate" in group:  # Adafactor has a "d" too, of another meaning
+        d: float | Tensor = group["d"]
+        return d * lr * _bias_correction(group)
+    return lr
+
+
+def _bias_correction(group: Group) -> float:
+    if not group.get("use_bias_correction"):
+        return 1.0
+    beta1, beta2 = group["betas"][:2]
+    t = group["k"] + 1
+    return float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
