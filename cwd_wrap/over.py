@@ -14,10 +14,10 @@ class _Over(type):
     """The type of these classes. They stand in no module, so pickle is told how they were made instead."""
 
 
-_made: dict[Recipe, type[Optimizer]] = {}
+_made: dict[Recipe, Any] = {}
 
 
-def make(*recipe: Any) -> type[Optimizer]:
+def make(*recipe: Any) -> Any:
     """The one class for this `Recipe`, so that what comes back from a pickle has the type of what went in."""
     wrapper, base, options = recipe
     if recipe not in _made:

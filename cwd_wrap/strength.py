@@ -100,7 +100,7 @@ def eta(group: Group, where: str) -> float | Tensor:
     if group.get("corrected_weight_decay"):
         max_lr: float | Tensor = group["max_lr_snapshot"]
         return lr**2 / max_lr
-    if "d" in group and "growth_rate" in group:  # Adafactor has a "d" too, of another meaning
+    if "d" in group and ("k" in group or "step" in group):  # Adafactor's "d" means something else; it counts no steps here
         d: float | Tensor = group["d"]
         return d * lr * _bias_correction(group)
     return lr

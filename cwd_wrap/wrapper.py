@@ -270,7 +270,7 @@ class OptimizerWrapper(Optimizer):
 
         with torch.no_grad():
             if closure is None:
-                rows = [Rows.of(p, p.grad, eta_lams[i]) for p, i in members if _is_sparse(p)]
+                rows = [Rows.of(p, p.grad, eta_lams[i]) for p, i in members if p.grad is not None and p.grad.is_sparse]
                 members = [(p, i) for p, i in members if not _is_sparse(p)]
             copies = self._snapshots.take([p for p, _ in members], [plain(p) for p, _ in members])
         switch.off()

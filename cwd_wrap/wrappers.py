@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import directions
+from cwd_wrap.batch import Batch
 from cwd_wrap.directions import Direction
 from cwd_wrap.strength import StepSize
-from cwd_wrap.wrapper import Batch, Group, OptimizerWrapper
+from cwd_wrap.wrapper import Group, OptimizerWrapper
 
 MASKS = ("update",)
 

@@ -1,0 +1,185 @@
+"""The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and four small libraries obeys the rule.
+
+At each step the wrapped result must be the base's own step with its decay off (a second instance, built without decay and
+given the same weights, gradients and random numbers), plus the rule.
+"""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import NOTES, Case, Groups, cases
+
+from cwd_wrap import CautiousDecay, rules
+
+LAM, STEPS, GIVEN_ETA = 0.1, 4, 1e-3
+CASES = cases()
+HOLDING = [case for case in CASES if case.refused is None]
+SPECIAL = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])
+
+
+def make_groups(case: Case, lam: float) -> Groups:
+    """Three groups, the last without decay; the last parameter of the first never gets a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {1: (11,), 2: (6, 5), 4: (4, 3, 3, 2)}
+    groups: Groups = []
+    for decay in (lam, lam, 0.0):
+        weights = [torch.randn(shapes[d], generator=generator) * 0.1 for d in (*case.dims, case.dims[-1])]
+        for w in weights:
+            w.view(-1)[: len(SPECIAL)] = SPECIAL
+        group: dict[str, object] = {"params": [torch.nn.Parameter(w) for w in weights]}
+        groups.append(group | {"weight_decay": decay} if case.decay_key else group)
+    return groups
+
+
+def parameters(groups: Groups) -> list[torch.nn.Parameter]:
+    return [p for group in groups for p in group["params"]]
+
+
+def set_gradients(case: Case, groups: Groups, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    silent = groups[0]["params"][-1]
+    for p in parameters(groups):
+        scale = 10.0 ** torch.randint(-3, 2, p.shape, generator=generator)
+        g = torch.randn(p.shape, generator=generator) * scale
+        g.view(-1)[-1] = 0.0
+        if p is silent:
+            continue
+        if case.create_graph:
+            (p.grad,) = torch.autograd.grad((g * p + 0.01 * p**2).sum(), p, create_graph=True)
+        elif case.sparse:
+            p.grad = g.to_sparse(1)
+        else:
+            p.grad = g
+
+
+def eta(case: Case, group: dict[str, object]) -> float:
+    """Each library's own arithmetic, as the note in the zoo has it."""
+    return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, {}, group))
+
+
+class Pair:
+    """The wrapped optimizer, and the plain one that is built without decay."""
+
+    def __init__(self, case: Case, snapshot: bool | None) -> None:
+        self.case = case
+        self.groups, self.plain_groups = make_groups(case, LAM), make_groups(case, 0.0)
+        torch.manual_seed(0)
+        base = case.build(self.groups)
+        torch.manual_seed(0)
+        self.plain = case.build(self.plain_groups)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.wrapped = CautiousDecay(
+                base,
+                None if case.decay_key else LAM,
+                step_size=(lambda _: GIVEN_ETA) if case.eta == "given" else None,
+                snapshot=snapshot,
+            )
+        for group, plain_group in zip(self.wrapped.param_groups, self.plain.param_groups, strict=True):
+            decays = group.get("weight_decay", LAM) != 0
+            if case.adapts and decays:
+                plain_group[case.adapts] = True
+            elif case.adapts == "" and decays:
+                plain_group["weight_decay"] = 1e-300
+            if "weight_decay_1d" in plain_group:
+                plain_group["weight_decay_1d"] = 0.0 if decays else plain_group["weight_decay_1d"]
+
+    def step(self, number: int) -> list[tuple[Tensor, Tensor, Tensor, float, Tensor]]:
+        """(x, the plain optimizer's w, the wrapped one's w, eta*lam, where there is a gradient) of each parameter."""
+        before = [p.detach().clone() for p in parameters(self.groups)]
+        strengths = {
+            id(p): eta(self.case, group) * group.get("weight_decay", LAM)
+            for group in self.wrapped.param_groups
+            for p in group["params"]
+        }
+        with torch.no_grad():
+            for p, x in zip(parameters(self.plain_groups), before, strict=True):
+                p.copy_(x)
+        for optimizer, groups in ((self.wrapped, self.groups), (self.plain, self.plain_groups)):
+            set_gradients(self.case, groups, number)
+            torch.manual_seed(number)
+            if self.case.closure:
+                optimizer.step(lambda groups=groups: self.loss(groups, number))
+            else:
+                optimizer.step()
+        return [
+            (x, q.detach(), p.detach(), strengths[id(p)], has_gradient(p))
+            for x, p, q in zip(before, parameters(self.groups), parameters(self.plain_groups), strict=True)
+        ]
+
+    def loss(self, groups: Groups, number: int) -> Tensor:
+        set_gradients(self.case, groups, number)
+        return torch.tensor(1.0)
+
+
+def has_gradient(p: Tensor) -> Tensor:
+    """Where a step can be said to have happened: nowhere without a gradient, in its rows only if that is sparse."""
+    if p.grad is None or not p.grad.is_sparse:
+        return torch.full(p.shape, p.grad is not None)
+    rows = torch.zeros(p.shape, dtype=torch.bool)
+    rows[tuple(p.grad.coalesce().indices())] = True
+    return rows
+
+
+def tolerance(x: Tensor, w: Tensor, roundings: int) -> Tensor:
+    """So many roundings of float32 at the size of the numbers that are added."""
+    size = torch.maximum(x.abs(), w.abs()).double()
+    return roundings * torch.finfo(torch.float32).eps * size + 1e-45
+
+
+@pytest.mark.parametrize("case", HOLDING, ids=str)
+def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
+    """With the decay taken from a snapshot, each step is w - eta*lam*1[u*x>=0]*x of the plain optimizer's w, in float64."""
+    pair = Pair(case, snapshot=True)
+    decayed = 0
+    for number in range(STEPS):
+        for x, plain, wrapped, eta_lam, stepped in pair.step(number):
+            mask = rules.moved_towards_zero(x.double(), plain.double()) & stepped
+            expected = plain.double() - eta_lam * mask * x.double()
+            off = (wrapped.double() - expected).abs() - tolerance(x, plain, 1)
+
+            assert off.max() <= 0, (number, off.max())
+            visible = eta_lam > torch.finfo(torch.float32).eps  # D-Adaptation starts with steps of 1e-6
+            decayed += int((wrapped != plain).sum()) if visible else 1
+    assert decayed > 0
+    if case.decay_key:
+        assert sorted({group["weight_decay"] for group in pair.wrapped.param_groups}) == [0.0, LAM]
+
+
+@pytest.mark.parametrize("case", HOLDING, ids=str)
+def test_default_path_obeys_the_rule_where_the_weight_moved(case: Case) -> None:
+    """Left to choose, the wrapper gives the same; a weight that the step left in place is decayed or is not."""
+    pair = Pair(case, snapshot=None)
+    if pair.wrapped.snapshot_bytes:
+        return  # the snapshot path is the default, and the test above holds it
+    for number in range(STEPS):
+        for x, plain, wrapped, eta_lam, stepped in pair.step(number):
+            mask = rules.moved_towards_zero(x.double(), plain.double()) & stepped
+            expected = plain.double() - eta_lam * mask * x.double()
+            off = (wrapped.double() - expected).abs() - tolerance(x, plain, 4)
+            in_place = (plain == x) & ((wrapped == x) | (wrapped == x - eta_lam * stepped * x))
+
+            assert (in_place | (off <= 0)).all(), (number, off.max())
+
+
+def test_the_table_covers_more_than_230_optimizers() -> None:
+    """The list is found by looking into the libraries, and every case that does not hold says why."""
+    assert len(HOLDING) > 230
+    assert all(case.refused for case in CASES if case not in HOLDING)
+    assert set(NOTES) <= {case.name for case in CASES}
+
+
+def test_the_check_can_fail() -> None:
+    """A base whose own decay stays on does not pass."""
+    case = next(case for case in CASES if case.name == "torch.AdamW")
+    pair = Pair(case, snapshot=True)
+    pair.wrapped.base_optimizer.register_step_pre_hook(lambda opt, *_: opt.param_groups[0].update(weight_decay=LAM))
+    worst = max(
+        float(((wrapped - plain).abs() - tolerance(x, plain, 1)).max())
+        for x, plain, wrapped, eta_lam, stepped in pair.step(0)
+        if not (rules.moved_towards_zero(x, plain) | ~stepped).all()
+    )
+
+    assert worst > 0
