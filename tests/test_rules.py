@@ -1,0 +1,102 @@
+"""The definition itself: numbers to check by eye, then properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cwd_wrap import CautiousDecay, rules
+
+INF, NAN = float("inf"), float("nan")
+numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+steps = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def test_four_numbers() -> None:
+    """Of the weights 1, 1, -1, -1 with updates 1, -1, 1, -1, the first and the last move towards zero and decay."""
+    x = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    u = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    mask = rules.aligned(u, x)
+
+    assert mask.tolist() == [True, False, False, True]
+    assert rules.decay(x - 0.1 * u, x, mask, 0.1 * 0.5).tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_four_numbers_through_the_wrapper(snapshot: bool) -> None:
+    """The same four numbers come out of one step of SGD, whichever way the mask is known."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
+    w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, snapshot=snapshot).step()
+
+    assert w.tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
+
+
+@pytest.mark.parametrize(("strict", "expected"), [(False, [0.95, -0.95, 0.0]), (True, [1.0, -1.0, 0.0])])
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_zero_update(strict: bool, expected: list[float], snapshot: bool) -> None:
+    """A weight that the step leaves in place decays (the paper's >=), unless strict (>); a zero stays zero."""
+    w = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
+    w.grad = torch.zeros(3)
+    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, strict=strict, snapshot=snapshot).step()
+
+    assert w.tolist() == pytest.approx(expected)
+
+
+def test_crossing_zero_is_towards_zero() -> None:
+    """A step from 1 to -5 has u*x > 0: the decay of x applies, though the weight ends up larger."""
+    x, w = torch.tensor([1.0]), torch.tensor([-5.0])
+
+    assert rules.moved_towards_zero(x, w, strict=True).tolist() == [True]
+
+
+def test_tiny_products_do_not_underflow() -> None:
+    """1e-25 * -1e-25 is -0.0 in float32, and -0.0 >= 0; the mask sees the signs and is off."""
+    x, u = torch.tensor([1e-25]), torch.tensor([-1e-25])
+
+    assert (u * x >= 0).tolist() == [True]
+    assert rules.aligned(u, x).tolist() == [False]
+    assert rules.moved_towards_zero(x, x - u).tolist() == [False]
+
+
+def test_nan_is_not_aligned() -> None:
+    """A NaN weight, before or after the step, is not decayed."""
+    one, nan = torch.tensor([1.0]), torch.tensor([NAN])
+
+    assert not rules.aligned(one, nan)
+    assert not rules.moved_towards_zero(nan, one)
+    assert not rules.moved_towards_zero(one, nan)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@given(x=numbers, w=numbers)
+@settings(max_examples=300, deadline=None)
+def test_both_masks_say_the_same(strict: bool, x: float, w: float) -> None:
+    """The mask from a snapshot is that of the update x - w, which float64 holds exactly in sign."""
+    x32, w32 = torch.tensor([x]), torch.tensor([w])
+    u = x32.double() - w32.double()
+
+    assert rules.moved_towards_zero(x32, w32, strict).item() == rules.aligned(u, x32.double(), strict).item()
+
+
+@given(x=numbers, w=numbers, c=st.floats(0, 1))
+@settings(max_examples=300, deadline=None)
+def test_decay_never_grows_a_weight_that_stays_on_its_side(x: float, w: float, c: float) -> None:
+    """With eta*lam <= 1 the decay of a weight that kept its sign and did not grow cannot push it away from zero's side."""
+    x64, w64 = torch.tensor([x], dtype=torch.float64), torch.tensor([w], dtype=torch.float64)
+    mask = rules.moved_towards_zero(x64, w64)
+    decayed = rules.decay(w64, x64, mask, c)
+    if x * w > 0 and not mask.item():
+        assert decayed.item() == w
+    if mask.item():
+        assert torch.sign(w64 - decayed).item() in (0.0, torch.sign(x64).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    """The decay of a 16-bit weight is the float32 result, rounded."""
+    x = torch.linspace(-2, 2, 101).to(dtype)
+    w = (x.float() * 0.9).to(dtype)
+    wide = w.float() - 0.3 * rules.moved_towards_zero(x, w) * x.float()
+
+    assert torch.equal(rules.decay(w, x, rules.moved_towards_zero(x, w), 0.3), wide.to(dtype))
