@@ -13,20 +13,22 @@ from torch import Tensor
 def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
     """1[u*x >= 0], or 1[u*x > 0] if ``strict``: does the step ``x - eta*u`` move ``x`` towards zero?
 
-    Only the sign of ``u`` enters: the product u*x itself underflows (in float32, 1e-25 * -1e-25 is -0.0, and
-    -0.0 >= 0). ``u`` may therefore be anything with the update's sign. NaN in ``x`` is never aligned.
+    Written with the signs, since the product underflows (in float32, 1e-25 * -1e-25 is -0.0, and -0.0 >= 0); so ``u``
+    may be anything with the update's sign. NaN is never aligned.
     """
-    ux = torch.sign(u) * x
-    return ux > 0 if strict else ux >= 0
+    if strict:
+        return (u > 0) & (x > 0) | (u < 0) & (x < 0)
+    return (u >= 0) & (x >= 0) | (u <= 0) & (x <= 0)
 
 
 def moved_towards_zero(x: Tensor, w: Tensor, strict: bool = False) -> Tensor:
-    """`aligned` of the update that took ``x`` to ``w``: 1[(x - w)*x >= 0], by comparison alone, so without rounding.
+    """`aligned` of the update u that took ``x`` to ``w``, by comparison alone: u >= 0 where w <= x.
 
     A step across zero counts as towards it, however far it lands on the other side. NaN is never aligned.
     """
-    grown = torch.sign(x) * w
-    return grown < x.abs() if strict else grown <= x.abs()
+    if strict:
+        return (w < x) & (x > 0) | (w > x) & (x < 0)
+    return (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
 
 
 def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def test_nan_is_not_aligned() -> None:
     one, nan = torch.tensor([1.0]), torch.tensor([NAN])
 
     assert not rules.aligned(one, nan)
+    assert not rules.aligned(nan, one)
     assert not rules.moved_towards_zero(nan, one)
     assert not rules.moved_towards_zero(one, nan)
 

@@ -13,6 +13,7 @@ BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough 
 BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
 PACK = 1 << 18
+_SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}
 
 
 def decay_along(
@@ -38,23 +39,17 @@ def decay_along(
     for i, (x, m_or_g, grad) in _blocks(keys, w, first, g):
         d = d_all[: x.numel()]
         if m[i] is None:
-            torch.sign(grad, out=d) if grad.dtype == d.dtype else d.copy_(grad).sign_()
-            if b[i] < 0:
-                d.neg_()
+            torch.mul(grad, 1.0 if b[i] > 0 else -1.0, out=d) if grad.dtype == d.dtype else d.copy_(grad).mul_(b[i])
         else:
             average, step = (
                 (m_or_g, grad) if m_or_g.dtype == grad.dtype == d.dtype else (d.copy_(m_or_g), grad.to(d.dtype))
             )
             if b[i] == 1 - a[i]:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
-                torch.lerp(average, step, b[i], out=d).sign_()
+                torch.lerp(average, step, b[i], out=d)
             else:
-                torch.add(average, step, alpha=b[i] / a[i], out=d).sign_()
+                torch.add(average, step, alpha=b[i] / a[i], out=d)
         wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
-        d.mul_(wide)
-        mask = d.gt_(0) if strict else d.ge_(0)
-        if count:
-            active = active + _count(mask)
-        _subtract(wide, wide, mask, eta_lam[i], out=x)
+        active = active + _decay_unless_opposed(wide, wide, d, -1.0, eta_lam[i], strict, count, out=x)
     return active
 
 
@@ -72,28 +67,37 @@ def decay_from_snapshot(
     how many weights were decayed if ``count``, else 0.
     """
     active: int | Tensor = 0
-    mask_all, size_all, x_all = _scratch(w, 3)
+    d_all, x_all = _scratch(w, 2)
     for i, (after, before) in _blocks([id(ci) for ci in eta_lam], w, x):
-        n = after.numel()
-        mask, size = mask_all[:n], size_all[:n]
-        wide = before if before.dtype == mask.dtype else x_all[:n].copy_(before)
-        torch.sign(wide, out=mask).mul_(after)
-        torch.abs(wide, out=size)
-        mask = mask.lt_(size) if strict else mask.le_(size)
-        if count:
-            active = active + _count(mask)
-        _subtract(after if after.dtype == mask.dtype else size.copy_(after), wide, mask, eta_lam[i], out=after)
+        d = d_all[: after.numel()]
+        if after.dtype == d.dtype:
+            torch.sub(after, before, out=d)  # exact in sign: it is 0 only where the two are equal
+            active = active + _decay_unless_opposed(after, before, d, 1.0, eta_lam[i], strict, count, out=after)
+        else:
+            x_wide, w_wide = x_all[: after.numel()].copy_(before), after.to(d.dtype)
+            torch.sub(w_wide, x_wide, out=d)
+            active = active + _decay_unless_opposed(w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, out=after)
     return active
 
 
-def _subtract(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, out: Tensor) -> None:
-    """out <- w - eta*lam * mask * x, where ``w`` is ``out`` or a wider copy of it; ``mask`` is used up."""
+def _decay_unless_opposed(
+    w: Tensor, x: Tensor, d: Tensor, sign: float, eta_lam: float | Tensor, strict: bool, count: bool, out: Tensor
+) -> int | Tensor:
+    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``); ``d`` is used up, ``w`` is ``out`` or a copy.
+
+    d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
+    comparing signs. The mask is exact unless d and x are both denormal; where d is infinite or x is 0 it may read 0.
+    """
+    d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
+    mask = d.lt_(0) if strict else d.le_(0)
+    active = _count(mask) if count else 0
     if isinstance(eta_lam, Tensor):  # stays on its device: a schedule or a graph replay sees new values, nothing waits
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
     else:
         w.addcmul_(x, mask, value=-eta_lam)
     if w is not out:
         out.copy_(w)
+    return active
 
 
 def _count(mask: Tensor) -> int | Tensor:
@@ -120,11 +124,13 @@ def _blocks(
     Small tensors in a row with equal keys come packed into one piece, under the index of the first of them.
     """
     run: list[int] = []
+    length = 0
     for i, weight in enumerate(w):
         if weight.numel() < SMALL:
-            if run and (keys[i] != keys[run[0]] or sum(w[j].numel() for j in run) + weight.numel() > PACK):
+            length += weight.numel()
+            if run and (keys[i] != keys[run[0]] or length > PACK):
                 yield from _packed(run, w, *others)
-                run = []
+                run, length = [], weight.numel()
             run.append(i)
             continue
         lines = _lines(weight, *(other[i] for other in others))

@@ -1,0 +1,61 @@
+"""GPT-2-small's parameter shapes, interleaved timing, and the line that says where a figure was measured."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+
+import torch
+
+WIDTH, LAYERS, VOCABULARY, CONTEXT = 768, 12, 50257, 1024
+
+
+def gpt2_small(scale: int = 1) -> list[torch.nn.Parameter]:
+    """The 148 tensors, 124 M weights, of GPT-2 small, with gradients; ``scale`` divides the widths for a quick look."""
+    c = WIDTH // scale
+    block = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,), (4 * c, c), (4 * c,), (c, 4 * c), (c,)]
+    shapes = [(VOCABULARY // scale, c), (CONTEXT, c), *(block * LAYERS), (c,), (c,)]
+    return [_parameter(shape) for shape in shapes]
+
+
+def many_small(tensors: int = 1000, elements: int = 64) -> list[torch.nn.Parameter]:
+    return [_parameter((elements,)) for _ in range(tensors)]
+
+
+def _parameter(shape: tuple[int, ...]) -> torch.nn.Parameter:
+    p = torch.nn.Parameter(torch.randn(shape) * 0.02)
+    p.grad = torch.randn(shape)
+    return p
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turns so that a slow moment of the machine hits all alike; two rounds warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(rounds + 2):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> None:
+    """Median milliseconds, and the median over the rounds of the ratio to the baseline's time in the same round."""
+    print(f"{'':48}{'ms':>9}{'ratio':>8}{'quartiles':>16}")
+    for name, times in seconds.items():
+        ratios = [t / b for t, b in zip(times, seconds[baseline], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name:48}{statistics.median(times) * 1e3:9.2f}{middle:8.2f}{low:8.2f} -{high:5.2f}")
+
+
+def where() -> str:
+    """Machine, versions and date, to stand beside every figure."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}; {date.today()}"
