@@ -23,8 +23,8 @@ class Report:
 class Batch:
     """Tensors of one device and the same types, for one call of a kernel; the lists run in parallel.
 
-    ``w``: weights. Before the step (direction path): ``m`` (or None), ``g``, ``a``, ``b`` with sign(u) = sign(a*m + b*g).
-    After it (snapshot path): ``x``, the weights from before.
+    ``w``: weights. Before the step (direction path): ``m`` (or None), ``g``, ``a``, ``b``, where sign(u) is
+    sign(a*m + b*g). After it (snapshot path): ``x``, the weights from before.
     """
 
     eta_lam: list[float | Tensor] = field(default_factory=list)
@@ -59,5 +59,6 @@ class Tally:
         self.total = 0
 
     def add(self, batch: Batch, active: int | Tensor) -> None:
+        """Count a batch, of which ``active`` weights were decayed."""
         self.active = self.active + active
         self.total += sum(w.numel() for w in batch.w)

@@ -9,10 +9,12 @@ class StepReport(Protocol):
     """What a wrapper reports of one step."""
 
     @property
-    def active(self) -> int | Tensor: ...
+    def active(self) -> int | Tensor:
+        """Weights decayed."""
 
     @property
-    def total(self) -> int: ...
+    def total(self) -> int:
+        """Weights that could have been."""
 
 
 class MaskMonitor:
@@ -34,6 +36,7 @@ class MaskMonitor:
         self._counts: list[tuple[int | Tensor, int]] = []
 
     def __call__(self, report: StepReport) -> None:
+        """Note down one step."""
         self._counts.append((report.active, report.total))
 
     @property

@@ -2,8 +2,8 @@
 
     x <- x - eta * (u + lam * 1[u*x >= 0] * x)      Cautious Weight Decay, arXiv 2510.12402, Algorithm 1
 
-``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update (subtracted: w = x - eta*u).
-All functions are elementwise, take tensors of one shape and return new ones.
+``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update: w = x - eta*u.
+The functions are elementwise, take tensors of one shape and return new ones.
 """
 
 import torch

@@ -21,7 +21,8 @@ def check(value: object, what: str, where: str) -> None:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if value.numel() != 1 or value.is_complex():
-            msg = f"{what} of {where} is a tensor of shape {tuple(value.shape)}: pass a number or a tensor with one element"
+            shape = tuple(value.shape)
+            msg = f"{what} of {where} is a tensor of shape {shape}: pass a number, or a tensor with one element"
             raise ValueError(msg)
         value = value.item()
     if not isinstance(value, Real):
@@ -93,14 +94,14 @@ def eta(group: Group, where: str) -> float | Tensor:
     if lr is None or group.get("relative_step"):
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (
-            f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: give the "
-            "group a learning rate, or pass step_size=, a function of the group that returns it"
+            f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: "
+            "give the group a learning rate, or pass step_size=, a function of the group that returns it"
         )
         raise ValueError(msg)
     if group.get("corrected_weight_decay"):
         max_lr: float | Tensor = group["max_lr_snapshot"]
         return lr**2 / max_lr
-    if "d" in group and ("k" in group or "step" in group):  # Adafactor's "d" means something else; it counts no steps here
+    if "d" in group and ("k" in group or "step" in group):  # Adafactor's "d" is another thing; it counts no steps here
         d: float | Tensor = group["d"]
         return d * lr * _bias_correction(group)
     return lr

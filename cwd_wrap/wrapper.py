@@ -58,7 +58,7 @@ def _with_hooks(step: StepFunction) -> StepFunction:
             return result
 
     hooked.hooked = True  # type: ignore[attr-defined]
-    return cast(StepFunction, hooked)
+    return cast("StepFunction", hooked)
 
 
 class OptimizerWrapper(Optimizer):
@@ -204,7 +204,7 @@ class OptimizerWrapper(Optimizer):
         self.__dict__.update(state)
         self._start()
 
-    # Trainer and accelerate ask for train and eval, timm's train.py for the other two; each exists where the base has it.
+    # Trainer and accelerate ask for train and eval, timm's train.py for the others; each exists where the base has it.
     train = _forwarded("train")
     eval = _forwarded("eval")
     is_second_order = _forwarded("is_second_order")
@@ -262,7 +262,7 @@ class OptimizerWrapper(Optimizer):
             nonlocal eta_lams, stepped
             switch.on()
             with torch.enable_grad():
-                loss = cast(Closure, closure)()
+                loss = cast("Closure", closure)()
             eta_lams = self._eta_lams()
             stepped = {id(p) for p, _ in members if p.grad is not None}
             switch.off()
@@ -284,7 +284,7 @@ class OptimizerWrapper(Optimizer):
                 if id(p) not in stepped or _is_zero(eta_lams[i]):
                     continue
                 if _is_sparse(p):
-                    indices = sparse_indices(cast(Tensor, p.grad))
+                    indices = sparse_indices(cast("Tensor", p.grad))
                     rows.append(Rows(p, indices, x[indices], eta_lams[i]))
                     continue
                 w = plain(p)
@@ -293,7 +293,7 @@ class OptimizerWrapper(Optimizer):
                 batch.x.append(x)
                 batch.eta_lam.append(eta_lams[i])
             for batch in batches.values():
-                tally.add(batch, self._after_step(kernels.choose(self.backend), batch))
+                tally.add(batch, self._after_step(kernels.choose(self.backend, batch.w[0].device), batch))
             self._decay_rows(rows, tally)
         self._report(tally)
         return loss
@@ -324,9 +324,11 @@ class OptimizerWrapper(Optimizer):
         lams = [strength.lam(group, self.lam) for group in self.param_groups]
         reason = self._snapshot_reason()
         path = "direction" if reason is None else "snapshot"
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        backend = self.backend or kernels.name(None, device)
         return (
             f"{type(self).__name__}({self._owner}, lam={lams[0] if len(set(lams)) == 1 else lams}, path={path!r}, "
-            f"backend={kernels.name(self.backend)!r}, snapshot_bytes={self.snapshot_bytes})"
+            f"backend={backend!r}, snapshot_bytes={self.snapshot_bytes})"
         )
 
     # ---- parts of the above
@@ -349,7 +351,7 @@ class OptimizerWrapper(Optimizer):
             raise TypeError(msg)
         for layer in _layers(base):
             if isinstance(layer, OptimizerWrapper):
-                msg = f"{layer!r} decays already, and a {name} around it would decay twice: pass its base_optimizer instead"
+                msg = f"{layer!r} decays already; a {name} around it would decay twice: pass its base_optimizer instead"
                 raise ValueError(msg)
             if (reason := quirks.refusal(layer)) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
@@ -370,8 +372,8 @@ class OptimizerWrapper(Optimizer):
             warnings.warn(f"{type(self).__name__} over {self._owner}: {remark}", stacklevel=4)
         if self.lam is None and not any(strength.decays(group, None) for group in self.param_groups):
             warnings.warn(
-                f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 or "
-                f"none. Pass lam=, or weight_decay= to {self._owner} or its groups",
+                f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
+                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups",
                 stacklevel=4,
             )
 
@@ -408,7 +410,7 @@ class OptimizerWrapper(Optimizer):
             if p.grad.is_sparse:
                 rows.append(Rows.of(p, p.grad, eta_lams[i]))
                 continue
-            m, a, b = cast(Direction, of_group[i]).of(self.state.get(p, {}))
+            m, a, b = cast("Direction", of_group[i]).of(self.state.get(p, {}))
             w, g = plain(p), plain(p.grad)
             m = None if m is None else plain(m)
             batch = batches[w.device, w.dtype, g.dtype, None if m is None else m.dtype]
@@ -419,13 +421,13 @@ class OptimizerWrapper(Optimizer):
             batch.b.append(b)
             batch.eta_lam.append(eta_lams[i])
         for batch in batches.values():
-            tally.add(batch, self._before_step(kernels.choose(self.backend), batch))
+            tally.add(batch, self._before_step(kernels.choose(self.backend, batch.w[0].device), batch))
 
     def _decay_rows(self, rows: list[Rows], tally: Tally) -> None:
         for parameter, indices, before, eta_lam in rows:
             w = plain(parameter)
             batch = Batch(eta_lam=[eta_lam], w=[w[indices]], x=[before])
-            tally.add(batch, self._after_step(kernels.choose(self.backend), batch))
+            tally.add(batch, self._after_step(kernels.choose(self.backend, batch.w[0].device), batch))
             w[indices] = batch.w[0]
 
     def _report(self, tally: Tally) -> None:

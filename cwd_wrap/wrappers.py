@@ -20,27 +20,29 @@ class CautiousDecay(OptimizerWrapper):
 
         x <- x - eta * (u + lam * 1[u*x >= 0] * x)
 
-    ``u`` is the base's update (subtracted): a weight decays only where the step already moves it towards zero or leaves it.
-    The decay is decoupled whatever the base's own kind is, and both mask and decay use ``x`` before the step.
+    ``u`` is the base's update (subtracted): a weight decays only where the step already moves it towards zero, or
+    leaves it. The decay is decoupled, whatever the base's own kind is; mask and decay use ``x`` from before the step.
 
     Args:
-        base_optimizer: a torch.optim.Optimizer, ready made. Its groups' ``weight_decay`` is lam, in units of 1/eta: one step
-            takes at most the share eta*lam off a weight. It may be scheduled.
+        base_optimizer: a torch.optim.Optimizer, ready made, over weights of any shape and any real or complex type. Its
+            groups' ``weight_decay`` is lam, in units of 1/eta: one step takes at most the share eta*lam off a weight.
+            It may be scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
         mask: which weights decay; ``"update"`` is the paper's.
-        strict: decay where u*x > 0, so that weights which the step leaves alone (rows of an embedding that was not
-            looked up) are left alone.
-        step_size: a function of a param group returning eta, for optimizers whose ``lr`` is not their step size. By default
-            eta is what the optimizer multiplies its own decay by: see `cwd_wrap.strength.eta`.
-        snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a copy
-            of the weights (`snapshot_bytes`); True always copies; False never does and raises where that is needed.
+        strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
+            were not looked up) stay as they are.
+        step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
+            default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.strength.eta`.
+        snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
+            copy of the weights (`snapshot_bytes`). True always copies. False never does.
         backend: None lets the library choose; ``"eager"`` is torch operations.
 
     Raises:
-        TypeError: not an optimizer, or a class of them; lam not a number.
-        ValueError: lam or a group's decay negative, NaN or infinite; an unknown mask or backend; a base that decays
-            cautiously already or keeps its own copy of the weights; no known learning rate; ``snapshot=False`` where one is needed.
+        TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
+        ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask or
+            backend; a base that decays cautiously already or keeps its own copy of the weights; no known learning rate;
+            ``snapshot=False`` where the base needs one.
 
     Example:
         >>> import torch

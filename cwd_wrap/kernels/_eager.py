@@ -83,7 +83,7 @@ def decay_from_snapshot(
 def _decay_unless_opposed(
     w: Tensor, x: Tensor, d: Tensor, sign: float, eta_lam: float | Tensor, strict: bool, count: bool, out: Tensor
 ) -> int | Tensor:
-    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``); ``d`` is used up, ``w`` is ``out`` or a copy.
+    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``). ``d`` is used up; ``w`` is ``out`` or a copy.
 
     d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
     comparing signs. The mask is exact unless d and x are both denormal; where d is infinite or x is 0 it may read 0.
@@ -119,7 +119,7 @@ def _scratch(w: Sequence[Tensor], rows: int) -> list[Tensor]:
 def _blocks(
     keys: Sequence[Hashable], w: Sequence[Tensor], *others: Sequence[Tensor]
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Flat, aligned pieces of each entry's tensors, with the entry's index; what is written to the first lands in ``w``.
+    """Flat, aligned pieces of each entry's tensors, and the entry's index; what is written to the first lands in ``w``.
 
     Small tensors in a row with equal keys come packed into one piece, under the index of the first of them.
     """

@@ -1,0 +1,51 @@
+# Everything sets itself up: `make demo` and `make test` work on a fresh clone with Python, git and make alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+
+.PHONY: help demo test test-without-triton lint bench docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
+
+# torch is installed first and by itself, so that nothing else decides which one it is.
+$(BIN)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	touch $@
+
+$(BIN)/.examples: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples]'
+	touch $@
+
+$(BIN)/.test: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(BIN)/.lint: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
+	touch $@
+
+demo: $(BIN)/.examples  ## train a small language model with AdamW and with CautiousDecay(AdamW): about two minutes
+	$(BIN)/python examples/language_model.py
+
+test: $(BIN)/.test  ## all tests
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(BIN)/.lint  ## format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/import_time.py
+
+docs: $(BIN)/.test  ## the API as web pages in site/, from the docstrings
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m pdoc cwd_wrap -o site
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

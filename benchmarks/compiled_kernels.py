@@ -1,0 +1,212 @@
+"""What the compilers make of the Triton kernels, for targets that need not be here, and what a launch costs the host.
+
+python benchmarks/compiled_kernels.py
+
+Loads and stores are those of the main path: the loop over whole blocks, in which a thread handles 8 weights a round.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from common import where
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cwd_wrap.kernels import _triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+WEIGHTS_A_THREAD = _triton.BLOCK // _triton.THREADS
+AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A rule, the types that it is compiled for (output, then inputs), and whether addresses are promised aligned."""
+
+    rule: Any
+    types: tuple[tl.dtype, ...]
+    aligned: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.rule.__name__[1:]} {' '.join(map(str, self.types))}{'' if self.aligned else ', unaligned'}"
+
+
+@dataclass(frozen=True)
+class Code:
+    """``loads`` and ``stores`` of one round of the main path, as {bits: number}; ``stack`` in bytes a thread."""
+
+    loads: Counter[int]
+    stores: Counter[int]
+    registers: int
+    spills: int
+    stack: int
+
+
+F32, BF16 = tl.float32, tl.bfloat16
+KERNELS = {
+    "direction": Kernel(_triton._along_momentum, (F32,) * 4),
+    "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 3),
+    "snapshot": Kernel(_triton._from_snapshot, (F32,) * 3),
+    "copy": Kernel(_triton._copy, (F32,) * 2),
+    "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 4),
+    "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, BF16, F32, BF16)),
+    "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 3),
+}
+
+
+def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
+    """Compile as `_triton._launch` would on ``target``, and read what came out."""
+    types = [*kernel.types, None, None][:4]
+    in_place = kernel.rule is not _triton._copy
+    constants = {
+        "RULE": kernel.rule,
+        **dict(zip(("OUT", "FIRST", "SECOND", "THIRD"), types, strict=True)),
+        "COLUMN": 0 if in_place else len(kernel.types) - 1,
+        "WIDE": tl.float32,
+        "ALIGNED": kernel.aligned,
+        "STRICT": False,
+        "COUNT": False,
+        "BLOCK": _triton.BLOCK,
+        "counts": None,
+    }
+    names = _triton._sweep.arg_names
+    pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "strengths": "*i64", "coefficients": "*fp32"}
+    source = ASTSource(
+        _triton._sweep,
+        {name: pointers.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "tensors"},
+    )
+    options = {"num_warps": _triton.THREADS // target.warp_size, "enable_fp_fusion": False, **options}
+    assembly = triton.compile(source, target=target, options=options).asm
+    return _read_cuda(assembly) if target.backend == "cuda" else _read_amd(assembly["amdgcn"])
+
+
+def _read_cuda(assembly: dict[str, Any]) -> Code:
+    found = re.findall(r"(?<!\S)(ld|st)\.global(?:\.v(\d))?\.\w(\d+)", _main_path(assembly["ptx"], r"\$L__BB"))
+    widths = [(kind, int(lanes or 1) * int(bits)) for kind, lanes, bits in found]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(assembly["cubin"])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Code(_count(widths, "ld"), _count(widths, "st"), used["REG"], used["LOCAL"], used["STACK"])
+
+
+def _read_amd(assembly: str) -> Code:
+    main = _main_path(assembly, r"\.LBB")
+    found = re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", main)
+    widths = [(kind, AMD_BITS[size]) for kind, size in found]
+    used = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    spills = used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    return Code(
+        _count(widths, "load"), _count(widths, "store"), used["vgpr_count"], spills, used["private_segment_fixed_size"]
+    )
+
+
+def _main_path(assembly: str, label: str) -> str:
+    """The one basic block that branches back to its own beginning and stores."""
+    blocks = re.split(rf"^({label}\w+):", assembly, flags=re.MULTILINE)[1:]
+    loops = [
+        body
+        for name, body in zip(blocks[::2], blocks[1::2], strict=True)
+        if re.search(rf"bra\w*\s+{re.escape(name)}\b", body) and re.search(r"st\.global|_store_", body)
+    ]
+    (loop,) = loops
+    return loop
+
+
+def _count(widths: list[tuple[str, int]], kind: str) -> Counter[int]:
+    return Counter(bits for found, bits in widths if found == kind)
+
+
+class _NoDriver:
+    """Stands in for a driver, so that Triton prepares launches for an sm_90 that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["sm_90"]
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[dict[str, int]]:
+    """Compile nothing and launch nothing, but count: {"compiled": ..., "launched": ...}."""
+    counted = {"compiled": 0, "launched": 0}
+
+    class Launcher(mock.Mock):
+        def run(self, *args: object) -> None:
+            counted["launched"] += 1
+
+    def compiled(function: Any, key: object, signature: object, device: int, *args: object) -> Launcher:
+        counted["compiled"] += 1
+        function.device_caches[device][0][key] = launcher
+        return launcher
+
+    launcher = Launcher()
+    jit = type(_triton._sweep)
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", _NoDriver()),
+        mock.patch.object(jit, "_do_compile", compiled),
+        mock.patch.dict(_triton._sweep.device_caches, clear=True),
+    ):
+        yield counted
+
+
+def host_microseconds(tensors: int, calls: int, schedule: bool) -> float:
+    """Median time of a call of `decay_along` on so many tensors with tables that are warm; nothing is launched."""
+    w, m, g = ([torch.zeros(8) for _ in range(tensors)] for _ in range(3))
+    seconds = []
+    with stubbed():
+        for call in range(calls + 3):
+            eta_lam = 1e-4 * (call if schedule else 1)
+            strengths, a, b = [eta_lam] * tensors, [0.9] * tensors, [1 - 0.9] * tensors
+            start = time.perf_counter()
+            _triton.decay_along(w, m, g, a, b, strengths, strict=False, count=False)
+            seconds.append(time.perf_counter() - start)
+    return sorted(seconds[3:])[calls // 2] * 1e6
+
+
+def _widths(counted: Counter[int]) -> str:
+    return " + ".join(f"{number} x {bits}" for bits, number in sorted(counted.items(), reverse=True))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"{where()}; triton {triton.__version__}\n")
+    print(f"{'kernel':36}{'target':8}{'loads x bits':>22}{'stores x bits':>15}{'registers':>11}{'spills':>8}{'stack':>7}")
+    unaligned = {f"{name}, unaligned": replace(KERNELS[name], aligned=False) for name in ("direction", "snapshot")}
+    for name, kernel in (KERNELS | unaligned).items():
+        for arch, target in TARGETS.items():
+            code = compile_kernel(kernel, target)
+            loads, stores = _widths(code.loads), _widths(code.stores)
+            print(f"{name:36}{arch:8}{loads:>22}{stores:>15}{code.registers:11}{code.spills:8}{code.stack:7}")
+    print(f"\n{'host microseconds of a call, nothing launched':48}{'constant lr':>14}{'lr changes':>12}")
+    for tensors in (3, 300, 3000):
+        constant, scheduled = (host_microseconds(tensors, 51, schedule) for schedule in (False, True))
+        print(f"{f'direction, {tensors} tensors':48}{constant:14.0f}{scheduled:12.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Writes optimizers.md: every optimizer of the conformance test, the path it takes, and whether the rule holds.
+
+python docs/make_optimizer_table.py            (needs the test extra: the optimizers themselves)
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent / "tests"))
+
+from test_conformance import LAM, make_groups  # noqa: E402
+from zoo import Case, cases  # noqa: E402
+
+from cwd_wrap import CautiousDecay  # noqa: E402
+
+HEAD = """# Which optimizers it holds for
+
+Made by `python docs/make_optimizer_table.py` from the table that [the conformance test](../tests/test_conformance.py)
+runs: for each step of each optimizer, the wrapped result must be the optimizer's own step with its decay off, plus the
+rule in float64, to one rounding (four where the decay comes before the step). **{holds} optimizers hold**, {other} do not
+or cannot be run here, and the reason stands beside them.
+
+- *direction*: the mask is known before the step, no memory is needed. *snapshot*: a copy of the decaying weights is.
+- The path is that of the registered defaults. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's turn
+  *direction* into *snapshot*; `repr(optimizer)` tells.
+- Where eta is not `lr`, it is what the optimizer multiplies its own decay by. *given*: there is no usable learning rate, pass
+  `step_size=`.
+- *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own, so that decay acts weaker.
+- Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
+  prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.
+
+| optimizer | path | holds | remarks |
+|---|---|---|---|
+"""
+
+
+def row(case: Case) -> str:
+    if case.refused:
+        return f"| {case.name} | - | no | {case.refused} |"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = CautiousDecay(
+            case.build(make_groups(case, LAM)),
+            None if case.decay_key else LAM,
+            step_size=(lambda _: 1.0) if case.eta == "given" else None,
+        )
+    remarks = [
+        f"eta: {case.eta}" if case.eta != "lr" else "",
+        "no `weight_decay` of its own: pass `lam=`" if not case.decay_key else "",
+        f"has a second decay, `{case.decays}`, which stays" if case.decays and "1d" not in case.decays else "",
+        "`weight_decay_1d` is switched off with it" if case.decays and "1d" in case.decays else "",
+        "keeps its trust ratio in groups that decay" if case.adapts is not None else "",
+        f"fades: {case.fades}" if case.fades else "",
+        "`step` needs a closure" if case.closure else "",
+        "gradients need a graph" if case.create_graph else "",
+        "only rows in the sparse gradient decay" if case.sparse else "",
+        "matrices only" if case.dims == (2,) else "",
+    ]
+    path = "snapshot" if wrapped.snapshot_bytes or case.sparse else "direction"
+    return f"| {case.name} | {path} | yes | {'; '.join(filter(None, remarks))} |"
+
+
+def page() -> str:
+    found = cases()
+    holds = sum(case.refused is None for case in found)
+    return HEAD.format(holds=holds, other=len(found) - holds) + "\n".join(map(row, found)) + "\n"
+
+
+if __name__ == "__main__":
+    (DOCS / "optimizers.md").write_text(page())
