@@ -41,9 +41,10 @@ def check_group(group: Group, index: int, fallback: float | None, step_size: Ste
             "leave differentiable off"
         )
         raise ValueError(msg)
-    check(lam(group, fallback), "weight_decay", f"param group {index} of {owner}")
+    where = f"param group {index} of {owner}"
+    check(lam(group, fallback), "weight_decay", where)
     if step_size is None and decays(group, fallback):
-        eta(group, f"param group {index} of {owner}")
+        eta(group, where)
 
 
 def lam(group: Group, fallback: float | None) -> float | Tensor:
@@ -67,13 +68,19 @@ def eta_lam(group: Group, index: int, fallback: float | None, step_size: StepSiz
     where = f"param group {index} of {owner}"
     strength = lam(group, fallback)
     check(strength, "weight_decay", where)
-    if not decays(group, fallback):
+    if not decays(group, fallback) or _stands_still(group):
         return 0.0
     if step_size is None:
         return eta(group, where) * strength
     size = step_size(group)
     check(size, "the step size that step_size= returned", where)
     return size * strength
+
+
+def _stands_still(group: Group) -> bool:
+    """A learning rate of 0 is no step, so no decay, whatever eta is: distributed checkpoints step so to make state."""
+    lr = group.get("lr")
+    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
 
 
 def eta(group: Group, where: str) -> float | Tensor:
@@ -98,6 +105,7 @@ def eta(group: Group, where: str) -> float | Tensor:
             "give the group a learning rate, or pass step_size=, a function of the group that returns it"
         )
         raise ValueError(msg)
+    check(lr, "lr", where)
     if group.get("corrected_weight_decay"):
         max_lr: float | Tensor = group["max_lr_snapshot"]
         return lr**2 / max_lr

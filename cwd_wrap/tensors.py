@@ -8,10 +8,11 @@ from torch import Tensor
 
 def plain(t: Tensor) -> Tensor:
     """``t`` without autograd, as real numbers, and only this rank's shard of it: a view, never a copy."""
-    # A DTensor can only exist once its module has been imported; importing it here would slow down everyone else.
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(t, distributed.DTensor):
-        t = t.to_local()
+    # A DTensor exists only once its module has been imported; importing it here would slow down everyone else.
+    for module in ("torch.distributed.tensor", "torch.distributed._tensor"):  # the second up to torch 2.4
+        distributed = getattr(sys.modules.get(module), "DTensor", None)
+        if distributed is not None and isinstance(t, distributed):
+            t = t.to_local()
     t = t.detach()
     return torch.view_as_real(t) if t.is_complex() else t
 

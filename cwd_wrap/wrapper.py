@@ -1,16 +1,10 @@
-"""An optimizer around an optimizer: the whole contract of torch.optim.Optimizer, and the course of a step, once.
+"""The course of a step: the base steps with its decay off, and the rule that a subclass names is carried out too."""
 
-The wrapper owns no parameter, no group and no state: ``param_groups``, ``state`` and ``defaults`` are the base's own
-objects, looked up each time, since schedulers, checkpoints and engines replace them. What is forwarded is forwarded by
-name; there is no ``__getattr__``, so that GradScaler meets a plain optimizer, unscales for it and skips for it.
-"""
-
-import functools
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +12,7 @@ from torch.optim import Optimizer
 
 from cwd_wrap import kernels, quirks, strength
 from cwd_wrap.batch import Batch, Report, Rows, Tally
+from cwd_wrap.contract import Contract, Group, with_hooks
 from cwd_wrap.decay_off import DecayOff
 from cwd_wrap.directions import Direction
 from cwd_wrap.over import make
@@ -28,47 +23,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Closure = Callable[[], float]
-Group = dict[str, Any]
-StepFunction = TypeVar("StepFunction", bound=Callable[..., Any])
 
 
-def _forwarded(name: str) -> property:
-    """The base's attribute of that name; where the base has none, the wrapper has none either (AttributeError)."""
-    return property(lambda self: getattr(self.base_optimizer, name))
-
-
-def _with_hooks(step: StepFunction) -> StepFunction:
-    """Fire the wrapper's own step hooks around ``step``.
-
-    torch patches every ``step`` to do so, unless it is marked as ``hooked``; but its patch would fire the global hooks
-    as well, which the base's step does already, and they count steps (the profiler's do).
-    """
-
-    @functools.wraps(step)
-    def hooked(self: "OptimizerWrapper", *args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            arguments: tuple[Any, ...] = (self, *args)
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                changed = pre_hook(self, arguments, kwargs)
-                if changed is not None:
-                    arguments, kwargs = changed
-            result = step(*arguments, **kwargs)
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, arguments, kwargs)
-            return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]
-    return cast("StepFunction", hooked)
-
-
-class OptimizerWrapper(Optimizer):
+class OptimizerWrapper(Contract):
     """What `CautiousDecay` and its siblings share; a subclass names its rule.
 
     The base is stepped with every group's ``weight_decay`` at 0, which is restored whatever is raised; the decay is
     the wrapper's.
     """
 
-    base_optimizer: Optimizer
     observer: Callable[[Report], object] | None
     """Called with a `Report` after each step, if set. Like hooks, it is not pickled."""
 
@@ -107,14 +70,7 @@ class OptimizerWrapper(Optimizer):
         return cast("type[Self]", make(cls, base_class, tuple(sorted(options.items()))))
 
     def _start(self) -> None:
-        """Make what is neither a setting nor the base's: at construction and after unpickling."""
-        # Optimizer.__init__ would build groups and state of its own; these are the other things it makes.
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        super()._start()
         self._snapshots = Snapshots()
         self.observer = None
 
@@ -132,87 +88,10 @@ class OptimizerWrapper(Optimizer):
         """Carry the rule out on weights that have been stepped; return how many were decayed if observed."""
         raise NotImplementedError
 
-    # ---- torch.optim.Optimizer: the base's own objects, always fresh
+    # ---- for users
 
-    @property
-    def param_groups(self) -> list[Group]:
-        """The base's param groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[Group]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The base's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the base does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group to the base. One that names no ``weight_decay`` gets ``lam``, if that was given."""
-        named = "weight_decay" in param_group
-        strength.check_group(self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner)
-        self.base_optimizer.add_param_group(param_group)
-        added = self.param_groups[-1]
-        if self.lam is not None and not named and "weight_decay" in added:
-            added["weight_decay"] = self.lam
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, key for key: a checkpoint of the plain optimizer and one of this are the same."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base, or of this. Its ``weight_decay`` is the decay from here on, as with torch."""
-        state_dict = state_dict.copy()  # the hooks may change it, the caller's stays
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        self.base_optimizer.load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("base_optimizer", *self._settings)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" not in state:  # what Optimizer.load_state_dict hands over: state and param_groups
-            self.base_optimizer.__setstate__(state)
-            return
-        self.__dict__.update(state)
-        self._start()
-
-    # Trainer and accelerate ask for train and eval, timm's train.py for the others; each exists where the base has it.
-    train = _forwarded("train")
-    eval = _forwarded("eval")
-    is_second_order = _forwarded("is_second_order")
-    sync_lookahead = _forwarded("sync_lookahead")
-
-    # ---- the step
-
-    @_with_hooks
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled, the decay put back would be lost (torch 2.14)
+    @with_hooks
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One step of the base with its decay off, and the wrapper's own decay.
 
@@ -220,83 +99,36 @@ class OptimizerWrapper(Optimizer):
         row without one where gradients are sparse, is not decayed. Raises ValueError where a group's ``weight_decay``
         or step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
-        if self._snapshot_reason() is None:
-            return self._step_along(closure)
-        return self._step_from_snapshot(closure)
-
-    def _step_along(self, closure: Closure | None) -> float | None:
-        """Decay along the direction of the coming update, then step: nothing is copied."""
         loss = None
-        if closure is not None:
+        if closure is not None and self._snapshot_reason() is None:
             with torch.enable_grad():
                 loss = closure()
-        switch, rows, tally = DecayOff(self.base_optimizer), list[Rows](), Tally()
-
-        def last_moment(*_: object) -> None:
-            eta_lams = self._eta_lams()
-            switch.off()
-            with torch.no_grad():
-                self._decay_along(eta_lams, rows, tally)
-
-        # As the base's last hook, so that gradients which another hook still changes (clipping) are seen as the step
-        # will see them, and a step that somebody skips is a step that does not decay.
-        handle = self.base_optimizer.register_step_pre_hook(last_moment)
+            closure = None
+        course = _Course(self, closure)
+        # As the base's last hook, so that gradients and decays which another hook still changes (clipping, a schedule)
+        # are seen as the step will see them, and a step that somebody skips is a step that does not decay.
+        handle = self.base_optimizer.register_step_pre_hook(course.begin) if self._base_fires_hooks() else None
         try:
-            self.base_optimizer.step()
+            if handle is None:
+                course.begin()
+            else:
+                course.switch.off()
+            stepped = self.base_optimizer.step() if closure is None else self.base_optimizer.step(course.closure)
         finally:
-            handle.remove()
-            switch.on()
-        with torch.no_grad():
-            self._decay_rows(rows, tally)
-        self._report(tally)
-        return loss
+            if handle is not None:
+                handle.remove()
+            course.switch.on()
+        course.end()
+        return stepped if loss is None else loss
 
-    def _step_from_snapshot(self, closure: Closure | None) -> float | None:
-        """Copy the weights, step, and decay those that the step took towards zero."""
-        eta_lams = self._eta_lams()
-        members = [(p, i) for p, i in self._members(eta_lams) if closure is not None or p.grad is not None]
-        stepped = {id(p) for p, _ in members if p.grad is not None}
-        switch, rows, tally = DecayOff(self.base_optimizer), list[Rows](), Tally()
-
-        def forwarded() -> float:
-            nonlocal eta_lams, stepped
-            switch.on()
-            with torch.enable_grad():
-                loss = cast("Closure", closure)()
-            eta_lams = self._eta_lams()
-            stepped = {id(p) for p, _ in members if p.grad is not None}
-            switch.off()
-            return loss
-
-        with torch.no_grad():
-            if closure is None:
-                rows = [Rows.of(p, p.grad, eta_lams[i]) for p, i in members if p.grad is not None and p.grad.is_sparse]
-                members = [(p, i) for p, i in members if not _is_sparse(p)]
-            copies = self._snapshots.take([p for p, _ in members], [plain(p) for p, _ in members])
-        switch.off()
-        try:
-            loss = self.base_optimizer.step() if closure is None else self.base_optimizer.step(forwarded)
-        finally:
-            switch.on()
-        with torch.no_grad():
-            batches: dict[object, Batch] = defaultdict(Batch)
-            for (p, i), x in zip(members, copies, strict=True):
-                if id(p) not in stepped or _is_zero(eta_lams[i]):
-                    continue
-                if _is_sparse(p):
-                    indices = sparse_indices(cast("Tensor", p.grad))
-                    rows.append(Rows(p, indices, x[indices], eta_lams[i]))
-                    continue
-                w = plain(p)
-                batch = batches[w.device, w.dtype]
-                batch.w.append(w)
-                batch.x.append(x)
-                batch.eta_lam.append(eta_lams[i])
-            for batch in batches.values():
-                tally.add(batch, self._after_step(kernels.choose(self.backend, batch.w[0].device), batch))
-            self._decay_rows(rows, tally)
-        self._report(tally)
-        return loss
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group to the base. One that names no ``weight_decay`` gets ``lam``, if that was given."""
+        named = "weight_decay" in param_group
+        strength.check_group(self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner)
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        if self.lam is not None and not named and "weight_decay" in added:
+            added["weight_decay"] = self.lam
 
     def drop_snapshot(self) -> None:
         """Give back the memory of the snapshot; the next step takes it anew. Nothing happens where none was taken."""
@@ -310,15 +142,14 @@ class OptimizerWrapper(Optimizer):
         """
         if self._snapshot_reason() is None:
             return 0
-        parameters = [
-            p
+        parameters = {
+            id(p): plain(p)
             for group in self.param_groups
             if strength.decays(group, self.lam)
             for p in group["params"]
-            if p.requires_grad
-        ]
-        local = [plain(p) for p in {id(p): p for p in parameters if not _is_sparse(p)}.values()]
-        return sum(t.numel() * t.element_size() for t in local)
+            if p.requires_grad and (p.grad is None or not p.grad.is_sparse)
+        }
+        return sum(t.numel() * t.element_size() for t in parameters.values())
 
     def __repr__(self) -> str:
         lams = [strength.lam(group, self.lam) for group in self.param_groups]
@@ -359,6 +190,8 @@ class OptimizerWrapper(Optimizer):
 
     def _give_lam(self) -> None:
         """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a group is unfit."""
+        for i, group in enumerate(self.param_groups):
+            strength.check(strength.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
         has_decay = [strength.decays(group, None) or "weight_decay" not in group for group in self.param_groups]
         chosen = [self.lam is not None and (has or not any(has_decay)) for has in has_decay]
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
@@ -390,28 +223,102 @@ class OptimizerWrapper(Optimizer):
                 return reason
         return None
 
-    def _members(self, eta_lams: list[float | Tensor]) -> Iterator[tuple[Tensor, int]]:
+    def _base_fires_hooks(self) -> bool:
+        """Some optimizers skip Optimizer.__init__, and with it the hooks."""
+        return getattr(type(self.base_optimizer).step, "hooked", False) and hasattr(
+            self.base_optimizer, "_optimizer_step_pre_hooks"
+        )
+
+
+class _Course:
+    """One step: what is done at the last moment before the base's own, and after it."""
+
+    def __init__(self, wrapper: OptimizerWrapper, closure: Closure | None) -> None:
+        self.switch = DecayOff(wrapper.base_optimizer)
+        self._wrapper = wrapper
+        self._given_closure = closure
+        self._begun = False
+        self._eta_lams: list[float | Tensor] = []
+        self._copied: list[tuple[Tensor, int, Tensor]] = []  # parameter, its group's index, the weights from before
+        self._stepped: set[int] = set()
+        self._rows: list[Rows] = []
+        self._tally = Tally()
+
+    @torch.no_grad()
+    def begin(self, *_: object) -> None:
+        """Decay along the direction of the coming update or, where that is not known, copy the weights."""
+        if self._begun:  # a step that calls its parent's fires the hooks twice
+            return
+        self._begun = True
+        self.switch.on()
+        self._eta_lams = self._wrapper._eta_lams()
+        along = self._wrapper._snapshot_reason() is None
+        self.switch.off()
+        members = list(self._members())
+        if self._given_closure is None:
+            stepped = [(p, i, p.grad) for p, i in members if p.grad is not None]
+            self._rows = [Rows.of(p, g, self._eta_lams[i]) for p, i, g in stepped if g.is_sparse]
+            members = [(p, i) for p, i, g in stepped if not g.is_sparse]
+        if along:
+            self._decay_along(members)
+            return
+        copies = self._wrapper._snapshots.take([p for p, _ in members], [plain(p) for p, _ in members])
+        self._copied = [(p, i, x) for (p, i), x in zip(members, copies, strict=True)]
+        self._stepped = {id(p) for p, _ in members if p.grad is not None}
+
+    def closure(self) -> float:
+        """The user's closure, for the base to call: it sees the decay, may schedule it, and makes the gradients."""
+        self.switch.on()
+        with torch.enable_grad():
+            loss = cast("Closure", self._given_closure)()
+        self._eta_lams = self._wrapper._eta_lams()
+        self._stepped = {id(p) for p, _, _ in self._copied if p.grad is not None}
+        self.switch.off()
+        return loss
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Decay what was copied and has been stepped, and report."""
+        batches: dict[object, Batch] = defaultdict(Batch)
+        for p, i, x in self._copied:
+            if id(p) not in self._stepped or _is_zero(self._eta_lams[i]):
+                continue
+            if p.grad is not None and p.grad.is_sparse:
+                indices = sparse_indices(p.grad)
+                self._rows.append(Rows(p, indices, x[indices], self._eta_lams[i]))
+                continue
+            w = plain(p)
+            batch = batches[w.device, w.dtype]
+            batch.w.append(w)
+            batch.x.append(x)
+            batch.eta_lam.append(self._eta_lams[i])
+        for batch in batches.values():
+            self._carry_out(self._wrapper._after_step, batch)
+        for parameter, indices, before, eta_lam in self._rows:
+            w = plain(parameter)
+            batch = Batch(eta_lam=[eta_lam], w=[w[indices]], x=[before])
+            self._carry_out(self._wrapper._after_step, batch)
+            w[indices] = batch.w[0]
+        if self._wrapper.observer is not None:
+            self._wrapper.observer(Report(self._tally.active, self._tally.total))
+
+    def _members(self) -> Iterator[tuple[Tensor, int]]:
         """Each parameter that decays, once, with its group's index. Walked afresh: engines replace parameters."""
         seen: set[int] = set()
-        for i, group in enumerate(self.param_groups):
-            if _is_zero(eta_lams[i]):
+        for i, group in enumerate(self._wrapper.param_groups):
+            if _is_zero(self._eta_lams[i]):
                 continue
             for p in group["params"]:
                 if id(p) not in seen:
                     seen.add(id(p))
                     yield p, i
 
-    def _decay_along(self, eta_lams: list[float | Tensor], rows: list[Rows], tally: Tally) -> None:
+    def _decay_along(self, members: list[tuple[Tensor, int]]) -> None:
         batches: dict[object, Batch] = defaultdict(Batch)
-        of_group = [self._direction(group) for group in self.param_groups]
-        for p, i in self._members(eta_lams):
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
-                rows.append(Rows.of(p, p.grad, eta_lams[i]))
-                continue
-            m, a, b = cast("Direction", of_group[i]).of(self.state.get(p, {}))
-            w, g = plain(p), plain(p.grad)
+        of_group = [self._wrapper._direction(group) for group in self._wrapper.param_groups]
+        for p, i in members:
+            m, a, b = cast("Direction", of_group[i]).of(self._wrapper.state.get(p, {}))
+            w, g = plain(p), plain(cast("Tensor", p.grad))
             m = None if m is None else plain(m)
             batch = batches[w.device, w.dtype, g.dtype, None if m is None else m.dtype]
             batch.w.append(w)
@@ -419,20 +326,13 @@ class OptimizerWrapper(Optimizer):
             batch.m.append(m)
             batch.a.append(a)
             batch.b.append(b)
-            batch.eta_lam.append(eta_lams[i])
+            batch.eta_lam.append(self._eta_lams[i])
         for batch in batches.values():
-            tally.add(batch, self._before_step(kernels.choose(self.backend, batch.w[0].device), batch))
+            self._carry_out(self._wrapper._before_step, batch)
 
-    def _decay_rows(self, rows: list[Rows], tally: Tally) -> None:
-        for parameter, indices, before, eta_lam in rows:
-            w = plain(parameter)
-            batch = Batch(eta_lam=[eta_lam], w=[w[indices]], x=[before])
-            tally.add(batch, self._after_step(kernels.choose(self.backend, batch.w[0].device), batch))
-            w[indices] = batch.w[0]
-
-    def _report(self, tally: Tally) -> None:
-        if self.observer is not None:
-            self.observer(Report(tally.active, tally.total))
+    def _carry_out(self, rule: Callable[[ModuleType, Batch], int | Tensor], batch: Batch) -> None:
+        kernel = kernels.choose(self._wrapper.backend, batch.w[0].device)
+        self._tally.add(batch, rule(kernel, batch))
 
 
 def _layers(optimizer: object) -> Iterator[Optimizer]:
@@ -445,7 +345,3 @@ def _layers(optimizer: object) -> Iterator[Optimizer]:
 
 def _is_zero(eta_lam: float | Tensor) -> bool:
     return not isinstance(eta_lam, Tensor) and eta_lam == 0
-
-
-def _is_sparse(parameter: Tensor) -> bool:
-    return parameter.grad is not None and parameter.grad.is_sparse

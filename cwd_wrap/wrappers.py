@@ -8,9 +8,10 @@ from torch.optim import Optimizer
 
 from cwd_wrap import directions
 from cwd_wrap.batch import Batch
+from cwd_wrap.contract import Group
 from cwd_wrap.directions import Direction
 from cwd_wrap.strength import StepSize
-from cwd_wrap.wrapper import Group, OptimizerWrapper
+from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update",)
 

@@ -25,10 +25,11 @@ ARROWS: dict[str, set[str]] = {
     "kernels._eager": set(),
     "kernels": {"kernels._eager", "kernels._triton"},
     "kernels._triton": {"kernels._eager"},
+    "contract": set(),
     "wrapper": {
-        "batch", "decay_off", "directions", "kernels", "over", "quirks", "snapshot", "strength", "tensors",
+        "batch", "contract", "decay_off", "directions", "kernels", "over", "quirks", "snapshot", "strength", "tensors",
     },
-    "wrappers": {"batch", "directions", "strength", "wrapper"},
+    "wrappers": {"batch", "contract", "directions", "strength", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip

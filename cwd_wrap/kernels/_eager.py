@@ -86,7 +86,7 @@ def _decay_unless_opposed(
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``). ``d`` is used up; ``w`` is ``out`` or a copy.
 
     d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
-    comparing signs. The mask is exact unless d and x are both denormal; where d is infinite or x is 0 it may read 0.
+    comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
     """
     d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
     mask = d.lt_(0) if strict else d.le_(0)

@@ -1,0 +1,138 @@
+"""What torch and its users require of an optimizer, for one that is put around another. All of it but the step.
+
+It owns no parameter, no group and no state: ``param_groups``, ``state`` and ``defaults`` are the base's own objects,
+looked up each time, since schedulers, checkpoints and engines replace them. What is forwarded is forwarded by name;
+there is no ``__getattr__``, so that GradScaler meets a plain optimizer, unscales for it and skips for it.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+StepFunction = TypeVar("StepFunction", bound=Callable[..., Any])
+
+
+def _forwarded(name: str) -> property:
+    """The base's attribute of that name; where the base has none, the wrapper has none either (AttributeError)."""
+    return property(lambda self: getattr(self.base_optimizer, name))
+
+
+def with_hooks(step: StepFunction) -> StepFunction:
+    """Fire the wrapper's own step hooks around ``step``.
+
+    torch patches every ``step`` to do so, unless it is marked as ``hooked``; but its patch would fire the global hooks
+    as well, which the base's step does already, and they count steps (the profiler's do).
+    """
+
+    @functools.wraps(step)
+    def hooked(self: "Contract", *args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            arguments: tuple[Any, ...] = (self, *args)
+            for pre_hook in self._optimizer_step_pre_hooks.values():
+                changed = pre_hook(self, arguments, kwargs)
+                if changed is None:
+                    continue
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), got {changed!r:.80}"
+                    raise RuntimeError(msg)
+                arguments, kwargs = changed
+            result = step(*arguments, **kwargs)
+            for post_hook in self._optimizer_step_post_hooks.values():
+                post_hook(self, arguments, kwargs)
+            return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]
+    return cast("StepFunction", hooked)
+
+
+class Contract(Optimizer):
+    """torch.optim.Optimizer around ``base_optimizer``; what a subclass wants pickled it names in ``_settings``."""
+
+    base_optimizer: Optimizer
+    _settings: ClassVar[tuple[str, ...]] = ()
+
+    def _start(self) -> None:
+        """Make what is neither a setting nor the base's: at construction and after unpickling."""
+        # Optimizer.__init__ would build groups and state of its own; these are the other things it makes.
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The base's param groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[Group]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base does."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group to the base."""
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, key for key: a checkpoint of the plain optimizer and one of this are the same."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the base, or of this. Its ``weight_decay`` is the decay from here on, as with torch."""
+        state_dict = state_dict.copy()  # the hooks may change it, the caller's stays
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.base_optimizer.load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("base_optimizer", *self._settings)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base_optimizer" not in state:  # what Optimizer.load_state_dict hands over: state and param_groups
+            self.base_optimizer.__setstate__(state)
+            return
+        self.__dict__.update(state)
+        self._start()
+
+    # Trainer and accelerate ask for train and eval, timm's train.py for the others; each exists where the base has it.
+    train = _forwarded("train")
+    eval = _forwarded("eval")
+    is_second_order = _forwarded("is_second_order")
+    sync_lookahead = _forwarded("sync_lookahead")

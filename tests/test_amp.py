@@ -1,0 +1,125 @@
+"""GradScaler meets a plain optimizer in the wrapper: it unscales for it, and skips it where gradients overflow."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import both_paths, loss_of, net, same, values
+from torch.amp import GradScaler
+from torch.optim import SGD, Adam, AdamW
+
+from cwd_wrap import CautiousDecay
+
+BASES = {
+    "SGD": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.5),
+    "SGD-fused": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.5, fused=True),
+    "Adam-fused": lambda params: Adam(params, lr=0.01, weight_decay=0.5, fused=True),
+    "AdamW": lambda params: AdamW(params, lr=0.01, weight_decay=0.5),
+    "AdamW-fused": lambda params: AdamW(params, lr=0.01, weight_decay=0.5, fused=True),
+}
+bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
+
+
+def scaler() -> GradScaler:
+    """A scale that is a power of two: unscaling is exact."""
+    return GradScaler("cpu", init_scale=1024.0)
+
+
+def scaled_step(model: torch.nn.Module, opt: Any, scale: GradScaler, step: int, *, clip: bool = False) -> None:
+    opt.zero_grad()
+    scale.scale(loss_of(model, step)).backward()
+    if clip:
+        scale.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scale.step(opt)
+    scale.update()
+
+
+def plain_step(model: torch.nn.Module, opt: Any, step: int, *, clip: bool = False) -> None:
+    opt.zero_grad()
+    loss_of(model, step).backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    opt.step()
+
+
+@bases
+def test_the_wrapper_does_not_claim_to_unscale(build: Any) -> None:
+    """Fused bases unscale by themselves and say so by a flag; the wrapper, fused base or not, has no such flag."""
+    opt = CautiousDecay(build(net().parameters()))
+
+    assert not getattr(opt, "_step_supports_amp_scaling", False)
+
+
+@both_paths
+@bases
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale-clip-step"])
+def test_training_with_a_scaler_equals_training_without(build: Any, clip: bool, snapshot: bool) -> None:
+    """Gradients scaled by 1024 and unscaled again give the same weights, bit for bit, clipped or not."""
+    ours, plain = net(), net()
+    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    scale = scaler()
+    for step in range(3):
+        scaled_step(ours, opt, scale, step, clip=clip)
+        plain_step(plain, other, step, clip=clip)
+
+    assert torch.equal(values(plain), values(ours))
+
+
+@both_paths
+@bases
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_overflow_changes_nothing(build: Any, bad: float, snapshot: bool) -> None:
+    """A step with an infinite gradient is skipped: weights and state stay bit-identical, nothing decays."""
+    model, scale = net(), scaler()
+    opt = CautiousDecay(build(model.parameters()), snapshot=snapshot)
+    scaled_step(model, opt, scale, 0)
+    before, state = values(model), opt.state_dict()
+    state = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
+    opt.zero_grad()
+    scale.scale(loss_of(model, 1)).backward()
+    next(model.parameters()).grad[0, 0] = bad
+    scale.step(opt)
+    scale.update()
+
+    assert torch.equal(before, values(model))
+    assert same(state, opt.state_dict())
+    assert 512.0 == scale.get_scale()
+
+
+@both_paths
+@bases
+def test_training_goes_on_after_an_overflow(build: Any, snapshot: bool) -> None:
+    """The step after a skipped one is as if the skipped one had never been tried."""
+    ours, plain = net(), net()
+    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    scale = scaler()
+    scale.scale(loss_of(ours, 0)).backward()
+    next(ours.parameters()).grad[0, 0] = float("inf")
+    scale.step(opt)
+    scale.update()
+    scaled_step(ours, opt, scale, 1)
+    plain_step(plain, other, 1)
+
+    assert torch.equal(values(plain), values(ours))
+
+
+@both_paths
+def test_a_disabled_scaler_steps_the_wrapper(snapshot: bool) -> None:
+    """GradScaler(enabled=False) is no scaler: the step is taken, with the decay."""
+    ours, plain = net(), net()
+    opt, other = (CautiousDecay(BASES["AdamW"](m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    scaled_step(ours, opt, GradScaler("cpu", enabled=False), 0)
+    plain_step(plain, other, 0)
+
+    assert torch.equal(values(plain), values(ours))
+
+
+@bases
+def test_nothing_of_the_scaler_stays_on_the_base(build: Any) -> None:
+    """After a scaled step the base has neither grad_scale nor found_inf of the scaler."""
+    model = net()
+    opt = CautiousDecay(build(model.parameters()))
+    scaled_step(model, opt, scaler(), 0)
+
+    assert [None, None] == [getattr(opt.base_optimizer, name, None) for name in ("grad_scale", "found_inf")]

@@ -1,0 +1,159 @@
+"""A closure runs with gradients enabled, as often as the base wants it, and decides who takes part in the step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import all_bases, both_paths, loss_of, net, ruled, train, values, weight
+from torch import Tensor
+from torch.optim import LBFGS, SGD, Optimizer
+
+from cwd_wrap import CautiousDecay
+
+
+def closing(model: torch.nn.Module, opt: Optimizer, step: int) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model, step)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@both_paths
+def test_the_closure_runs_once_with_gradients_enabled(snapshot: bool) -> None:
+    """Called under no_grad, the closure still runs with gradients enabled, and once."""
+    opt, enabled = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot), []
+    with torch.no_grad():
+        opt.step(lambda: enabled.append(torch.is_grad_enabled()) or 0.0)
+
+    assert [True] == enabled
+
+
+@both_paths
+def test_the_loss_is_returned(snapshot: bool) -> None:
+    """step(closure) returns what the closure returned, and step() returns None."""
+    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+
+    assert 7.0 == opt.step(lambda: 7.0)
+    assert 7.0 == opt.step(closure=lambda: 7.0)
+    assert opt.step() is None
+
+
+@both_paths
+@all_bases
+def test_a_closure_changes_nothing_else(build: Any, snapshot: bool) -> None:
+    """Training by closures gives, bit for bit, the weights of training by backward() and step()."""
+    ours, plain = net(), net()
+    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    for step in range(3):
+        opt.step(closing(ours, opt, step))
+    train(plain, other, range(3))
+
+    assert torch.equal(values(plain), values(ours))
+
+
+@both_paths
+def test_gradients_may_come_with_the_first_closure(snapshot: bool) -> None:
+    """Lightning runs backward inside step: the first step decays like the second, 1 - 0.1*0.5."""
+    p = weight(1.0)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt.step(lambda: setattr(p, "grad", torch.zeros(1)) or 0.0)
+
+    assert pytest.approx(0.95) == p.item()
+
+
+@both_paths
+def test_gradients_may_go_with_the_closure(snapshot: bool) -> None:
+    """A parameter whose gradient the closure takes away does not take part: it keeps its value."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt.step(lambda: setattr(p, "grad", None) or 0.0)
+
+    assert [1.0, pytest.approx(0.95)] == [p.item(), q.item()]
+
+
+@both_paths
+def test_the_closure_sees_the_decay_strength(snapshot: bool) -> None:
+    """Inside a closure the groups have the weight_decay that the user gave them, not 0."""
+    opt, seen = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot), []
+    opt.step(lambda: seen.append(opt.param_groups[0]["weight_decay"]) or 0.0)
+
+    assert [0.5] == seen
+
+
+def lbfgs(model: torch.nn.Module, **options: Any) -> LBFGS:
+    return LBFGS(model.parameters(), lr=0.1, max_iter=5, **options)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_evaluates_its_closure_as_often_as_alone(search: str | None) -> None:
+    """LBFGS calls the closure many times a step; wrapped, it calls it as often, at the same weights."""
+    seen: list[list[Tensor]] = []
+    for wrap in (lambda base: base, lambda base: CautiousDecay(base, lam=0.5)):
+        model = net()
+        opt, points = wrap(lbfgs(model, line_search_fn=search)), []
+        closure = closing(model, opt, 0)
+        opt.step(lambda c=closure, m=model, at=points: at.append(values(m)) or c())
+        seen.append(points)
+
+    assert 1 < len(seen[0]) == len(seen[1])
+    assert all(map(torch.equal, *seen))
+
+
+def test_lbfgs_decays_once_a_step() -> None:
+    """However many evaluations: the weights are those of LBFGS alone, decayed once by lr * lam where not grown."""
+    plain, ours = net(), net()
+    before = values(plain)
+    alone, opt = lbfgs(plain), CautiousDecay(lbfgs(ours), lam=0.5)
+    first, loss = alone.step(closing(plain, alone, 0)), opt.step(closing(ours, opt, 0))
+
+    torch.testing.assert_close(ruled(before, values(plain), 0.1 * 0.5), values(ours), rtol=1e-6, atol=1e-7)
+    assert first.item() == loss.item()
+
+
+class NoEnableGrad(Optimizer):
+    """Calls its closure under no_grad, as Prodigy and D-Adaptation do."""
+
+    def __init__(self, params: Any) -> None:
+        """Like SGD's."""
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Like SGD's, but for the closure."""
+        loss = None if closure is None else closure()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+        return loss
+
+
+def test_a_base_without_enable_grad_can_backward_in_its_closure() -> None:
+    """The closure of a base that forgets enable_grad runs with gradients: w = 1 - 0.1*2, minus 0.1*0.5*1."""
+    p = weight(1.0)
+    opt = CautiousDecay(NoEnableGrad([p]), lam=0.5)
+
+    def closure() -> float:
+        p.grad = None
+        loss = p.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert 1.0 == opt.step(closure)
+    assert pytest.approx(0.75) == p.item()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        opt.base_optimizer.step(closure)
+
+
+def test_prodigy_can_backward_in_its_closure() -> None:
+    """Prodigy itself calls its closure under no_grad; wrapped, loss.backward() in it works."""
+    prodigyopt = pytest.importorskip("prodigyopt")
+    model = net()
+    opt = CautiousDecay(prodigyopt.Prodigy(model.parameters(), weight_decay=0.5))
+    before = values(model)
+    loss = opt.step(closing(model, opt, 0))
+
+    assert loss_of(net(), 0).item() == pytest.approx(loss.item())
+    assert not torch.equal(before, values(model))

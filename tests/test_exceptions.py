@@ -1,0 +1,308 @@
+"""Errors: which, what their text says (the value, the place, the way out), and that nothing has been changed."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from support import both_paths, weight
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+
+from cwd_wrap import CautiousDecay
+
+NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
+
+
+def sgd(**options: Any) -> SGD:
+    """Two groups, of which both decay."""
+    groups = [{"params": [weight(1.0, grad=[1.0])]}, {"params": [weight(1.0, grad=[1.0])], "weight_decay": 0.25}]
+    return SGD(groups, **{"lr": 0.1, "weight_decay": 0.5, **options})
+
+
+def with_key(base: Optimizer, key: str, value: object, group: int = 1) -> Optimizer:
+    base.param_groups[group][key] = value
+    return base
+
+
+class LookaheadLike(Optimizer):
+    """Keeps the optimizer that it is around under timm's name for it."""
+
+    def __init__(self, base: Optimizer) -> None:
+        """Around ``base``."""
+        super().__init__(base.param_groups, {})
+        self._base_optimizer = base
+
+
+# ------------------------------------------------------------------------------------ what cannot be wrapped
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
+    "a number": (3, {}, TypeError, ["CautiousDecay", "torch.optim.Optimizer", "int", "3"]),
+    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list"]),
+    "a class": (SGD, {}, TypeError, ["SGD(params, ...)", "CautiousDecay.over(SGD)"]),
+    "wrapped": (CautiousDecay(sgd()), {}, ValueError, ["CautiousDecay(SGD", "decay twice", "base_optimizer"]),
+    "wrapped inside": (LookaheadLike(CautiousDecay(sgd())), {}, ValueError, ["CautiousDecay(SGD", "decay twice"]),
+    "unknown mask": (sgd(), {"mask": "sign"}, ValueError, ["'sign'", "'update'"]),
+    "unknown backend": (sgd(), {"backend": "cuda12"}, ValueError, ["'cuda12'", "'eager'", "None"]),
+    "snapshot=False": (
+        LBFGS([weight(1.0)]),
+        {"lam": 0.5, "snapshot": False},
+        ValueError,
+        ["snapshot=False", "LBFGS", "snapshot=None"],
+    ),
+    "snapshot=False, momentum tensor": (
+        with_key(sgd(momentum=0.9), "momentum", torch.tensor(0.9)),
+        {"snapshot": False},
+        ValueError,
+        ["snapshot=False", "SGD", "tensors"],
+    ),
+    "lr None": (with_key(sgd(), "lr", None), {}, ValueError, ["group 1 of SGD", "lr=None", "step_size="]),
+    "relative_step": (
+        with_key(sgd(), "relative_step", value=True),
+        {},
+        ValueError,
+        ["group 1 of SGD", "relative_step=True", "step_size="],
+    ),
+    "differentiable": (
+        sgd(differentiable=True),
+        {},
+        ValueError,
+        ["group 0 of SGD", "differentiable=True", "leave differentiable off"],
+    ),
+    "differentiable, one group": (
+        with_key(sgd(), "differentiable", value=True),
+        {},
+        ValueError,
+        ["group 1 of SGD", "differentiable=True"],
+    ),
+    "step_size a number": (sgd(), {"step_size": 0.1}, TypeError, ["step_size=0.1", "function", "group"]),
+    "lam a string": (sgd(), {"lam": "0.1"}, TypeError, ["lam of CautiousDecay", "'0.1'", "str"]),
+    "lam a list": (sgd(), {"lam": [0.1, 0.2]}, TypeError, ["lam of CautiousDecay", "[0.1, 0.2]"]),
+    **{f"lam={v}": (sgd(), {"lam": v}, ValueError, ["lam", repr(v), "zero or above"]) for v in NOT_DECAYS},
+    **{
+        f"weight_decay={v}": (
+            with_key(sgd(), "weight_decay", v),
+            {},
+            ValueError,
+            ["weight_decay", "group 1 of SGD", repr(v), "zero or above"],
+        )
+        for v in NOT_DECAYS
+    },
+    "weight_decay of two elements": (
+        with_key(sgd(), "weight_decay", torch.tensor([0.1, 0.2])),
+        {},
+        ValueError,
+        ["weight_decay", "group 1 of SGD", "(2,)", "one element"],
+    ),
+    "weight_decay a string": (
+        with_key(sgd(), "weight_decay", "0.1"),
+        {},
+        TypeError,
+        ["weight_decay", "group 1 of SGD", "'0.1'"],
+    ),
+}
+
+
+def contents(base: object) -> object:
+    """Everything in the groups of an optimizer, parameters by identity."""
+    groups = getattr(base, "param_groups", []) if isinstance(base, Optimizer) else []
+    return [{k: [*map(id, v)] if k == "params" else copy.deepcopy(repr(v)) for k, v in g.items()} for g in groups]
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=list(REFUSED))
+def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
+    """The error has the right type, and its text names what came, where, and what to do; the base is as it was."""
+    base, options, error, pieces = case
+    before = contents(base)
+    with pytest.raises(error) as caught:
+        CautiousDecay(base, **options)
+
+    assert error is type(caught.value)
+    assert [] == [piece for piece in pieces if piece not in str(caught.value)]
+    assert before == contents(base)
+
+
+def test_a_refused_lam_is_not_written_into_any_group() -> None:
+    """Group 1 has no learning rate, so group 0 does not get lam either."""
+    base = with_key(sgd(), "lr", None)
+    with pytest.raises(ValueError, match="step_size="):
+        CautiousDecay(base, lam=0.125)
+
+    assert [0.5, 0.25] == [group["weight_decay"] for group in base.param_groups]
+
+
+def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
+    """Lookahead around a wrapped optimizer is refused; the wrapper goes around the Lookahead."""
+    timm = pytest.importorskip("timm.optim")
+    inside = timm.Lookahead(CautiousDecay(sgd()))
+    with pytest.raises(ValueError, match="decay twice"):
+        CautiousDecay(inside)
+
+    assert isinstance(CautiousDecay(timm.Lookahead(sgd())), Optimizer)
+
+
+def test_over_takes_classes_only() -> None:
+    """over() of an instance, or of a class that is no optimizer, says what it takes."""
+    for wrong in (sgd(), torch.nn.Linear, 3):
+        with pytest.raises(TypeError, match=r"over takes a class of optimizers, such as torch.optim.AdamW, got"):
+            CautiousDecay.over(wrong)
+
+
+def test_nothing_to_decay_is_warned_of_once() -> None:
+    """A base in which no group decays gives one warning, which names both ways to give a decay."""
+    with pytest.warns(UserWarning, match=r"nothing to decay.*lam=.*weight_decay=") as caught:
+        CautiousDecay(SGD([weight(1.0)], lr=0.1))
+
+    assert 1 == len(caught)
+    assert __file__ == caught[0].filename
+
+
+# ------------------------------------------------------------------------------------ a step that cannot be taken
+
+UNFIT: dict[str, tuple[str, Any, list[str]]] = {
+    **{f"weight_decay={v}": ("weight_decay", v, ["weight_decay", repr(v), "zero or above"]) for v in NOT_DECAYS},
+    **{f"lr={v}": ("lr", v, ["lr", repr(v)]) for v in NOT_DECAYS},
+    "lr=None": ("lr", None, ["lr=None", "step_size="]),
+    "weight_decay=tensor(nan)": ("weight_decay", torch.tensor(math.nan), ["weight_decay", "nan"]),
+}
+
+
+@both_paths
+@pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
+def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], snapshot: bool) -> None:
+    """A schedule that writes an impossible value into group 1 gets a ValueError naming it; no weight has moved."""
+    base = sgd()
+    opt = CautiousDecay(base, snapshot=snapshot)
+    base.param_groups[1][key] = value
+    before = contents(base)
+    with pytest.raises(ValueError, match="group 1 of SGD") as caught:
+        opt.step()
+
+    assert [] == [piece for piece in pieces if piece not in str(caught.value)]
+    assert before == contents(base)
+    assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
+    assert 0 == len(base._optimizer_step_pre_hooks)
+
+
+@both_paths
+@pytest.mark.parametrize("value", NOT_DECAYS)
+def test_an_unfit_step_size_stops_the_step(value: float, snapshot: bool) -> None:
+    """step_size= that returns something negative, NaN or infinite is named, with the group; no weight has moved."""
+    base = sgd()
+    opt = CautiousDecay(base, step_size=lambda group: value, snapshot=snapshot)
+    with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
+        opt.step()
+
+    assert repr(value) in str(caught.value)
+    assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
+
+
+def broken(*_: object, **__: object) -> None:
+    msg = "out of luck"
+    raise RuntimeError(msg)
+
+
+@both_paths
+def test_a_base_that_raises_gets_its_decay_back(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the base's step raises comes through, and the groups and hooks are as before."""
+    base = with_key(sgd(), "always_adapt", value=False)
+    opt = CautiousDecay(base, snapshot=snapshot)
+    before = contents(base)
+    monkeypatch.setattr(SGD, "_init_group", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        opt.step()
+
+    assert before == contents(base)
+    assert 0 == len(base._optimizer_step_pre_hooks)
+
+
+@both_paths
+def test_a_base_goes_on_after_it_has_raised(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after a failed one steps and decays by the group's own strength: p - 0.1*1 - 0.1*0.5*p."""
+    base = sgd()
+    opt = CautiousDecay(base, snapshot=snapshot)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(SGD, "_init_group", broken)
+        opt.step()
+    p = base.param_groups[0]["params"][0]
+    before = p.item()
+    opt.step()
+
+    assert pytest.approx(before - 0.1 - 0.05 * before) == p.item()
+
+
+@both_paths
+@pytest.mark.parametrize("where", ["closure", "wrapper's pre hook", "wrapper's post hook", "base's pre hook"])
+def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
+    """An error in a closure or a hook comes through, and the groups and the base's hooks are as before."""
+    base = sgd()
+    opt = CautiousDecay(base, snapshot=snapshot)
+    if where.startswith("wrapper"):
+        getattr(opt, f"register_step_{where.split()[1]}_hook")(broken)
+    handle = base.register_step_pre_hook(broken) if where.startswith("base") else None
+    before = contents(base)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        opt.step(broken if where == "closure" else None)
+    if handle is not None:
+        handle.remove()
+
+    assert before == contents(base)
+    assert 0 == len(base._optimizer_step_pre_hooks)
+
+
+@both_paths
+def test_the_decay_is_off_while_the_base_steps(snapshot: bool) -> None:
+    """While the base steps its decay is 0 and always_adapt is on; afterwards both are as before."""
+    base = with_key(sgd(), "always_adapt", value=False)
+    opt, seen = CautiousDecay(base, snapshot=snapshot), []
+    base.register_step_post_hook(
+        lambda o, *_: seen.extend((g["weight_decay"], g.get("always_adapt")) for g in o.param_groups)
+    )
+    opt.step()
+
+    assert [(0.0, None), (0.0, True)] == seen
+    assert [0.5, 0.25] == [group["weight_decay"] for group in base.param_groups]
+    assert base.param_groups[1]["always_adapt"] is False
+
+
+def test_lamb_gets_always_adapt_back() -> None:
+    """timm's LAMB, whose step raises, has weight_decay and always_adapt as before."""
+    timm = pytest.importorskip("timm.optim")
+    base = timm.Lamb([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5)
+    opt = CautiousDecay(base)
+    before = contents(base)
+    base.register_step_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        opt.step()
+
+    assert before == contents(base)
+
+
+# ------------------------------------------------------------------------------------ groups added later
+
+
+@pytest.mark.parametrize(
+    ("group", "pieces"),
+    [
+        ({"weight_decay": -0.1}, ["weight_decay", "group 2 of SGD", "-0.1"]),
+        ({"weight_decay": math.nan}, ["weight_decay", "group 2 of SGD", "nan"]),
+        ({"lr": None}, ["group 2 of SGD", "lr=None", "step_size="]),
+        ({"differentiable": True}, ["group 2 of SGD", "differentiable=True"]),
+    ],
+)
+def test_an_unfit_group_is_not_added(group: dict[str, Any], pieces: list[str]) -> None:
+    """A group that could not be stepped is refused when it is added, and the base has the groups it had."""
+    opt = CautiousDecay(sgd())
+    before = contents(opt)
+    with pytest.raises(ValueError, match="group 2 of SGD") as caught:
+        opt.add_param_group({"params": [weight(1.0)], **group})
+
+    assert [] == [piece for piece in pieces if piece not in str(caught.value)]
+    assert before == contents(opt)
+
+
+def test_the_adaptive_bases_are_not_refused() -> None:
+    """The refusals above are not refusals of everything: plain bases, fused ones and amsgrad pass."""
+    for base in (Adam, AdamW):
+        for options in ({}, {"fused": True}, {"amsgrad": True}, {"maximize": True}):
+            assert isinstance(CautiousDecay(base([weight(1.0)], weight_decay=0.5, **options)), Optimizer)

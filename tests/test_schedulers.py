@@ -1,0 +1,247 @@
+"""Learning-rate schedulers and weight-decay schedules work on the wrapper as on any optimizer, without a warning."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import both_paths, loss_of, net, values, weight
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+from cwd_wrap import CautiousDecay
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    # SequentialLR calls its own schedulers with the epoch, and torch warns itself about that.
+    pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning"),
+]
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "StepLR": lambda opt: StepLR(opt, step_size=2, gamma=0.1),
+    "LambdaLR": lambda opt: LambdaLR(opt, lambda step: 1 / (step + 1)),
+    "CosineAnnealingLR": lambda opt: CosineAnnealingLR(opt, T_max=5),
+    "OneCycleLR": lambda opt: OneCycleLR(opt, max_lr=0.1, total_steps=8),
+    "CyclicLR": lambda opt: CyclicLR(opt, base_lr=0.01, max_lr=0.1, step_size_up=2),
+    "SequentialLR": lambda opt: SequentialLR(
+        opt, [ConstantLR(opt, factor=0.1, total_iters=2), ExponentialLR(opt, 0.5)], milestones=[2]
+    ),
+    "ChainedScheduler": lambda opt: ChainedScheduler([ConstantLR(opt, 0.5, total_iters=2), ExponentialLR(opt, 0.5)]),
+}
+MOMENTA = {
+    "SGD": lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=0.5),
+    "AdamW": lambda params: AdamW(params, lr=0.05, weight_decay=0.5),
+}
+
+
+def scheduled(optimizer: Optimizer, model: torch.nn.Module, make: Callable[[Optimizer], Any]) -> list[Any]:
+    """Train under a scheduler; the groups' learning rates and momenta, step by step."""
+    scheduler, seen = make(optimizer), []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        scheduler.step()
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"], group.get("momentum"), group.get("betas")))
+    return seen
+
+
+@both_paths
+@pytest.mark.parametrize("build", MOMENTA.values(), ids=list(MOMENTA))
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
+def test_schedule_is_that_of_the_plain_optimizer(make: Any, build: Any, snapshot: bool) -> None:
+    """A scheduler on the wrapper gives the learning rates and momenta that it gives the plain optimizer."""
+    ours, theirs = net(), net()
+    opt = CautiousDecay(build(ours.parameters()), snapshot=snapshot)
+
+    assert scheduled(build(theirs.parameters()), theirs, make) == scheduled(opt, ours, make)
+
+
+@both_paths
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
+def test_the_step_uses_the_scheduled_values(make: Any, snapshot: bool) -> None:
+    """Weights under a scheduler are those of a run in which the same values are written by hand."""
+    ours, byhand = net(), net()
+    opt = CautiousDecay(MOMENTA["AdamW"](ours.parameters()), snapshot=snapshot)
+    other = CautiousDecay(MOMENTA["AdamW"](byhand.parameters()), snapshot=snapshot)
+    make(other)  # its first values; those of the later steps come from `scheduled`
+    for step, (lr, _, betas) in enumerate(scheduled(opt, ours, make)):
+        other.zero_grad()
+        loss_of(byhand, step).backward()
+        other.step()
+        other.param_groups[0].update(lr=lr, betas=betas)
+
+    assert torch.equal(values(byhand), values(ours))
+
+
+@both_paths
+def test_the_decay_follows_the_learning_rate(snapshot: bool) -> None:
+    """With zero gradients only the decay is left: 1 - 0.1*0.5, then, after StepLR, 1 - 0.01*0.5."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    scheduler = StepLR(opt, step_size=1, gamma=0.1)
+    for expected in (0.95, 0.95 * 0.995):
+        opt.step()
+        scheduler.step()
+
+        assert pytest.approx(expected) == p.item()
+
+
+@both_paths
+def test_plateau(snapshot: bool) -> None:
+    """ReduceLROnPlateau on the wrapper lowers the learning rate that the base uses."""
+    opt = CautiousDecay(SGD([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    scheduler = ReduceLROnPlateau(opt, patience=0, factor=0.5)
+    for loss in (1.0, 2.0):
+        opt.step()
+        scheduler.step(loss)
+
+    assert 0.05 == opt.base_optimizer.param_groups[0]["lr"]
+
+
+@both_paths
+def test_a_scheduler_on_the_base_works(snapshot: bool) -> None:
+    """A scheduler made for the base before it was wrapped schedules the wrapper's steps, without a warning."""
+    p = weight(1.0, grad=[0.0])
+    base = SGD([p], lr=0.1, weight_decay=0.5)
+    scheduler = StepLR(base, step_size=1, gamma=0.1)
+    opt = CautiousDecay(base, snapshot=snapshot)
+    for _ in range(2):
+        opt.step()
+        scheduler.step()
+
+    assert pytest.approx(0.95 * 0.995) == p.item()
+
+
+def test_a_forgotten_step_is_warned_of() -> None:
+    """torch warns of scheduler.step() before the wrapper's step(): the silence above means something."""
+    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5))
+    scheduler = StepLR(opt, step_size=1)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
+
+
+@both_paths
+def test_a_tensor_learning_rate_is_scheduled_in_place(snapshot: bool) -> None:
+    """The scheduler fills a tensor lr in place: it stays the same object, and the decay follows it."""
+    p, lr = weight(1.0, grad=[0.0]), torch.tensor(0.1)
+    opt = CautiousDecay(Adam([p], lr=lr, weight_decay=0.5, capturable=False, foreach=False), snapshot=snapshot)
+    scheduler = StepLR(opt, step_size=1, gamma=0.1)
+    for _ in range(2):
+        opt.step()
+        scheduler.step()
+
+    assert opt.param_groups[0]["lr"] is lr
+    assert pytest.approx(0.95 * 0.995) == p.item()
+
+
+@pytest.mark.parametrize("make", [SCHEDULERS["OneCycleLR"], SCHEDULERS["CosineAnnealingLR"]])
+def test_an_optimizer_under_a_scheduler_can_be_pickled(make: Any) -> None:
+    """A scheduler hangs its own step on the optimizer; both, and the scheduler's state dict, still pickle."""
+    model = net()
+    opt = CautiousDecay(MOMENTA["AdamW"](model.parameters()))
+    scheduler = make(opt)
+    scheduled(opt, model, lambda _: scheduler)
+    twin = pickle.loads(pickle.dumps((opt, scheduler.state_dict())))[0]
+
+    assert opt.param_groups[0]["lr"] == twin.param_groups[0]["lr"]
+
+
+# ------------------------------------------------------------------------------------ weight-decay schedules
+
+SCHEDULE = (0.5, 0.25, 0.0, 1.0)
+DECAYED = (0.95, 0.95 * 0.975, 0.95 * 0.975, 0.95 * 0.975 * 0.9)  # with lr 0.1 and zero gradients
+
+
+def from_the_loop(opt: CautiousDecay, group: dict[str, Any], value: float) -> None:
+    group["weight_decay"] = value
+    opt.step()
+
+
+def from_a_closure(opt: CautiousDecay, group: dict[str, Any], value: float) -> None:
+    def closure() -> float:
+        group["weight_decay"] = value
+        return 0.0
+
+    opt.step(closure)
+
+
+def from_a_hook(opt: CautiousDecay, group: dict[str, Any], value: float) -> None:
+    handle = opt.register_step_pre_hook(lambda *_: group.update(weight_decay=value))
+    opt.step()
+    handle.remove()
+
+
+def from_a_hook_of_the_base(opt: CautiousDecay, group: dict[str, Any], value: float) -> None:
+    handle = opt.base_optimizer.register_step_pre_hook(lambda *_: group.update(weight_decay=value))
+    opt.step()
+    handle.remove()
+
+
+@both_paths
+@pytest.mark.parametrize("build", [SGD, AdamW])
+@pytest.mark.parametrize("write", [from_the_loop, from_a_closure, from_a_hook, from_a_hook_of_the_base])
+def test_weight_decay_schedule(write: Any, build: Any, snapshot: bool) -> None:
+    """A weight_decay written before a step, or within it before the base steps, is that step's decay, and stays."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(build([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    group = opt.param_groups[0]
+    for value, expected in zip(SCHEDULE, DECAYED, strict=True):
+        write(opt, group, value)
+
+        assert value == group["weight_decay"]
+        assert pytest.approx(expected) == p.item()
+
+
+@both_paths
+def test_a_value_written_after_the_step_counts_from_the_next(snapshot: bool) -> None:
+    """A post hook of the base that writes weight_decay is heard, and the old value does not come back."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    group = opt.param_groups[0]
+    opt.base_optimizer.register_step_post_hook(lambda *_: group.update(weight_decay=0.25))
+    opt.step()
+
+    assert (0.25, pytest.approx(0.95)) == (group["weight_decay"], p.item())
+    opt.step()
+
+    assert pytest.approx(0.95 * 0.975) == p.item()
+
+
+@both_paths
+def test_a_schedule_may_begin_at_zero(snapshot: bool) -> None:
+    """A group whose decay is 0 now and 0.5 later decays later; lam=None warns at the start that nothing decays."""
+    p = weight(1.0, grad=[0.0])
+    with pytest.warns(UserWarning, match="nothing to decay"):
+        opt = CautiousDecay(SGD([p], lr=0.1), snapshot=snapshot)
+    opt.step()
+    opt.param_groups[0]["weight_decay"] = 0.5
+    opt.step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+@both_paths
+def test_the_schedule_of_one_group_leaves_the_other(snapshot: bool) -> None:
+    """DINO schedules group 0 only: group 1 keeps its own strength."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    opt = CautiousDecay(
+        SGD([{"params": [p]}, {"params": [q], "weight_decay": 0.25}], lr=0.1, weight_decay=0.5), snapshot=snapshot
+    )
+    opt.param_groups[0]["weight_decay"] = 1.0
+    opt.step()
+
+    assert [pytest.approx(0.9), pytest.approx(0.975)] == [p.item(), q.item()]
