@@ -58,4 +58,5 @@ def where() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}; {date.today()}"
+    machine = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{machine}; torch {torch.__version__}; {date.today()}"

@@ -15,7 +15,8 @@ PROGRAM = "import time, torch; start = time.perf_counter(); import cwd_wrap; pri
 def main() -> None:
     times = [float(subprocess.check_output([sys.executable, "-c", PROGRAM])) for _ in range(9)]
     print(where())
-    print(f"import cwd_wrap beyond torch: median {statistics.median(times) * 1e3:.1f} ms, worst {max(times) * 1e3:.1f} ms")
+    median, worst = statistics.median(times) * 1e3, max(times) * 1e3
+    print(f"import cwd_wrap beyond torch: median {median:.1f} ms, worst {worst:.1f} ms")
 
 
 if __name__ == "__main__":

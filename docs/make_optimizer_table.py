@@ -19,15 +19,15 @@ HEAD = """# Which optimizers it holds for
 
 Made by `python docs/make_optimizer_table.py` from the table that [the conformance test](../tests/test_conformance.py)
 runs: for each step of each optimizer, the wrapped result must be the optimizer's own step with its decay off, plus the
-rule in float64, to one rounding (four where the decay comes before the step). **{holds} optimizers hold**, {other} do not
-or cannot be run here, and the reason stands beside them.
+rule in float64, to one rounding (four where the decay comes before the step). **{holds} optimizers hold**; {other} do
+not or cannot be run here, and the reason stands beside them.
 
 - *direction*: the mask is known before the step, no memory is needed. *snapshot*: a copy of the decaying weights is.
-- The path is that of the registered defaults. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's turn
-  *direction* into *snapshot*; `repr(optimizer)` tells.
-- Where eta is not `lr`, it is what the optimizer multiplies its own decay by. *given*: there is no usable learning rate, pass
-  `step_size=`.
-- *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own, so that decay acts weaker.
+- The path is that of the registered defaults. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's
+  turn *direction* into *snapshot*; `repr(optimizer)` tells.
+- Where eta is not `lr`, it is what the optimizer multiplies its own decay by. *given*: there is no usable learning
+  rate, pass `step_size=`.
+- *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own: decay acts weaker.
 - Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
   prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.
 

@@ -28,7 +28,7 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
     p = weight(1.0, grad=[1.0])
     opt = CautiousDecay(SGD([p], lr=0.1), lam=0.5, backend="triton")
 
-    with pytest.raises(ValueError, match="backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* 'eager'"):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* 'eager'"):
         opt.step()
     assert p.item() == 1.0
     assert "backend='triton'" in repr(opt)

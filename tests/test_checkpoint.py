@@ -51,7 +51,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
             checkpoints[name, snapshot] = (model.state_dict(), opt.state_dict())
     torch.save(checkpoints, file)
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    subprocess.run(  # noqa: S603
+    subprocess.run(
         [sys.executable, "-c", GO_ON, str(file)], check=True, env={**os.environ, "PYTHONPATH": path}, cwd=HERE
     )
     results: dict[tuple[str, bool], torch.Tensor] = torch.load(file, weights_only=True)

@@ -16,7 +16,7 @@ GRADIENTS = ([1.0, 1.0, -1.0, 0.0], [1.0, -3.0, 0.5, 0.0], [-1.0, -1.0, 2.0, 0.0
 
 def compiled(opt: CautiousDecay, compiler: str) -> Callable[[], object]:
     torch._dynamo.reset()
-    return torch.compile(lambda: opt.step(), backend=compiler)  # noqa: PLW0108
+    return torch.compile(lambda: opt.step(), backend=compiler)
 
 
 def run(build: Any, snapshot: bool, compiler: str | None) -> tuple[list[float], float]:

@@ -83,7 +83,7 @@ def test_both_masks_say_the_same(strict: bool, x: float, w: float) -> None:
 @given(x=numbers, w=numbers, c=st.floats(0, 1))
 @settings(max_examples=300, deadline=None)
 def test_decay_never_grows_a_weight_that_stays_on_its_side(x: float, w: float, c: float) -> None:
-    """With eta*lam <= 1 the decay of a weight that kept its sign and did not grow cannot push it away from zero's side."""
+    """A weight that grew keeps its value; one that did not is pulled to the side of zero, if at all."""
     x64, w64 = torch.tensor([x], dtype=torch.float64), torch.tensor([w], dtype=torch.float64)
     mask = rules.moved_towards_zero(x64, w64)
     decayed = rules.decay(w64, x64, mask, c)

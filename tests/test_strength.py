@@ -196,7 +196,7 @@ def test_corrected_weight_decay_of_timm(corrected: bool, expected: float) -> Non
     """timm's AdamW, made with lr 0.5 and run with 0.25: corrected decay is lr^2 / max_lr, as in timm's own step."""
     timm = pytest.importorskip("timm.optim")
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
-    build = lambda w: timm.AdamWLegacy([w], lr=0.5, weight_decay=0.5, corrected_weight_decay=corrected)  # noqa: E731
+    build = lambda w: timm.AdamWLegacy([w], lr=0.5, weight_decay=0.5, corrected_weight_decay=corrected)
     opt, plain = CautiousDecay(build(p)), build(q)
     for each in (opt, plain):
         each.param_groups[0]["lr"] = 0.25
@@ -209,7 +209,7 @@ def test_corrected_weight_decay_of_timm(corrected: bool, expected: float) -> Non
 def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
     """Prodigy decays by its own d * lr * lam with the d from before the step, at each of 6 steps in which d grows."""
     prodigyopt = pytest.importorskip("prodigyopt")
-    build = lambda w: prodigyopt.Prodigy([w], lr=1.0, weight_decay=0.5, **options)  # noqa: E731
+    build = lambda w: prodigyopt.Prodigy([w], lr=1.0, weight_decay=0.5, **options)
     # Weights on their way to zero, in double precision: all decay, so the wrapped and the plain run are the same.
     p, q = (torch.nn.Parameter(torch.linspace(50, 60, 4, dtype=torch.float64)) for _ in range(2))
     opt, plain = CautiousDecay(build(p)), build(q)

@@ -83,7 +83,9 @@ def decay_from_snapshot(
 def _decay_unless_opposed(
     w: Tensor, x: Tensor, d: Tensor, sign: float, eta_lam: float | Tensor, strict: bool, count: bool, out: Tensor
 ) -> int | Tensor:
-    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``). ``d`` is used up; ``w`` is ``out`` or a copy.
+    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
+
+    ``d`` is used up; ``w`` is ``out`` or a wider copy of it.
 
     d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
     comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.

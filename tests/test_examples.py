@@ -1,0 +1,44 @@
+"""The examples run, small, from the command line as a reader would start them."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps=6", "--seeds=1", "--lam=0.1", "--width=32", "--layers=1", "--context=16", "--batch=2"]
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_language_model(tmp_path: Path) -> None:
+    """The demo prints its table and leaves a row for each run, the curves and the picture."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    done = run("examples/language_model.py", *SMALL, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+
+    assert "CautiousDecay(AdamW)" in done.stdout
+    assert len(rows) == 2
+    assert (tmp_path / "loss_and_mask.png").stat().st_size > 10_000
+    assert (tmp_path / "curves.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [(["--seeds", 0], "0"), (["--lam", -1], "-1"), (["--optimizer", "Adamm"], "Adamm")],
+)
+def test_language_model_says_what_is_wrong(words: list[object], text: str) -> None:
+    """A value that makes no sense is named, in one line and without a traceback."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    done = run("examples/language_model.py", *words)
+
+    assert done.returncode != 0
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
