@@ -24,10 +24,12 @@ class Batch:
     """Tensors of one device and the same types, for one call of a kernel; the lists run in parallel.
 
     ``w``: weights. Before the step (direction path): ``m`` (or None), ``g``, ``a``, ``b``, where sign(u) is
-    sign(a*m + b*g). After it (snapshot path): ``x``, the weights from before.
+    sign(a*m + b*g). After it (snapshot path): ``x``, the weights from before, and ``g``, the gradients (negated where
+    they are to be climbed). ``p``: the parameters that the weights are views of, whole where these are shards.
     """
 
     eta_lam: list[float | Tensor] = field(default_factory=list)
+    p: list[Tensor] = field(default_factory=list)
     w: list[Tensor] = field(default_factory=list)
     x: list[Tensor] = field(default_factory=list)
     m: list[Tensor | None] = field(default_factory=list)

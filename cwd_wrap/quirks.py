@@ -60,11 +60,19 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     entries: dict[str, object] = {}
     if group.get("always_adapt") is False:  # timm's LAMB and LARS adapt their step only in groups that decay
         entries["always_adapt"] = True
-    if "torch_optimizer.LARS" in _names(optimizer):  # the same, without such a switch
+    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, without such a switch
         entries["weight_decay"] = _ALMOST_ZERO
     if "weight_decay_1d" in group:  # MARS decays vectors by this instead
         entries["weight_decay_1d"] = 0.0
     return entries
+
+
+def layers(optimizer: object) -> Iterator[Optimizer]:
+    """The optimizer, and those inside it under the names in use for that."""
+    while isinstance(optimizer, Optimizer):
+        yield optimizer
+        names = ("base_optimizer", "_base_optimizer", "optimizer")
+        optimizer = next((inner for name in names if (inner := getattr(optimizer, name, None)) is not None), None)
 
 
 def _names(optimizer: Optimizer) -> Iterator[str]:

@@ -1,9 +1,12 @@
 """The maths on one tensor, in the papers' symbols: the definition every kernel is held to.
 
-    x <- x - eta * (u + lam * 1[u*x >= 0] * x)      Cautious Weight Decay, arXiv 2510.12402, Algorithm 1
+    x <- x - eta * (u + lam * 1[u*x >= 0] * x)      cautious weight decay, arXiv 2510.12402, Algorithm 1
+    x <- x - eta * u * alpha(u*g) * 1[u*g > 0]      cautious update, arXiv 2411.16085, Algorithm 1
+    w <- w / (1 + p*eta*lam * |x|**(p-2))           decoupled p-norm decay, arXiv 2404.10824
 
 ``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update: w = x - eta*u.
-The functions are elementwise, take tensors of one shape and return new ones.
+``g`` is the gradient. The functions take tensors of one shape and return new ones; 16-bit weights are worked on in
+float32 and rounded once.
 """
 
 import torch
@@ -32,9 +35,42 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool = False) -> Tensor:
 
 
 def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor) -> Tensor:
-    """w - eta*lam * mask * x: the decay that ``mask`` lets through, taken of the weight before the step.
-
-    16-bit weights are worked on in float32 and rounded once.
-    """
+    """w - eta*lam * mask * x: the decay that ``mask`` lets through, taken of the weight before the step."""
     wide = torch.promote_types(w.dtype, torch.float32)
     return (w.to(wide) - mask.to(wide) * x.to(wide) * eta_lam).to(w.dtype)
+
+
+def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
+    """1[u*g > 0]: did the step from ``x`` to ``w`` go down the current gradient? By comparison, so without rounding."""
+    return (w < x) & (g > 0) | (w > x) & (g < 0)
+
+
+def alpha(kept: Tensor, numel: int, scale: str | None) -> Tensor:
+    """The factor that makes up for masked coordinates, of which ``kept`` out of ``numel`` were not.
+
+    ``"mean"``: 1 / max(kept/numel, 1e-3), the authors' current code and timm. ``"numel"``: numel / (kept + 1), the
+    paper. None: 1.
+    """
+    kept = kept.float()
+    if scale == "mean":
+        return 1 / (kept / numel).clamp(min=1e-3)
+    return numel / (kept + 1) if scale == "numel" else torch.ones_like(kept)
+
+
+def cautious_update(w: Tensor, x: Tensor, mask: Tensor, alpha: Tensor, eta_lam: float | Tensor) -> Tensor:
+    """v - eta*lam*v with v = x + alpha * mask * (w - x): the masked, rescaled update, then decoupled decay."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    v = x.to(wide) + alpha.to(wide) * mask.to(wide) * (w.to(wide) - x.to(wide))
+    return (v - eta_lam * v).to(w.dtype)
+
+
+def p_norm_decay(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor, zero_initialised: Tensor) -> Tensor:
+    """w / (1 + p*eta*lam * |x|**(p-2)): the authors' w * X / (X + p*eta*lam) with X = |x|**(2-p).
+
+    Without overflow at large ``x``, and w itself where eta*lam is 0. A weight that was exactly 0 becomes 0, except in a
+    tensor that was 0 as a whole (``zero_initialised``), which could otherwise never train.
+    """
+    wide = torch.promote_types(w.dtype, torch.float32)
+    strength = torch.as_tensor(p * eta_lam, dtype=wide, device=w.device)
+    shrunk = w.to(wide) / (1 + strength * x.to(wide).abs() ** (p - 2))
+    return torch.where((strength == 0) | zero_initialised, w.to(wide), shrunk).to(w.dtype)

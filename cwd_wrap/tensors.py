@@ -8,11 +8,8 @@ from torch import Tensor
 
 def plain(t: Tensor) -> Tensor:
     """``t`` without autograd, as real numbers, and only this rank's shard of it: a view, never a copy."""
-    # A DTensor exists only once its module has been imported; importing it here would slow down everyone else.
-    for module in ("torch.distributed.tensor", "torch.distributed._tensor"):  # the second up to torch 2.4
-        distributed = getattr(sys.modules.get(module), "DTensor", None)
-        if distributed is not None and isinstance(t, distributed):
-            t = t.to_local()
+    if _is_distributed(t):
+        t = t.to_local()  # type: ignore[attr-defined]
     t = t.detach()
     return torch.view_as_real(t) if t.is_complex() else t
 
@@ -20,3 +17,21 @@ def plain(t: Tensor) -> Tensor:
 def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:
     """The places that a sparse gradient holds values for, each once, as indices into the parameter."""
     return tuple(gradient.detach().coalesce().indices())
+
+
+def total(parameter: Tensor, local: Tensor) -> Tensor:
+    """The sum over all shards of ``parameter`` of a number, of which ``local`` is this rank's part."""
+    if not _is_distributed(parameter):
+        return local
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    placements = [Replicate() if p.is_replicate() else Partial() for p in parameter.placements]  # type: ignore[attr-defined]
+    return DTensor.from_local(local, mesh, placements).full_tensor()
+
+
+def _is_distributed(t: Tensor) -> bool:
+    # A DTensor exists only once its module has been imported; importing it here would slow down everyone else.
+    modules = (sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor"))  # 2nd: 2.4
+    classes = [getattr(module, "DTensor", None) for module in modules]
+    return any(isinstance(t, cls) for cls in classes if cls is not None)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -72,6 +72,7 @@ class OptimizerWrapper(Contract):
     def _start(self) -> None:
         super()._start()
         self._snapshots = Snapshots()
+        self._keeps_gradients = False
         self.observer = None
 
     # ---- the rule, named by the subclass
@@ -87,6 +88,15 @@ class OptimizerWrapper(Contract):
     def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
         """Carry the rule out on weights that have been stepped; return how many were decayed if observed."""
         raise NotImplementedError
+
+    _reads_gradient = False
+    """Does `_after_step` want the gradients?"""
+    _what = "decays"
+    """What it does to the base, for the text that refuses to do it twice."""
+
+    def _takes(self, eta_lam: float | Tensor) -> bool:
+        """Does a group of this strength have anything to do?"""
+        return isinstance(eta_lam, Tensor) or eta_lam != 0
 
     # ---- for users
 
@@ -145,7 +155,7 @@ class OptimizerWrapper(Contract):
         parameters = {
             id(p): plain(p)
             for group in self.param_groups
-            if strength.decays(group, self.lam)
+            if self._takes(strength.lam(group, self.lam))
             for p in group["params"]
             if p.requires_grad and (p.grad is None or not p.grad.is_sparse)
         }
@@ -180,13 +190,29 @@ class OptimizerWrapper(Contract):
         if not isinstance(base, Optimizer):
             msg = f"{name} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}"
             raise TypeError(msg)
-        for layer in _layers(base):
-            if isinstance(layer, OptimizerWrapper):
-                msg = f"{layer!r} decays already; a {name} around it would decay twice: pass its base_optimizer instead"
+        for layer in quirks.layers(base):
+            if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
+                msg = f"{name} cannot be put around {layer!r}: {text}"
                 raise ValueError(msg)
             if (reason := quirks.refusal(layer)) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
+
+    def _clash(self, inner: "OptimizerWrapper") -> str | None:
+        """Why this method makes no sense around another; None if it does."""
+        return (
+            f"it {inner._what} already, and would twice. Pass its base_optimizer" if inner._what == self._what else None
+        )
+
+    def _watch_gradient(self, gradient: Tensor, version: int) -> None:
+        """Some optimizers change gradients in place. Where one has, they are copied from then on."""
+        if gradient._version != version and not self._keeps_gradients:
+            self._keeps_gradients = True
+            warnings.warn(
+                f"{self._owner} changes gradients in place, so {type(self).__name__} has seen changed ones in this "
+                "step; from the next step on it copies them before",
+                stacklevel=5,
+            )
 
     def _give_lam(self) -> None:
         """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a group is unfit."""
@@ -203,11 +229,14 @@ class OptimizerWrapper(Contract):
                 group["weight_decay"] = self.lam
         if (remark := quirks.warning(self.base_optimizer)) is not None:
             warnings.warn(f"{type(self).__name__} over {self._owner}: {remark}", stacklevel=4)
+        self._warn_if_idle()
+
+    def _warn_if_idle(self) -> None:
         if self.lam is None and not any(strength.decays(group, None) for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
                 f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _eta_lams(self) -> list[float | Tensor]:
@@ -219,7 +248,7 @@ class OptimizerWrapper(Contract):
     def _snapshot_reason(self) -> str | None:
         """Why the coming step needs a snapshot; None if every decaying group has a direction."""
         for group in self.param_groups:
-            if strength.decays(group, self.lam) and isinstance(reason := self._direction(group), str):
+            if self._takes(strength.lam(group, self.lam)) and isinstance(reason := self._direction(group), str):
                 return reason
         return None
 
@@ -240,7 +269,7 @@ class _Course:
         self._begun = False
         self._eta_lams: list[float | Tensor] = []
         self._copied: list[tuple[Tensor, int, Tensor]] = []  # parameter, its group's index, the weights from before
-        self._stepped: set[int] = set()
+        self._gradients: dict[int, tuple[Tensor, int]] = {}  # of those that take part: the gradient and its version
         self._rows: list[Rows] = []
         self._tally = Tally()
 
@@ -257,6 +286,7 @@ class _Course:
         members = list(self._members())
         if self._given_closure is None:
             stepped = [(p, i, p.grad) for p, i in members if p.grad is not None]
+            self._check_layouts(g for _, _, g in stepped)
             self._rows = [Rows.of(p, g, self._eta_lams[i]) for p, i, g in stepped if g.is_sparse]
             members = [(p, i) for p, i, g in stepped if not g.is_sparse]
         if along:
@@ -264,7 +294,7 @@ class _Course:
             return
         copies = self._wrapper._snapshots.take([p for p, _ in members], [plain(p) for p, _ in members])
         self._copied = [(p, i, x) for (p, i), x in zip(members, copies, strict=True)]
-        self._stepped = {id(p) for p, _ in members if p.grad is not None}
+        self._note_gradients()
 
     def closure(self) -> float:
         """The user's closure, for the base to call: it sees the decay, may schedule it, and makes the gradients."""
@@ -272,7 +302,8 @@ class _Course:
         with torch.enable_grad():
             loss = cast("Closure", self._given_closure)()
         self._eta_lams = self._wrapper._eta_lams()
-        self._stepped = {id(p) for p, _, _ in self._copied if p.grad is not None}
+        self._check_layouts(p.grad for p, _, _ in self._copied if p.grad is not None)
+        self._note_gradients()
         self.switch.off()
         return loss
 
@@ -280,23 +311,29 @@ class _Course:
     def end(self) -> None:
         """Decay what was copied and has been stepped, and report."""
         batches: dict[object, Batch] = defaultdict(Batch)
+        groups = self._wrapper.param_groups
         for p, i, x in self._copied:
-            if id(p) not in self._stepped or _is_zero(self._eta_lams[i]):
+            if id(p) not in self._gradients or not self._wrapper._takes(self._eta_lams[i]):
                 continue
-            if p.grad is not None and p.grad.is_sparse:
-                indices = sparse_indices(p.grad)
+            gradient, version = self._gradients[id(p)]
+            if gradient.is_sparse:
+                indices = sparse_indices(gradient)
                 self._rows.append(Rows(p, indices, x[indices], self._eta_lams[i]))
                 continue
             w = plain(p)
-            batch = batches[w.device, w.dtype]
+            batch = batches[w.device, w.dtype, gradient.dtype]
+            batch.p.append(p)
             batch.w.append(w)
             batch.x.append(x)
             batch.eta_lam.append(self._eta_lams[i])
+            if self._wrapper._reads_gradient:
+                self._wrapper._watch_gradient(gradient, version)
+                batch.g.append(-plain(gradient) if groups[i].get("maximize") else plain(gradient))
         for batch in batches.values():
             self._carry_out(self._wrapper._after_step, batch)
         for parameter, indices, before, eta_lam in self._rows:
             w = plain(parameter)
-            batch = Batch(eta_lam=[eta_lam], w=[w[indices]], x=[before])
+            batch = Batch(eta_lam=[eta_lam], p=[parameter], w=[w[indices]], x=[before])
             self._carry_out(self._wrapper._after_step, batch)
             w[indices] = batch.w[0]
         if self._wrapper.observer is not None:
@@ -306,12 +343,28 @@ class _Course:
         """Each parameter that decays, once, with its group's index. Walked afresh: engines replace parameters."""
         seen: set[int] = set()
         for i, group in enumerate(self._wrapper.param_groups):
-            if _is_zero(self._eta_lams[i]):
+            if not self._wrapper._takes(self._eta_lams[i]):
                 continue
             for p in group["params"]:
                 if id(p) not in seen:
                     seen.add(id(p))
                     yield p, i
+
+    def _check_layouts(self, gradients: Iterable[Tensor]) -> None:
+        wrapper = self._wrapper
+        if wrapper._reads_gradient and any(g.is_sparse for g in gradients):
+            msg = f"{type(wrapper).__name__} reads gradients, and cannot read the sparse one that {wrapper._owner} has got"
+            raise ValueError(msg)
+
+    def _note_gradients(self) -> None:
+        """Who takes part in the step, and along which gradient: as they are just before it."""
+        keep = self._wrapper._keeps_gradients
+        for p, _, _ in self._copied:
+            if p.grad is None:
+                self._gradients.pop(id(p), None)
+            else:
+                gradient = p.grad.detach().clone() if keep else p.grad
+                self._gradients[id(p)] = gradient, gradient._version
 
     def _decay_along(self, members: list[tuple[Tensor, int]]) -> None:
         batches: dict[object, Batch] = defaultdict(Batch)
@@ -333,15 +386,3 @@ class _Course:
     def _carry_out(self, rule: Callable[[ModuleType, Batch], int | Tensor], batch: Batch) -> None:
         kernel = kernels.choose(self._wrapper.backend, batch.w[0].device)
         self._tally.add(batch, rule(kernel, batch))
-
-
-def _layers(optimizer: object) -> Iterator[Optimizer]:
-    """The optimizer, and those inside it under the names in use for that."""
-    while isinstance(optimizer, Optimizer):
-        yield optimizer
-        names = ("base_optimizer", "_base_optimizer", "optimizer")
-        optimizer = next((inner for name in names if (inner := getattr(optimizer, name, None)) is not None), None)
-
-
-def _is_zero(eta_lam: float | Tensor) -> bool:
-    return not isinstance(eta_lam, Tensor) and eta_lam == 0

@@ -3,17 +3,21 @@
 from types import ModuleType
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions
+from cwd_wrap import directions, rules
 from cwd_wrap.batch import Batch
 from cwd_wrap.contract import Group
 from cwd_wrap.directions import Direction
 from cwd_wrap.strength import StepSize
+from cwd_wrap.strength import check as check_number
+from cwd_wrap.tensors import plain, total
 from cwd_wrap.wrapper import OptimizerWrapper
 
-MASKS = ("update",)
+MASKS = ("update", "gradient", "random", "all")
+SCALES = ("mean", "numel", None)
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -30,7 +34,10 @@ class CautiousDecay(OptimizerWrapper):
             It may be scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
-        mask: which weights decay; ``"update"`` is the paper's.
+        mask: which weights decay. ``"update"`` is the paper's; the others are its ablations, and always take the
+            copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn from
+            torch's default generator (seeded by ``torch.manual_seed``, resumed with its state); ``"all"``, plain
+            decoupled decay.
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
@@ -57,7 +64,6 @@ class CautiousDecay(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "snapshot")
-    decays = True
 
     def __init__(
         self,
@@ -70,10 +76,7 @@ class CautiousDecay(OptimizerWrapper):
         snapshot: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        if mask not in MASKS:
-            known = ", ".join(repr(name) for name in MASKS)
-            msg = f"unknown mask {mask!r}: pass one of {known}"
-            raise ValueError(msg)
+        _check_known("mask", mask, MASKS)
         self.mask = mask
         self.strict = strict
         self.snapshot = snapshot
@@ -83,6 +86,8 @@ class CautiousDecay(OptimizerWrapper):
         if self.snapshot is True:
             return "snapshot=True asks for one"
         direction = directions.find(self.base_optimizer, group)
+        if self.mask != "update":
+            direction = f"mask={self.mask!r} is an ablation, and always compares with one"
         if self.snapshot is False and isinstance(direction, str):
             msg = (
                 f"snapshot=False, but {type(self.base_optimizer).__name__} needs one: {direction}. "
@@ -105,7 +110,174 @@ class CautiousDecay(OptimizerWrapper):
         return active
 
     def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
+        if self.mask != "update":
+            return self._ablate(batch)
         active: int | Tensor = kernel.decay_from_snapshot(
             batch.w, batch.x, batch.eta_lam, strict=self.strict, count=self.observer is not None
         )
         return active
+
+    @property
+    def _reads_gradient(self) -> bool:  # type: ignore[override]
+        return self.mask == "gradient"
+
+    def _ablate(self, batch: Batch) -> int | Tensor:
+        active: int | Tensor = 0
+        for i, (w, x, eta_lam) in enumerate(zip(batch.w, batch.x, batch.eta_lam, strict=True)):
+            if self.mask == "gradient":
+                mask = rules.aligned(batch.g[i], x, self.strict)
+            elif self.mask == "random":
+                cautious = rules.moved_towards_zero(x, w, self.strict)
+                mask = torch.rand(x.shape, device=x.device) < cautious.float().mean()
+            else:
+                mask = torch.ones_like(x, dtype=torch.bool)
+            active = active + mask.sum() if self.observer is not None else 0
+            w.copy_(rules.decay(w, x, mask, eta_lam))
+        return active
+
+
+class CautiousUpdate(OptimizerWrapper):
+    """A cautious optimizer around any torch optimizer (arXiv 2411.16085): C-AdamW, C-Lion, C-anything.
+
+        x <- x - eta * alpha * 1[u*g > 0] * u            then, if the group decays:  x <- x - eta*lam*x
+
+    The base's update ``u`` is kept only where it goes down the current gradient ``g``, and what is kept is scaled up by
+    ``alpha``, one number a parameter. The base's own state is not masked. Its own decay is taken off and applied
+    decoupled, after the masked update. Always copies the weights. It means nothing where the update has the gradient's
+    sign by construction (SGD without momentum, Adagrad, RMSprop): all is kept.
+
+    Args:
+        base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
+        scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as the authors' code and timm have it; ``"numel"``: numel /
+            (kept + 1), as the paper prints it; None: 1. A sharded parameter (DTensor) is counted whole.
+        backend: None lets the library choose; ``"eager"`` is torch operations.
+
+    Raises:
+        TypeError: not an optimizer, or a class of them.
+        ValueError: an unknown scale or backend; a base that masks its updates already, or decays cautiously (wrap that
+            around this instead); what `CautiousDecay` raises for the base's groups. At a step: sparse gradients.
+
+    Example:
+        >>> import torch
+        >>> from cwd_wrap import CautiousUpdate
+        >>> w = torch.nn.Parameter(torch.zeros(4))
+        >>> opt = CautiousUpdate(torch.optim.SGD([w], lr=0.1, momentum=0.9))
+        >>> for gradient in (torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -0.5])):
+        ...     w.grad = gradient
+        ...     opt.step()
+        >>> w.data  # the last one's momentum still goes up its gradient: it waits, and the others take 4/3 of a step
+        tensor([-0.3533, -0.3533, -0.3533, -0.1000])
+    """
+
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "scale")
+    _reads_gradient = True
+    _what = "masks updates"
+
+    def __init__(self, base_optimizer: Optimizer, *, scale: str | None = "mean", backend: str | None = None) -> None:
+        _check_known("scale", scale, SCALES)
+        self.scale = scale
+        super().__init__(base_optimizer, None, None, backend)
+
+    def _clash(self, inner: OptimizerWrapper) -> str | None:
+        if isinstance(inner, CautiousUpdate):
+            return super()._clash(inner)
+        return "its decay would be masked along with the update. Put the decay around this instead"
+
+    def _takes(self, eta_lam: float | Tensor) -> bool:
+        del eta_lam  # updates are masked in every group, whether it decays or not
+        return True
+
+    def _warn_if_idle(self) -> None:
+        pass
+
+    def _direction(self, group: Group) -> str:
+        del group
+        return "the size of the update is known only from a copy"
+
+    def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
+        del kernel
+        active: int | Tensor = 0
+        for p, w, x, g, eta_lam in zip(batch.p, batch.w, batch.x, batch.g, batch.eta_lam, strict=True):
+            mask = rules.agrees(w, x, g)
+            alpha = rules.alpha(total(p, mask.sum()), p.numel() * (2 if p.is_complex() else 1), self.scale)
+            w.copy_(rules.cautious_update(w, x, mask, alpha, eta_lam))
+            active = active + mask.sum() if self.observer is not None else 0
+        return active
+
+
+class PNormDecay(OptimizerWrapper):
+    """Decoupled p-norm weight decay around any torch optimizer (pWD, arXiv 2404.10824).
+
+        w <- w * X / (X + p*eta*lam),    X = |x|**(2-p),    x the weight before the step, w after it
+
+    For p below 2 small weights are pulled to zero ever faster, so that many become (almost) 0: sparsity from decay.
+    p = 2 is L2 decay in implicit form, p = 1 takes eta*lam off a weight's size. A weight that is exactly 0 stays 0, as
+    in the authors' code, except in a tensor that is 0 as a whole (a zero-initialised layer), which must be able to
+    train. Always copies the weights.
+
+    Args:
+        base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
+        lam: as for `CautiousDecay`. It is the lam of the authors' code; a summary of the paper has lam*p in its place.
+        p: above 0, up to 2.
+        step_size: as for `CautiousDecay`.
+        backend: None lets the library choose; ``"eager"`` is torch operations.
+
+    Raises:
+        TypeError: not an optimizer, or a class of them; lam or p not a number.
+        ValueError: p not above 0 and at most 2, and what `CautiousDecay` raises.
+
+    Example:
+        >>> import torch
+        >>> from cwd_wrap import PNormDecay
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
+        >>> opt = PNormDecay(torch.optim.SGD([w], lr=0.1), lam=0.1, p=1.0)
+        >>> w.grad = torch.zeros(2)
+        >>> opt.step()  # the large one loses about 0.1 * 0.1, the small one half of itself
+        >>> w.data
+        tensor([0.9901, 0.0050])
+    """
+
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "p")
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        lam: float | None = None,
+        *,
+        p: float = 0.8,
+        step_size: StepSize | None = None,
+        backend: str | None = None,
+    ) -> None:
+        check_number(p, "p", type(self).__name__)
+        if not 0 < p <= 2:
+            msg = f"p of {type(self).__name__} is {p!r}: pass a number above 0, up to 2"
+            raise ValueError(msg)
+        self.p = p
+        super().__init__(base_optimizer, lam, step_size, backend)
+
+    @torch.no_grad()
+    def sparsity(self, threshold: float = 1e-13) -> list[float]:
+        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one."""
+        shares = []
+        for group in self.param_groups:
+            weights = [plain(p) for p in group["params"]]
+            small, count = sum(int((w.abs() < threshold).sum()) for w in weights), sum(w.numel() for w in weights)
+            shares.append(small / count if count else float("nan"))
+        return shares
+
+    def _direction(self, group: Group) -> str:
+        del group
+        return "the decay depends on the weights from before the step and acts on those from after it"
+
+    def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
+        del kernel
+        for p, w, x, eta_lam in zip(batch.p, batch.w, batch.x, batch.eta_lam, strict=True):
+            zero_initialised = total(p, x.count_nonzero()) == 0
+            w.copy_(rules.p_norm_decay(w, x, self.p, eta_lam, zero_initialised))
+        return sum(w.numel() for w in batch.w)
+
+
+def _check_known(what: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        msg = f"unknown {what} {value!r}: pass one of {', '.join(map(repr, known))}"
+        raise ValueError(msg)

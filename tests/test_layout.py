@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "wrapper": {
         "batch", "contract", "decay_off", "directions", "kernels", "over", "quirks", "snapshot", "strength", "tensors",
     },
-    "wrappers": {"batch", "contract", "directions", "strength", "wrapper"},
+    "wrappers": {"batch", "contract", "directions", "rules", "strength", "tensors", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
