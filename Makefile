@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo test test-without-triton lint bench docs clean
+.PHONY: help demo demo-timm test test-without-triton lint bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -31,7 +31,14 @@ demo: $(BIN)/.examples  ## train a small language model with AdamW and with Caut
 	$(BIN)/python examples/language_model.py
 
 test: $(BIN)/.test  ## all tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_triton_values.py
 	$(BIN)/python -m pytest -q -n 2
+
+test-without-triton:  ## the core tests on a torch without triton (the CPU build), in a virtual environment of its own
+	test -d $(VENV)-cpu || $(PYTHON) -m venv $(VENV)-cpu
+	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis -e .
+	$(VENV)-cpu/bin/python -m pytest -q -n 2 --ignore tests/test_examples.py
 
 lint: $(BIN)/.lint  ## format, lint and type checks
 	$(BIN)/ruff format --check .

@@ -93,7 +93,6 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         _triton._sweep,
         {name: pointers.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "tensors"},
     )
     options = {"num_warps": _triton.THREADS // target.warp_size, "enable_fp_fusion": False, **options}
     assembly = triton.compile(source, target=target, options=options).asm
@@ -196,7 +195,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{where()}; triton {triton.__version__}\n")
     print(
-        f"{'kernel':36}{'target':8}{'loads x bits':>22}{'stores x bits':>15}{'registers':>11}{'spills':>8}{'stack':>7}"
+        f"{'kernel':36}{'target':8}{'loads x bits':>15}{'stores x bits':>15}{'registers':>11}{'spills':>8}{'stack':>7}"
     )
     unaligned = {f"{name}, unaligned": replace(KERNELS[name], aligned=False) for name in ("direction", "snapshot")}
     for name, kernel in (KERNELS | unaligned).items():

@@ -1,9 +1,12 @@
 """Copies of weights from before a step: taken, reused from step to step, dropped. Knows no rule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+KernelOf = Callable[[torch.device], ModuleType]
 
 
 class Snapshots:
@@ -16,16 +19,22 @@ class Snapshots:
     def __init__(self) -> None:
         self._buffers: dict[int, Tensor] = {}
 
-    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], kernel: KernelOf) -> list[Tensor]:
         """Copies of ``tensors``, equal in shape, strides, type and device; valid until the next call.
 
-        ``owners`` are the parameters that the tensors belong to (the tensors may be new views at each step).
+        ``owners`` are the parameters that the tensors belong to (the tensors may be new views at each step); ``kernel``
+        gives the module that copies on a device.
         """
         kept = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
         self._buffers = kept
         copies = list(kept.values())
-        if copies:
-            torch._foreach_copy_(copies, list(tensors))
+        batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for copy, t in zip(copies, tensors, strict=True):
+            to, source = batches.setdefault((t.device, t.dtype), ([], []))
+            to.append(copy)
+            source.append(t)
+        for (device, _), (to, source) in batches.items():
+            kernel(device).copy(to, source)
         return copies
 
     def drop(self) -> None:

@@ -91,8 +91,8 @@ class OptimizerWrapper(Contract):
 
     _reads_gradient = False
     """Does `_after_step` want the gradients?"""
-    _what = "decays"
-    """What it does to the base, for the text that refuses to do it twice."""
+    _what = "decay"
+    """What it does, for the text that refuses to do it twice."""
 
     def _takes(self, eta_lam: float | Tensor) -> bool:
         """Does a group of this strength have anything to do?"""
@@ -200,9 +200,9 @@ class OptimizerWrapper(Contract):
 
     def _clash(self, inner: "OptimizerWrapper") -> str | None:
         """Why this method makes no sense around another; None if it does."""
-        return (
-            f"it {inner._what} already, and would twice. Pass its base_optimizer" if inner._what == self._what else None
-        )
+        if inner._what != self._what:
+            return None
+        return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
 
     def _watch_gradient(self, gradient: Tensor, version: int) -> None:
         """Some optimizers change gradients in place. Where one has, they are copied from then on."""
@@ -252,6 +252,9 @@ class OptimizerWrapper(Contract):
                 return reason
         return None
 
+    def _kernel(self, device: torch.device) -> ModuleType:
+        return kernels.choose(self.backend, device)
+
     def _base_fires_hooks(self) -> bool:
         """Some optimizers skip Optimizer.__init__, and with it the hooks."""
         return getattr(type(self.base_optimizer).step, "hooked", False) and hasattr(
@@ -292,7 +295,9 @@ class _Course:
         if along:
             self._decay_along(members)
             return
-        copies = self._wrapper._snapshots.take([p for p, _ in members], [plain(p) for p, _ in members])
+        copies = self._wrapper._snapshots.take(
+            [p for p, _ in members], [plain(p) for p, _ in members], self._wrapper._kernel
+        )
         self._copied = [(p, i, x) for (p, i), x in zip(members, copies, strict=True)]
         self._note_gradients()
 
@@ -353,7 +358,7 @@ class _Course:
     def _check_layouts(self, gradients: Iterable[Tensor]) -> None:
         wrapper = self._wrapper
         if wrapper._reads_gradient and any(g.is_sparse for g in gradients):
-            msg = f"{type(wrapper).__name__} reads gradients, and cannot read the sparse one that {wrapper._owner} has got"
+            msg = f"{type(wrapper).__name__} reads gradients, and cannot read the sparse ones of {wrapper._owner}"
             raise ValueError(msg)
 
     def _note_gradients(self) -> None:
@@ -384,5 +389,4 @@ class _Course:
             self._carry_out(self._wrapper._before_step, batch)
 
     def _carry_out(self, rule: Callable[[ModuleType, Batch], int | Tensor], batch: Batch) -> None:
-        kernel = kernels.choose(self._wrapper.backend, batch.w[0].device)
-        self._tally.add(batch, rule(kernel, batch))
+        self._tally.add(batch, rule(self._wrapper._kernel(batch.w[0].device), batch))

@@ -35,8 +35,8 @@ class CautiousDecay(OptimizerWrapper):
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
         mask: which weights decay. ``"update"`` is the paper's; the others are its ablations, and always take the
-            copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn from
-            torch's default generator (seeded by ``torch.manual_seed``, resumed with its state); ``"all"``, plain
+            copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn
+            from torch's default generator (seeded by ``torch.manual_seed``, resumed with its state); ``"all"``, plain
             decoupled decay.
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
@@ -44,7 +44,8 @@ class CautiousDecay(OptimizerWrapper):
             default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.strength.eta`.
         snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
             copy of the weights (`snapshot_bytes`). True always copies. False never does.
-        backend: None lets the library choose; ``"eager"`` is torch operations.
+        backend: None lets the library choose, for each device: ``"triton"``, one launch a step, or ``"eager"``, torch
+            operations.
 
     Raises:
         TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
@@ -171,7 +172,7 @@ class CautiousUpdate(OptimizerWrapper):
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "scale")
     _reads_gradient = True
-    _what = "masks updates"
+    _what = "mask"
 
     def __init__(self, base_optimizer: Optimizer, *, scale: str | None = "mean", backend: str | None = None) -> None:
         _check_known("scale", scale, SCALES)

@@ -80,6 +80,11 @@ def decay_from_snapshot(
     return active
 
 
+def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """to <- source; one entry a tensor, all of one device and type."""
+    torch._foreach_copy_(list(to), list(source))
+
+
 def _decay_unless_opposed(
     w: Tensor, x: Tensor, d: Tensor, sign: float, eta_lam: float | Tensor, strict: bool, count: bool, out: Tensor
 ) -> int | Tensor:

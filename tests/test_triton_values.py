@@ -1,0 +1,298 @@
+"""The Triton kernels, interpreted, do what rules.py says. Needs a process of its own:
+
+TRITON_INTERPRET=1 pytest tests/test_triton_values.py
+"""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+from support import both_paths, net, train, values
+from torch import Tensor
+from torch.optim import SGD, AdamW
+
+from cwd_wrap import CautiousDecay, kernels, rules
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from cwd_wrap.kernels import _triton  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinities and NaN
+
+SIZES = [0, 1, 7, 1023, 1024, 1025, _triton.CHUNK, _triton.CHUNK + 1, 2 * _triton.CHUNK + 1027]
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-45, -1e-45, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PAIRS = {"adam": (0.9, 1 - 0.9), "gan": (0.5, 0.5), "beta 0.3": (0.3, 0.7), "sgd": (0.9, 1.0), "maximize": (0.9, -0.1)}
+MIXED = [
+    (torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float16),
+    (torch.float16, torch.float32, torch.float64),
+]
+
+
+def some(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def expected_along(
+    x: Tensor, m: Tensor | None, g: Tensor, a: float, b: float, eta_lam: float | Tensor, strict: bool = False
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    u = b * g.to(wide)
+    if m is not None:
+        m, g = m.to(wide), g.to(wide)
+        average = m + b * (g - m) if b < 0.5 else g + (torch.tensor(b, dtype=wide) - 1) * (g - m)
+        u = average if b == 1 - a else m + b / a * g
+    return rules.decay(x, x, rules.aligned(u, x.to(wide), strict), eta_lam)
+
+
+def expected_after(w: Tensor, x: Tensor, eta_lam: float | Tensor, strict: bool = False) -> Tensor:
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return rules.decay(w, x, rules.moved_towards_zero(x.to(wide), w.to(wide), strict), eta_lam)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaN being NaN; 16-bit types to one unit in the last place, since the interpreter truncates."""
+    if one.element_size() > 2:
+        return torch.equal(torch.nan_to_num(one, nan=123.0), torch.nan_to_num(other, nan=123.0))
+    return bool(((one.view(torch.int16).int() - other.view(torch.int16).int()).abs() <= 1).all())
+
+
+def along(w: list[Tensor], m: list[Tensor | None], g: list[Tensor], pair: tuple[float, float], eta_lam, strict=False):
+    n = len(w)
+    a, b = [pair[0]] * n, [pair[1]] * n
+    return _triton.decay_along(w, m, g, a, b, [eta_lam] * n, strict=strict, count=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
+def test_along_equals_the_rule(pair: tuple[float, float], strict: bool) -> None:
+    """Decay along a momentum, over tensors of every size in one launch, is the rule on each."""
+    w, m, g = ([some(n, torch.float32, n + k) for n in SIZES] for k in (0, 1, 2))
+    expected = [expected_along(*row, *pair, 0.3, strict) for row in zip(w, m, g, strict=True)]
+    along(w, m, g, pair, 0.3, strict)
+
+    assert all(map(equal, w, expected))
+
+
+@pytest.mark.parametrize("b", [1.0, -1.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_along_a_gradient_equals_the_rule(dtype: torch.dtype, b: float) -> None:
+    """So it is along the gradient alone, in every type; a negative b maximizes."""
+    w, g = ([some(n, dtype, n + k) for n in (0, 7, 1025)] for k in (0, 1))
+    expected = [expected_along(x, None, y, 0.0, b, 0.3) for x, y in zip(w, g, strict=True)]
+    along(w, [None] * 3, g, (0.0, b), 0.3)
+
+    assert all(map(equal, w, expected))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_snapshot_equals_the_rule(dtype: torch.dtype, strict: bool) -> None:
+    """Decay from a snapshot, over tensors of every size in one launch, is the rule on each."""
+    w, x = ([some(n, dtype, n + k) for n in SIZES] for k in (0, 1))
+    expected = [expected_after(*pair, 0.3, strict) for pair in zip(w, x, strict=True)]
+    _triton.decay_from_snapshot(w, x, [0.3] * len(w), strict=strict, count=False)
+
+    assert all(map(equal, w, expected))
+
+
+@pytest.mark.parametrize("types", [(dtype,) * 3 for dtype in DTYPES] + MIXED, ids=str)
+def test_types_may_differ(types: tuple[torch.dtype, ...]) -> None:
+    """Weights, momenta and gradients of different types are worked on in float32, or in float64 for such weights."""
+    w, m, g = (some(1500, dtype, seed) for seed, dtype in enumerate(types))
+    expected = expected_along(w, m, g, *PAIRS["adam"], 0.3)
+    along([w], [m], [g], PAIRS["adam"], 0.3)
+
+    assert equal(w, expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_special_values(strict: bool) -> None:
+    """Signed zeros, denormals, huge numbers, infinities and NaN come out as rules.py has them, in every combination."""
+    one, other, third = (t.reshape(-1) for t in torch.meshgrid(*[torch.tensor(SPECIAL)] * 3, indexing="ij"))
+    by_momentum, by_gradient, after = one.clone(), one.clone(), one.clone()
+    along([by_momentum], [other], [third], PAIRS["adam"], 0.3, strict)
+    along([by_gradient], [None], [other], (0.0, 1.0), 0.3, strict)
+    _triton.decay_from_snapshot([after], [other], [0.3], strict=strict, count=False)
+
+    assert equal(by_momentum, expected_along(one, other, third, *PAIRS["adam"], 0.3, strict))
+    assert equal(by_gradient, expected_along(one, None, other, 0.0, 1.0, 0.3, strict))
+    assert equal(after, expected_after(one, other, 0.3, strict))
+
+
+def test_the_sign_of_zero_survives() -> None:
+    """-0.0 - 0.3 * -0.0 is 0.0, and a weight of -0.0 that is not decayed is -0.0 - 0.0 = -0.0, as in rules.py."""
+    w = torch.tensor([-0.0, 0.0, -0.0, 0.0])
+    g = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    expected = expected_along(w, None, g, 0.0, 1.0, 0.3)
+    along([w], [None], [g], (0.0, 1.0), 0.3)
+
+    assert torch.equal(torch.signbit(w), torch.signbit(expected))
+
+
+def test_thousands_of_small_tensors() -> None:
+    """Two thousand tensors of 1 to 13 weights go in one launch."""
+    w, x = ([some(1 + i % 13, torch.float32, i + k) for i in range(2000)] for k in (0, 5000))
+    expected = [expected_after(*pair, 0.3) for pair in zip(w, x, strict=True)]
+    _triton.decay_from_snapshot(w, x, [0.3] * len(w), strict=False, count=False)
+
+    assert all(map(equal, w, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_at_odd_offsets(dtype: torch.dtype) -> None:
+    """Views of a flat buffer that begin anywhere are decayed, and what lies between them is left alone."""
+    w, x = some(4000, dtype, 0), some(4000, dtype, 1)
+    edges = (1, 8, 1033, 2500, 3999)
+    expected = w.clone()
+    expected[1:3999] = expected_after(w[1:3999], x[1:3999], 0.3)
+    w_views, x_views = ([t[a:b] for a, b in pairwise(edges)] for t in (w, x))
+    _triton.decay_from_snapshot(w_views, x_views, [0.3] * 4, strict=False, count=False)
+
+    assert equal(w, expected)
+
+
+def test_strides_do_not_matter() -> None:
+    """Transposed, strided and channels_last weights, and companions of other strides, give the same."""
+    base, x = some(4000, torch.float32, 0).view(4, 1000), some(4000, torch.float32, 1).view(4, 1000)
+    expected = expected_after(base, x, 0.3)
+    transposed = base.t().contiguous().t()
+    strided = torch.zeros(4, 2000)[:, ::2].copy_(base)
+    last = base.view(1, 2, 2, 1000).clone(memory_format=torch.channels_last)
+    pairs = [(transposed, x), (strided, x), (base.clone(), x.t().contiguous().t()), (last, x.view(1, 2, 2, 1000))]
+    _triton.decay_from_snapshot(*map(list, zip(*pairs, strict=True)), [0.3] * 4, strict=False, count=False)
+
+    assert all(equal(w.reshape(4, 1000), expected) for w, _ in pairs)
+
+
+def test_each_tensor_has_its_own_numbers() -> None:
+    """Coefficients and strengths may differ from tensor to tensor; strengths may be numbers or tensors of any type."""
+    w, m, g = ([some(50, torch.float32, i + k) for i in range(5)] for k in (0, 50, 100))
+    a, b = [0.9, 0.9, 0.5, 0.9, 0.0625], [1 - 0.9, 1.0, 0.5, -0.1, 3.0]
+    eta_lam = [0.1, torch.tensor(0.2), torch.tensor([0.25], dtype=torch.float64), 0.1, torch.tensor([0.0, 0.5])[1]]
+    expected = [expected_along(*row) for row in zip(w, m, g, a, b, eta_lam, strict=True)]
+    _triton.decay_along(w, m, g, a, b, eta_lam, strict=False, count=False)
+
+    assert all(map(equal, w, expected))
+
+
+def test_a_strength_on_the_device_is_read_afresh() -> None:
+    """A tensor whose value changes in place gives the new value at the next call, though no table has changed."""
+    eta_lam = torch.tensor(0.5)
+    w, x = torch.ones(3), torch.ones(3)
+    _triton.decay_from_snapshot([w], [x], [eta_lam], strict=False, count=False)
+    eta_lam.fill_(0.25)
+    _triton.decay_from_snapshot([w], [x], [eta_lam], strict=False, count=False)
+
+    assert w.tolist() == [0.25] * 3
+
+
+def test_count() -> None:
+    """The weights that were decayed are counted over all tensors, those in the masked rest of a block included once."""
+    w, g = ([some(n, torch.float32, n + k) for n in SIZES] for k in (0, 1))
+    expected = sum(int(rules.aligned(y, x).sum()) for x, y in zip(w, g, strict=True))
+
+    assert int(along(w, [None] * len(w), g, (0.0, 1.0), 0.3)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copy(dtype: torch.dtype) -> None:
+    """A copy is bit for bit."""
+    source = [
+        torch.tensor(SPECIAL).to(dtype),
+        *(some(n, dtype, n) for n in (0, 1025)),
+        some(60, dtype, 1).view(6, 10).t(),
+    ]
+    to = [torch.full_like(t, 7) for t in source]
+    _triton.copy(to, source)
+
+    assert all(torch.equal(a.nan_to_num(5), b.nan_to_num(5)) for a, b in zip(to, source, strict=True))
+
+
+def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing to decay there is no launch."""
+    monkeypatch.setattr(_triton, "_sweep", None)
+    empty = [torch.empty(0), torch.empty(0, 3)]
+    _triton.copy(empty, empty)
+
+    assert _triton.decay_from_snapshot([], [], [], strict=False, count=True) == 0
+    assert _triton.decay_along(empty, [None] * 2, empty, [0.0] * 2, [1.0] * 2, [0.1] * 2, strict=False, count=True) == 0
+
+
+@triton.jit
+def _p_norm(w, y, z, p, beta, eta_lam, STRICT: tl.constexpr):
+    size = tl.exp2((2 - p) * tl.log2(tl.abs(w)))
+    return w * size / (size + p * eta_lam), size > 0
+
+
+def test_another_rule_fits_the_frame() -> None:
+    """A rule is one function: here the p-norm decay, with one tensor in and a coefficient of its own."""
+    w = [some(n, torch.float32, n) for n in (5, 1500)]
+    expected = [t * t.abs() ** 1.2 / (t.abs() ** 1.2 + 0.8 * 0.1) for t in w]
+    _triton._launch(_p_norm, (w,), [(0.8, 0.0)] * 2, _triton._as_it_is, [0.1] * 2)
+
+    torch.testing.assert_close(w, expected)
+
+
+@both_paths
+@pytest.mark.parametrize(
+    "build",
+    [lambda p: AdamW(p, lr=0.01, weight_decay=0.5), lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5)],
+    ids=["AdamW", "SGD"],
+)
+def test_the_wrapper_gives_what_it_gives_with_eager(build, snapshot: bool) -> None:
+    """Four steps of the wrapper with backend="triton" equal four with backend="eager", and None means triton here."""
+    trained = {}
+    for backend in ("eager", "triton", None):
+        model = net()
+        train(model, CautiousDecay(build(model.parameters()), snapshot=snapshot, backend=backend), range(4))
+        trained[backend] = values(model)
+
+    torch.testing.assert_close(trained["triton"], trained["eager"])
+    assert torch.equal(trained[None], trained["triton"])
+
+
+def test_a_compiled_call_equals_an_uncompiled_one() -> None:
+    """Inside a compiled region the launch breaks the graph, and each call gives what it gives outside."""
+    plain, compiled, x = (some(7, torch.float32, seed) for seed in (0, 0, 1))
+
+    def work(w: Tensor) -> Tensor:
+        _triton.decay_from_snapshot([w], [x * 2], [0.3], strict=False, count=False)
+        return w + 1
+
+    torch._dynamo.reset()
+    calls = torch.compile(work, backend="eager")
+
+    assert all(torch.equal(calls(compiled), work(plain)) for _ in range(3))
+
+
+@both_paths
+def test_compiled_steps_equal_uncompiled_ones(snapshot: bool) -> None:
+    """Under torch.compile the wrapper's steps do what they do outside."""
+    trained = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        torch._dynamo.reset()
+        model = net()
+        opt = CautiousDecay(SGD(model.parameters(), lr=0.1), lam=0.5, snapshot=snapshot, backend="triton")
+        step = wrap(lambda opt=opt: opt.step())
+        for _ in range(3):
+            model(torch.ones(1, 3)).sum().backward()
+            step()
+        trained.append(values(model))
+
+    torch.testing.assert_close(*trained)
+
+
+def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:
+    """With TRITON_INTERPRET=1 the choice on the CPU is triton, and for other devices it cannot be had."""
+    cpu = torch.device("cpu")
+
+    assert kernels.choose(None, cpu) is kernels.choose("triton", cpu) is _triton
+    with pytest.raises(ValueError, match=r"cannot run on cuda:0.*'eager'"):
+        kernels.choose("triton", torch.device("cuda", 0))
