@@ -2,9 +2,9 @@
 
 from cwd_wrap.monitor import MaskMonitor
 from cwd_wrap.plot import plot_mask_ratio
-from cwd_wrap.wrappers import CautiousDecay
+from cwd_wrap.wrappers import CautiousDecay, CautiousUpdate, PNormDecay
 
-__all__ = ["CautiousDecay", "MaskMonitor", "plot_mask_ratio"]
+__all__ = ["CautiousDecay", "CautiousUpdate", "MaskMonitor", "PNormDecay", "plot_mask_ratio"]
 
 
 def __getattr__(name: str) -> str:
