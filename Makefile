@@ -30,6 +30,9 @@ $(BIN)/.lint: $(BIN)/.torch pyproject.toml
 demo: $(BIN)/.examples  ## train a small language model with AdamW and with CautiousDecay(AdamW): about two minutes
 	$(BIN)/python examples/language_model.py
 
+demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_adamw: about a minute
+	$(BIN)/python examples/with_timm.py
+
 test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_triton_values.py
 	$(BIN)/python -m pytest -q -n 2

@@ -39,14 +39,19 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 
 @dataclass(frozen=True)
 class Kernel:
-    """A rule, the types that it is compiled for (output, then inputs), and whether addresses are promised aligned."""
+    """A rule, the types that it is compiled for (output, then inputs), and whether addresses are promised aligned.
+
+    ``stochastic``: whether what is written is rounded at random.
+    """
 
     rule: Any
     types: tuple[tl.dtype, ...]
     aligned: bool = True
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rule.__name__[1:]} {' '.join(map(str, self.types))}{'' if self.aligned else ', unaligned'}"
+        remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
+        return f"{self.rule.__name__[1:]} {' '.join(map(str, self.types))}{remarks}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ KERNELS = {
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 4),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 3),
+    "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 4, stochastic=True),
+    "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 3, stochastic=True),
 }
 
 
@@ -86,9 +93,11 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         "COUNT": False,
         "BLOCK": _triton.BLOCK,
         "counts": None,
+        **({} if kernel.stochastic else {"seeds": None}),
     }
     names = _triton._sweep.arg_names
     pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "strengths": "*i64", "coefficients": "*fp32"}
+    pointers |= {"seeds": "*i64"} if kernel.stochastic else {}
     source = ASTSource(
         _triton._sweep,
         {name: pointers.get(name, "constexpr") for name in names},

@@ -36,6 +36,8 @@ def _constructor(wrapper: Any, base: type[Optimizer], options: dict[str, Any]) -
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         wrapper.__init__(self, base(*args, **kwargs), **options)
 
+    # jsonargparse (LightningCLI) reads this one, others the class's.
+    __init__.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
     return __init__
 
 

@@ -298,7 +298,7 @@ def _classes(library: str, module: Any) -> Iterator[tuple[str, Callable[..., Opt
 def _timm() -> Iterator[tuple[str, Callable[..., Optimizer]]]:
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    for name in [*list_optimizers(), "lookahead_adamw"]:
+    for name in [*list_optimizers(exclude_filters=["cautious_*"]), "lookahead_adamw"]:
         yield f"timm.{name}", partial(create_optimizer_v2, opt=str(name))
 
 

@@ -1,0 +1,313 @@
+"""The clients that build, drive, save and load optimizers, each in its own library.
+
+Each is held to the same thing: trained through the client, the wrapper gives what it gives in a plain loop or in an
+uninterrupted run, bit for bit.
+"""
+
+import copy
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import loss_of, net, same, train, values
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from cwd_wrap import CautiousDecay
+
+ROOT = Path(__file__).parents[1]
+CautiousAdamW = CautiousDecay.over(AdamW)
+
+# ------------------------------------------------------------------------- Hugging Face Trainer
+
+
+def language_model() -> nn.Module:
+    """The same tiny model at each call."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+        )
+    )
+
+
+def trainer(model: nn.Module, folder: Path, optimizer: Any = None, **kwargs: Any) -> Any:
+    """A Trainer of six steps that saves after the third; more arguments go to TrainingArguments."""
+    import transformers
+
+    ids = [(torch.arange(8) * k) % 16 for k in range(24)]
+    flags = {"optimizers": (optimizer, None)} if optimizer is not None else {}
+    if "cls" in kwargs:
+        flags["optimizer_cls_and_kwargs"] = kwargs.pop("cls")
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=4, learning_rate=0.05, weight_decay=0.5,
+        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="steps", logging_strategy="no", **kwargs,
+    )  # fmt: skip
+    return transformers.Trainer(model, args, train_dataset=[{"input_ids": x, "labels": x} for x in ids], **flags)
+
+
+def inner(optimizer: Any) -> CautiousDecay:
+    """The wrapper inside what the client made of it."""
+    while not isinstance(optimizer, CautiousDecay):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_trainer_takes_the_class_and_resumes(tmp_path: Path, bf16: bool) -> None:
+    """`optimizer_cls_and_kwargs`: the Trainer's groups decay or do not, and a resumed run is the uninterrupted one."""
+    kwargs = {"cls": (CautiousAdamW, {"lr": 0.05}), "bf16": bf16}
+    first = trainer(model := language_model(), tmp_path, **kwargs)
+    first.train()
+    second = trainer(again := language_model(), tmp_path, **kwargs)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    opt = inner(second.optimizer)
+
+    assert type(opt) is CautiousAdamW
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.5, 0.0]
+    assert opt.param_groups[0]["lr"] == 0.0  # the Trainer's schedule reached the base
+    assert torch.equal(values(model), values(again))
+
+
+def test_trainer_takes_an_instance(tmp_path: Path) -> None:
+    """`optimizers=(optimizer, None)` trains as the class does, and differently from plain AdamW."""
+    model, other = language_model(), language_model()
+    by_class = trainer(model, tmp_path, cls=(CautiousAdamW, {"lr": 0.05}))
+    decaying, rest = split(by_class, other)
+    groups = [{"params": decaying, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.0}]
+    by_class.train()
+    trainer(other, tmp_path, CautiousDecay(AdamW(groups, lr=0.05))).train()
+    trainer(plain := language_model(), tmp_path, cls=(AdamW, {"lr": 0.05})).train()
+
+    assert torch.equal(values(model), values(other))
+    assert not torch.equal(values(model), values(plain))
+
+
+def split(of: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's parameters that the Trainer decays, and the others."""
+    names = set(of.get_decay_parameter_names(model))
+    named = list(model.named_parameters())
+    return [p for n, p in named if n in names], [p for n, p in named if n not in names]
+
+
+# ------------------------------------------------------------------------------------ Lightning
+
+
+def lightning_module(automatic: bool = True) -> Any:
+    """`net` as a LightningModule, with a scheduler; ``automatic=False`` steps by hand."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = loss_of(self.net, int(batch))
+            if not automatic:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.lr_schedulers().step()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            optimizer = CautiousDecay(AdamW(self.parameters(), lr=0.05, weight_decay=0.5))
+            scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(range(6), batch_size=None)
+
+    return Module()
+
+
+def fit(module: Any, folder: Path, ckpt: Path | None = None, **kwargs: Any) -> Any:
+    import lightning
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"max_epochs": 1, "default_root_dir": folder, "enable_checkpointing": False}
+    trainer = lightning.Trainer(**(options | kwargs))
+    trainer.fit(module, ckpt_path=ckpt, weights_only=False)
+    return trainer
+
+
+def by_hand(steps: int, accumulate: int = 1) -> Tensor:
+    """The weights after the same training in a plain loop."""
+    model = net()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
+    scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+    for step in range(steps):
+        (loss_of(model, step % 6) / accumulate).backward()
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return values(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool) -> None:
+    """With a closure inside `step` or by hand, with a scheduler: the plain loop's weights."""
+    module = lightning_module(automatic)
+    fit(module, tmp_path)
+
+    assert torch.equal(values(module.net), by_hand(6))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
+    """Two batches a step."""
+    module = lightning_module()
+    fit(module, tmp_path, accumulate_grad_batches=2)
+
+    assert torch.equal(values(module.net), by_hand(6, accumulate=2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+    """One epoch, a checkpoint, and one more epoch: two epochs in one run."""
+    first = fit(lightning_module(), tmp_path)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    module = lightning_module()
+    fit(module, tmp_path, ckpt=tmp_path / "last.ckpt", max_epochs=2)
+
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]["state"]
+    assert torch.equal(values(module.net), by_hand(12))
+
+
+# ----------------------------------------------------------------------------------- accelerate
+
+
+def accelerated(folder: Path, steps: range, load: bool = False, save: bool = False) -> tuple[Tensor, Any]:
+    """Train with accelerate, two batches a step, on the batches ``steps``."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = net()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
+    scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if load:
+        accelerator.load_state(str(folder))
+    for step in steps:
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, step))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    if save:
+        accelerator.save_state(str(folder))
+    return values(model), optimizer
+
+
+def test_accelerate_trains_as_a_plain_loop(tmp_path: Path) -> None:
+    """Prepared and accumulating, the scheduler drives the base's lr and the weights are the plain loop's."""
+    trained, optimizer = accelerated(tmp_path, range(6))
+
+    assert torch.equal(trained, by_hand(6, accumulate=2))
+    assert inner(optimizer).base_optimizer.param_groups[0]["lr"] == 0.05 * 0.9**3
+
+
+def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
+    """`save_state` and `load_state` half way change nothing."""
+    accelerated(tmp_path, range(4), save=True)
+    resumed, _ = accelerated(tmp_path, range(4, 6), load=True)
+
+    assert torch.equal(resumed, by_hand(6, accumulate=2))
+
+
+# ------------------------------------------------------------- torch_optimizer, pytorch_optimizer
+
+
+@pytest.mark.parametrize(("library", "name"), [("torch_optimizer", "Yogi"), ("pytorch_optimizer", "AdaBelief")])
+def test_optimizers_of_other_libraries_in_one_line(library: str, name: str) -> None:
+    """Any optimizer they have is wrapped as torch's own are, and its checkpoint is its own."""
+    cls = getattr(pytest.importorskip(library), name)
+    models = net(), net()
+    wrapped = CautiousDecay(cls(models[0].parameters(), lr=0.01, weight_decay=0.5))
+    plain = cls(models[1].parameters(), lr=0.01, weight_decay=0.5)
+    for model, optimizer in zip(models, (wrapped, plain), strict=True):
+        train(model, optimizer, range(3))
+
+    assert not torch.equal(values(models[0]), values(models[1]))
+    plain.load_state_dict(copy.deepcopy(wrapped.state_dict()))
+    assert same(wrapped.state_dict(), plain.state_dict())
+
+
+def test_pytorch_optimizers_factory() -> None:
+    """`create_optimizer` builds the groups; the wrapper takes the strength from them."""
+    library = pytest.importorskip("pytorch_optimizer")
+    optimizer = CautiousDecay(library.create_optimizer(net(), "adamw", lr=0.01, weight_decay=0.5))
+
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.5]
+
+
+# ---------------------------------------------------------------------------------------- Hydra
+
+
+def test_hydra_builds_it_from_dotted_names() -> None:
+    """`_target_: cwd_wrap.CautiousDecay` around `_target_: torch.optim.AdamW`, the parameters given at the call."""
+    pytest.importorskip("hydra")
+    from hydra.utils import instantiate
+
+    base = {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.5}
+    config = {"_target_": "cwd_wrap.CautiousDecay", "base_optimizer": base, "strict": True}
+    optimizer = instantiate(config, base_optimizer={"params": list(net().parameters())})
+
+    assert type(optimizer) is CautiousDecay
+    assert type(optimizer.base_optimizer) is AdamW
+    assert optimizer.strict
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_hydra_builds_the_class() -> None:
+    """`.over` is found by a dotted name as well, and `_partial_` leaves the parameters for later."""
+    pytest.importorskip("hydra")
+    from hydra.utils import instantiate
+
+    over = {
+        "_target_": "cwd_wrap.CautiousDecay.over",
+        "base_class": {"_target_": "hydra.utils.get_class", "path": "torch.optim.SGD"},
+    }
+    cls = instantiate(over)
+
+    assert cls is CautiousDecay.over(torch.optim.SGD)
+
+
+# ------------------------------------------------------------------------------------- examples
+
+EXAMPLES = {
+    "with_trainer.py": ("transformers", "'train_loss'"),
+    "with_lightning.py": ("lightning", "Epoch 9/9"),
+    "with_lightning.py fit --config examples/with_lightning.yaml": ("jsonargparse", "Epoch 1/1"),
+    "with_accelerate.py": ("accelerate", "epoch 4: loss"),
+    "with_hydra.py optimizer.strict=true steps=5": ("hydra", "CautiousDecay(AdamW, lam=0.1"),
+    "with_timm.py --epochs 1 --seeds 1 --warmup-epochs 0 --output {tmp}": ("timm", "difference: "),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each example under examples/ ends well and prints what it is for."""
+    library, expected = EXAMPLES[command]
+    script, *argv = command.format(tmp=tmp_path).split()
+    for name in {library, {"with_timm.py": "sklearn"}.get(script, "torch")}:
+        pytest.importorskip(name)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"examples/{script}", *argv])
+    runpy.run_path(f"examples/{script}", run_name="__main__")
+    written = capfd.readouterr()
+
+    assert expected in written.out + written.err

@@ -1,0 +1,555 @@
+"""timm by name: every `cautious_<name>` is the wrapper over that optimizer, and unchanged scripts run with it."""
+
+import argparse
+import copy
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from zoo import NOTES
+
+from cwd_wrap import CautiousDecay, rules
+
+pytest.importorskip("timm")
+
+import timm
+from timm.optim import (
+    Lookahead,
+    OptimInfo,
+    create_optimizer,
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+)
+from timm.optim._optim_factory import default_registry
+from timm.scheduler import CosineLRScheduler
+
+import cwd_wrap.timm
+from cwd_wrap.timm import run_script
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "train_like_timm.py"
+LAM = 0.1
+LR = 1e-3
+
+PLAIN = list_optimizers(exclude_filters=["cautious_*"])
+# The others are named by a string: they need apex or bitsandbytes, and a GPU.
+ON_CPU = [name for name in PLAIN if not isinstance(get_optimizer_info(name).opt_class, str)]
+
+
+def model() -> nn.Module:
+    """The same small net at each call, with weights of one, two and four dimensions."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+
+
+def make(net: nn.Module, name: str, weight_decay: float = LAM, **kwargs: Any) -> Optimizer:
+    """timm's factory. Kron is not compiled: that is half a minute on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "kron" in name:
+            patch.setattr("timm.optim.kron.has_dynamo", False)
+        return create_optimizer_v2(net, name, lr=LR, weight_decay=weight_decay, **kwargs)
+
+
+def backward(net: nn.Module, create_graph: bool = False) -> None:
+    """Gradients that are the same for the same weights."""
+    images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(6) % 5
+    nn.functional.cross_entropy(net(images), targets).backward(create_graph=create_graph)
+
+
+def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """timm's registry, with what the test registers forgotten afterwards."""
+    monkeypatch.setattr(default_registry, "_optimizers", dict(default_registry._optimizers))
+    return default_registry
+
+
+# ---------------------------------------------------------------------------------- every name
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_every_name_is_the_wrapper_over_what_timm_makes(name: str) -> None:
+    """`cautious_<name>` has the base, the defaults and the groups that timm gives `<name>`."""
+    wrapped, plain = make(model(), f"cautious_{name}"), make(model(), name)
+
+    assert isinstance(wrapped, CautiousDecay)
+    assert type(wrapped).__name__ == f"CautiousDecay{type(plain).__name__}"
+    assert type(wrapped.base_optimizer) is type(plain)
+    assert wrapped.defaults == wrapped.base_optimizer.defaults == plain.defaults
+    assert groups_of(wrapped) == groups_of(plain)
+    assert sorted(group["weight_decay"] for group in wrapped.param_groups) == [0.0, LAM]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
+    """A step is the plain optimizer's without decay, less eta * lam * 1[u*x >= 0] * x, biases and norms left out."""
+    note = NOTES.get(f"timm.{name}", {})
+    nets = model(), model()
+    wrapped, plain = make(nets[0], f"cautious_{name}"), make(nets[1], name)
+    eta_lam = {
+        id(p): eta(note, group) * group["weight_decay"] for group in wrapped.param_groups for p in group["params"]
+    }
+    for group in plain.param_groups:
+        if note.get("adapts") and group["weight_decay"]:  # LAMB and LARS adapt their step only where there is decay
+            group["always_adapt"] = True
+        group["weight_decay"] = 0.0
+    before = [p.detach().clone() for p in nets[0].parameters()]
+    for optimizer, net in zip((wrapped, plain), nets, strict=True):
+        backward(net, create_graph=note.get("create_graph", False))
+        torch.manual_seed(0)
+        optimizer.step()
+
+    decayed = 0
+    for x, p, q in zip(before, nets[0].parameters(), nets[1].parameters(), strict=True):
+        expected = follow(x, q.detach(), eta_lam[id(p)])
+        off = (p.detach().double() - expected).abs()
+        in_place = (q == x) & (p == x)  # a step too small to see: the wrapper may know better which way it went
+
+        assert ((off <= rounding(x, q)) | in_place).all(), (tuple(p.shape), off.max())
+        assert (eta_lam[id(p)] > 0) == (p.dim() > 1)
+        decayed += int((p != q).sum())
+    assert decayed > 0
+
+
+def eta(note: dict[str, Any], group: dict[str, Any]) -> float:
+    """What the zoo says the decay is multiplied by. "given" is for an Adafactor without lr, and here it has one."""
+    formula = note.get("eta", "lr")
+    return LR if formula == "given" else float(eval(formula, {}, group))
+
+
+def follow(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
+    """The rule, in float64."""
+    return w.double() - eta_lam * rules.moved_towards_zero(x.double(), w.double()) * x.double()
+
+
+def rounding(x: Tensor, w: Tensor) -> Tensor:
+    return 4 * torch.finfo(torch.float32).eps * torch.maximum(x.abs(), w.detach().abs()).double()
+
+
+def test_the_two_tests_above_are_over_all_of_timm() -> None:
+    """Discovery finds what timm has; what is left out is apex's and bitsandbytes' alone."""
+    assert len(ON_CPU) >= {"1.0.31": 85}.get(timm.__version__, 50)
+    assert all(name.startswith(("fused", "bnb")) for name in set(PLAIN) - set(ON_CPU))
+
+
+def test_the_check_of_the_step_can_fail() -> None:
+    """Plain AdamW with its own decay does not obey the rule."""
+    net, free = model(), model()
+    before = [p.detach().clone() for p in net.parameters()]
+    for optimizer, of in ((make(net, "adamw"), net), (make(free, "adamw", weight_decay=0.0), free)):
+        backward(of)
+        optimizer.step()
+    off = [
+        ((p.detach().double() - follow(x, q.detach(), LR * LAM)).abs() - rounding(x, q)).max()
+        for x, p, q in zip(before, net.parameters(), free.parameters(), strict=True)
+    ]
+
+    assert max(off) > 0
+
+
+# ------------------------------------------------------------------------------ timm's functions
+
+
+def test_all_names_are_listed_twice() -> None:
+    """`list_optimizers` knows each name with and without the prefix, and filters them as it does others."""
+    assert list_optimizers("cautious_*") == sorted(f"cautious_{name}" for name in PLAIN)
+    assert list_optimizers() == sorted([*PLAIN, *list_optimizers("cautious_*")])
+    assert list_optimizers(["cautious_adam", "lion"]) == ["cautious_adam", "lion"]
+
+
+def test_descriptions_name_the_paper() -> None:
+    """Cautious decay and timm's cautious update are different papers, and the descriptions say which."""
+    described = dict(list_optimizers("cautious_*", with_description=True))
+    adamw, cadamw = get_optimizer_info("adamw").description, get_optimizer_info("cadamw").description
+
+    assert described["cautious_adamw"] == f"Cautious weight decay (arXiv 2510.12402) over adamw: {adamw}"
+    assert described["cautious_cadamw"] == (
+        f"Cautious weight decay (arXiv 2510.12402) over cadamw with cautious update (arXiv 2411.16085): {cadamw}"
+    )
+
+
+def test_info_is_the_bases() -> None:
+    """What timm's factory reads of an entry, it reads of the base's."""
+    info, base = get_optimizer_info("cautious_adahessian"), get_optimizer_info("adahessian")
+
+    assert (info.name, info.opt_class) == ("cautious_adahessian", CautiousDecay.over(base.opt_class))
+    assert (info.has_betas, info.second_order, info.defaults) == (base.has_betas, base.second_order, base.defaults)
+
+
+@pytest.mark.parametrize("bind_defaults", [True, False])
+def test_get_optimizer_class(bind_defaults: bool) -> None:
+    """The class takes parameters first, with timm's defaults bound or not."""
+    cls = get_optimizer_class("cautious_sgd", bind_defaults=bind_defaults)
+    opt = cls(model().parameters(), lr=LR, momentum=0.9, weight_decay=LAM)
+
+    assert type(opt) is CautiousDecay.over(torch.optim.SGD)
+    assert opt.param_groups[0]["weight_decay"] == LAM
+    assert opt.param_groups[0]["nesterov"] is bind_defaults
+
+
+def test_create_optimizer_of_old_scripts() -> None:
+    """The older factory, which takes the parsed arguments, makes the same."""
+    args = argparse.Namespace(opt="cautious_momentum", lr=LR, weight_decay=LAM, momentum=0.8, opt_eps=None)
+    opt = create_optimizer(args, model())
+
+    assert isinstance(opt, CautiousDecay)
+    assert {(g["momentum"], g["nesterov"]) for g in opt.param_groups} == {(0.8, False)}
+    assert sorted(g["weight_decay"] for g in opt.param_groups) == [0.0, LAM]
+
+
+def test_lookahead_goes_around_the_wrapper() -> None:
+    """`lookahead_cautious_adamw` is Lookahead over CautiousDecay over AdamW."""
+    opt = make(model(), "lookahead_cautious_adamw")
+
+    assert type(opt) is Lookahead
+    assert isinstance(opt._base_optimizer, CautiousDecay)
+    assert type(opt._base_optimizer.base_optimizer) is AdamW
+    backward(opt_net := model())
+    opt = make(opt_net, "Lookahead_Cautious_AdamW")
+    opt.step()
+    opt.sync_lookahead()
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        ("cautious_nope", "nope"),
+        ("cautious_lookahead_adamw", "lookahead_adamw"),
+        ("cautious_cautious_adamw", "cautious_adamw"),
+        ("my_cautious_adamw", "my_cautious_adamw"),
+        ("lookahead_cautious_nope", "nope"),
+    ],
+)
+def test_an_unknown_name_is_timms_own_error(name: str, unknown: str) -> None:
+    """No name with `cautious_` in it falls back to an optimizer that is not cautious."""
+    with pytest.raises(ValueError, match=f"^Optimizer {unknown} not found in registry$"):
+        create_optimizer_v2(model(), name, lr=LR)
+
+
+def test_names_without_the_prefix_are_as_before() -> None:
+    """Entries, classes and errors of other names are timm's own, and so is what its parser makes of prefixes."""
+    assert get_optimizer_info("AdamW") is default_registry._optimizers["adamw"]
+    assert get_optimizer_class("adamw") is AdamW
+    assert type(make(model(), "adamw")) is type(make(model(), "foo_adamw")) is AdamW
+    assert type(make(model(), "lookahead_adamw")._base_optimizer) is AdamW
+    with pytest.raises(ValueError, match="Optimizer cautious not found"):
+        make(model(), "cautious")
+
+
+@pytest.mark.parametrize("again", [cwd_wrap.timm.register, lambda: importlib.reload(cwd_wrap.timm)])
+def test_registering_twice_is_harmless(again: Callable[[], object]) -> None:
+    """The names are there once, however often they are asked for."""
+    before = list_optimizers()
+    again()
+
+    assert list_optimizers() == before
+    assert type(make(model(), "cautious_adamw")) is CautiousDecay.over(AdamW)
+
+
+def test_what_others_register_later_has_a_cautious_name(registry: Any) -> None:
+    """A class, a function and a dotted name, registered after the import, are wrapped too."""
+
+    def factory(params: Any, **kwargs: Any) -> Optimizer:
+        return AdamW(params, amsgrad=True, **kwargs)
+
+    for name, opt_class in {"mine": AdamW, "made": factory, "dotted": "torch.optim.adamw.AdamW"}.items():
+        registry.register(OptimInfo(name, opt_class, defaults={"eps": 1e-5}))
+        opt = make(model(), f"cautious_{name}")
+
+        assert f"cautious_{name}" in list_optimizers("cautious_*")
+        assert isinstance(opt, CautiousDecay)
+        assert type(opt.base_optimizer) is AdamW
+        assert opt.defaults["eps"] == 1e-5
+        assert isinstance(
+            get_optimizer_class(f"cautious_{name}")(model().parameters(), weight_decay=LAM), CautiousDecay
+        )
+
+
+def test_options_of_the_wrapper_are_keyword_arguments() -> None:
+    """What CautiousDecay takes by keyword, `create_optimizer_v2` and so `--opt-kwargs` takes; but not lam."""
+    opt = make(model(), "cautious_adamw", strict=True, snapshot=True, betas=(0.8, 0.9))
+
+    assert isinstance(opt, CautiousDecay)
+    assert (opt.strict, opt.snapshot, opt.lam, opt.defaults["betas"]) == (True, True, None, (0.8, 0.9))
+
+
+def test_what_foreach_is_given_reaches_the_base() -> None:
+    """`foreach` is passed on as timm passes it."""
+    assert make(model(), "cautious_adamw", foreach=True).defaults["foreach"] is True
+
+
+def test_train_py_is_told_of_second_order() -> None:
+    """timm's train.py asks the optimizer whether it needs the gradients' graph: an answer where the base has one."""
+    assert make(model(), "cautious_adahessian").is_second_order is True
+    for lookahead in make(model(), "lookahead_adahessian"), make(model(), "lookahead_cautious_adahessian"):
+        assert getattr(lookahead, "is_second_order", None) in {True, None}  # the oldest timm's has no answer
+    assert not hasattr(make(model(), "cautious_adamw"), "is_second_order")
+
+
+# -------------------------------------------------------------------------------------- groups
+
+
+def test_layer_decay_and_timms_scheduler() -> None:
+    """Groups keep `lr_scale`; timm's scheduler sets each group's lr, and the decay follows it."""
+    net = timm.create_model("test_vit", num_classes=5, img_size=32)
+    opt = make(net, "cautious_adamw", layer_decay=0.5)
+    scheduler = CosineLRScheduler(opt, t_initial=10, warmup_t=2, warmup_lr_init=1e-5, t_in_epochs=False)
+    plain_net = copy.deepcopy(net)
+    plain = make(plain_net, "adamw", layer_decay=0.5)
+    plain_scheduler = CosineLRScheduler(plain, t_initial=10, warmup_t=2, warmup_lr_init=1e-5, t_in_epochs=False)
+    for update in range(4):
+        scheduler.step_update(update)
+        plain_scheduler.step_update(update)
+
+    assert [g["lr"] for g in opt.param_groups] == [g["lr"] for g in plain.param_groups]
+    assert len({g["lr_scale"] for g in opt.param_groups}) > 2
+    assert groups_of(opt) == groups_of(plain)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def test_adafactor_without_lr_says_what_to_give() -> None:
+    """Adafactor that makes its own step size needs to be told one, and takes `step_size=` right there."""
+    with pytest.raises(
+        ValueError, match=r"^cautious_adafactor: .*is unknown: give the group a learning rate, or pass "
+    ):
+        create_optimizer_v2(model(), "cautious_adafactor", weight_decay=LAM)
+
+    opt = create_optimizer_v2(model(), "cautious_adafactor", weight_decay=LAM, step_size=one_thousandth)
+
+    assert isinstance(opt, CautiousDecay)
+    assert opt.step_size is one_thousandth
+
+
+def one_thousandth(group: Any) -> float:
+    return 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the text is for a machine without a GPU")
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(ON_CPU)))
+def test_apex_and_bitsandbytes_need_a_gpu(name: str) -> None:
+    """One line, which names the optimizer and is otherwise timm's own."""
+    library = "APEX" if name.startswith("fused") else "bitsandbytes"
+
+    with pytest.raises(ValueError, match=f"^cautious_{name}: CUDA required for {library} optimizers$"):
+        make(model(), f"cautious_{name}")
+
+
+def test_what_cannot_be_wrapped_says_why(registry: Any) -> None:
+    """An optimizer that keeps its own copy of the weights is refused in one line."""
+
+    class ScheduleFreeAdamW(AdamW):
+        """Refused by its name."""
+
+    registry.register(OptimInfo("schedulefree", ScheduleFreeAdamW))
+
+    with pytest.raises(ValueError, match=r"^cautious_schedulefree: .* cannot be put around ScheduleFreeAdamW: "):
+        make(model(), "cautious_schedulefree")
+
+
+def test_timm_without_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older timm, and none, are told the version that is needed."""
+    monkeypatch.setitem(sys.modules, "timm.optim._optim_factory", None)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.0.11")
+
+    with pytest.raises(
+        ImportError, match=r"needs timm 1\.0\.12 or newer.* but found timm 1\.0\.11 .*pip install 'timm>"
+    ):
+        cwd_wrap.timm.register()
+
+
+def test_the_module_does_not_shadow_timm() -> None:
+    """`cwd_wrap.timm` and timm are two modules."""
+    assert timm is not cwd_wrap.timm
+    assert timm.optim.create_optimizer_v2 is create_optimizer_v2
+
+
+# -------------------------------------------------------------------------- an unchanged script
+
+
+class Runner:
+    """Runs the script in this process, through the launcher, and returns its log lines."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *argv: object) -> list[str]:
+        run_script([str(SCRIPT), *(str(a) for a in argv)])
+        return self.capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def train(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    for name in ("argv", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    return Runner(capsys)
+
+
+def unnamed(lines: list[str]) -> list[str]:
+    return [line.replace("CautiousDecay", "").replace("cautious_", "") for line in lines]
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "lookahead_adamw"])
+def test_an_unchanged_script_logs_the_same_lines(train: Runner, opt: str) -> None:
+    """But for the optimizer's name, they are the same to the last digit while nothing decays, and alike otherwise."""
+    cautious = f"cautious_{opt}".replace("cautious_lookahead_", "lookahead_cautious_")
+
+    with pytest.warns(UserWarning, match="nothing to decay"):
+        without = train("--opt", cautious, "--weight-decay", 0)
+    assert unnamed(without) == train("--opt", opt, "--weight-decay", 0)
+
+    decaying = train("--opt", cautious, "--weight-decay", 10)
+    plain = train("--opt", opt, "--weight-decay", 10)
+    assert [re.sub(r"\d", "0", line) for line in unnamed(decaying)] == [re.sub(r"\d", "0", line) for line in plain]
+    assert unnamed(decaying)[1:] != plain[1:]
+
+
+def test_all_flags_of_the_script(train: Runner) -> None:
+    """Layer decay, mixed precision, clipping, --opt-kwargs, betas and warmup run together."""
+    flags = ["--layer-decay", 0.7, "--amp", "--clip-grad", 1.0, "--opt-betas", 0.8, 0.9, "--warmup-epochs", 1]
+    lines = train("--opt", "cautious_nadamw", "--weight-decay", 0.1, *flags, "--opt-kwargs", "strict=True", "eps=1e-6")
+
+    assert "betas: [0.8, 0.9], eps: 1e-06" in lines[0]
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw", "cautious_adamw"), ("cautious_adamw", "adamw")])
+def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, first: str, then: str) -> None:
+    """While nothing decays, changing the optimizer half way is the uninterrupted run; the files have the same keys."""
+    flags = ["--weight-decay", 0, "--sched", "constant", "--epochs"]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "then").mkdir()
+    with pytest.warns(UserWarning, match="nothing to decay"):
+        train("--opt", first, *flags, 1, "--output", tmp_path / "first")
+        checkpoint = tmp_path / "first" / "last.pth.tar"
+        resumed = train("--opt", then, *flags, 2, "--output", tmp_path / "then", "--resume", checkpoint)
+        uninterrupted = train("--opt", first, *flags, 2)
+
+    assert [line for line in resumed if line.startswith("Train: 1")] == uninterrupted[-2:]
+    one, two = (torch.load(tmp_path / f / "last.pth.tar", weights_only=False)["optimizer"] for f in ("first", "then"))
+    assert one["param_groups"][0].keys() == two["param_groups"][0].keys()
+    assert [*one["state"][0]] == [*two["state"][0]]
+
+
+def test_resume_carries_the_decay(train: Runner, tmp_path: Path) -> None:
+    """Two epochs in one run and in two are the same, decay and all."""
+    flags = ["--opt", "cautious_adamw", "--weight-decay", 10, "--sched", "constant", "--epochs"]
+    train(*flags, 1, "--output", tmp_path)
+    resumed = train(*flags, 2, "--resume", tmp_path / "last.pth.tar")
+
+    assert resumed[-2:] == train(*flags, 2)[-2:]
+
+
+# ------------------------------------------------------------------------------------ launcher
+
+PROBE = """
+import sys
+print(__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].__dict__ is globals(), __spec__, __package__)
+
+def fail():
+    raise KeyError("lost")
+
+if "--exit" in sys.argv:
+    sys.exit(3)
+try:
+    fail()
+except KeyError as error:
+    raise RuntimeError("at last") from error
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--exit"]])
+def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> None:
+    """Arguments, names, the first place to import from, traceback and exit code are those of `python script.py`."""
+    script = tmp_path / "folder" / "probe.py"
+    script.parent.mkdir()
+    script.write_text(PROBE)
+    direct, launched = (
+        subprocess.run(
+            [sys.executable, *launcher, "folder/probe.py", "--lr", "1", *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(HERE.parent)},
+        )
+        for launcher in ([], ["-m", "cwd_wrap.timm"])
+    )
+
+    assert launched.returncode == direct.returncode == (3 if flags else 1)
+    assert launched.stdout == direct.stdout
+    assert launched.stderr == direct.stderr
+
+
+def test_the_scripts_own_timm_goes_first(tmp_path: Path) -> None:
+    """A timm beside the script is the one that the script would import, so it is the one that learns the names."""
+    (tmp_path / "clone" / "timm").mkdir(parents=True)
+    (tmp_path / "clone" / "timm" / "__init__.py").write_text("")
+    (tmp_path / "clone" / "train.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "cwd_wrap.timm", "clone/train.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(HERE.parent)},
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m cwd_wrap.timm: cwd_wrap.timm needs timm 1.0.12 or newer")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "no script given\nusage: python -m cwd_wrap.timm SCRIPT"),
+        (["nope.py", "--opt", "x"], "there is no script 'nope.py' in "),
+        (["--opt", "x", "train.py"], "there is no script '--opt' in "),
+        (["."], "there is no script '.' in "),
+    ],
+)
+def test_the_launcher_without_a_script(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing script is one line and the usage, and python's own exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        run_script(argv)
+
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"python -m cwd_wrap.timm: {text}")
+
+
+def test_the_launcher_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help before a script is the launcher's."""
+    run_script(["--help"])
+
+    assert capsys.readouterr().out.startswith("usage: python -m cwd_wrap.timm SCRIPT")
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    """`torchrun -m cwd_wrap.timm train.py` trains in two processes and logs from one."""
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cwd_wrap.timm"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, SCRIPT, "--opt", "cautious_adamw", "--weight-decay", "0.1"],
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("Created CautiousDecayAdamW (cautious_adamw) optimizer: ")
+    assert len(done.stdout.splitlines()) == 3
