@@ -9,8 +9,11 @@ __all__ = ["CautiousDecay", "CautiousUpdate", "MaskMonitor", "PNormDecay", "plot
 
 def __getattr__(name: str) -> str:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("cwd-wrap")
+        try:
+            return version("cwd-wrap")
+        except PackageNotFoundError:
+            return "0+checkout"
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

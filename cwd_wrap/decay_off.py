@@ -30,6 +30,6 @@ class DecayOff:
     def on(self) -> None:
         """Put it back, but where a hook or a closure has written a new value meanwhile (a schedule), leave that."""
         for group, key, before, meanwhile in self._changed:
-            if group[key] is meanwhile:
+            if group.get(key) is meanwhile:
                 group[key] = before
         self._changed = []

@@ -52,9 +52,16 @@ def _momentum_buffer(group: Group) -> Direction | str:
     mu, dampening = group["momentum"], group["dampening"]
     if mu == 0:
         return _gradient(group)
-    if group["nesterov"]:
-        return _linear(group, "momentum_buffer", mu * mu, 1 + mu * (1 - dampening))
-    return _linear(group, "momentum_buffer", mu, 1 - dampening)
+    a, b = (mu * mu, 1 + mu * (1 - dampening)) if group["nesterov"] else (mu, 1 - dampening)
+    if isinstance(_linear(group, "momentum_buffer", a, b), str):
+        return "its coefficients are tensors"
+    sign = -1.0 if group.get("maximize") else 1.0
+
+    def coefficients(state: State) -> tuple[float, float]:
+        # The first buffer is the gradient itself, undampened.
+        return (0.0, sign) if state.get("momentum_buffer") is None else (a, sign * b)
+
+    return Direction("momentum_buffer", coefficients)
 
 
 def _moving_average(group: Group) -> Direction | str:

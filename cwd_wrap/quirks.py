@@ -3,7 +3,7 @@
 A name is ``library.Class``; a bare class name holds for every library.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -11,10 +11,6 @@ from torch.optim import Optimizer
 _ANEW = "it computes the weights anew at each step from a copy of its own, so a decay of the parameter is lost"
 
 _REFUSED: Mapping[str, str] = {
-    "ScheduleFreeAdamW": _ANEW,
-    "ScheduleFreeRAdam": _ANEW,
-    "ScheduleFreeSGD": _ANEW,
-    "ScheduleFreeWrapper": _ANEW,
     "TRAC": _ANEW,
     "FTRL": _ANEW,
     "Nero": _ANEW,
@@ -47,6 +43,8 @@ _ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
 
 def refusal(optimizer: Optimizer) -> str | None:
     """Why ``optimizer`` cannot be wrapped; None if it can."""
+    if any("ScheduleFree" in name for name in _names(optimizer)):
+        return _ANEW
     return next((_REFUSED[name] for name in _names(optimizer) if name in _REFUSED), None)
 
 
@@ -67,9 +65,33 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     return entries
 
 
+def many_gradients(optimizer: Optimizer) -> str | None:
+    """Why the gradient after its step says nothing about the weights before it; None if it does."""
+    known = {"LBFGS", "SAM", "LookSAM", "FriendlySAM", "GSAM", "WSAM"}
+    found = known.intersection(_names(optimizer))
+    return "it evaluates gradients at several places in one step, and leaves the last" if found else None
+
+
+def maximizes(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Does the step climb the gradient? torch keeps the option in the group, pytorch_optimizer in the optimizer."""
+    return bool(group.get("maximize")) or any(getattr(layer, "maximize", False) for layer in layers(optimizer))
+
+
+def step_size(optimizer: Optimizer) -> Callable[[Mapping[str, Any]], Any] | None:
+    """eta, of optimizers that keep what it depends on in themselves and not in the group; None for all others."""
+    if "torch_optimizer.AdaBelief" in _names(optimizer) and getattr(optimizer, "_fixed_decay", False):
+        return lambda _: 1.0
+    if "lion_pytorch.Lion" in _names(optimizer) and getattr(optimizer, "decoupled_wd", False):
+        initial: float = getattr(optimizer, "_init_lr")  # noqa: B009 - not an attribute that Optimizer has
+        return lambda group: group["lr"] / initial
+    return None
+
+
 def layers(optimizer: object) -> Iterator[Optimizer]:
     """The optimizer, and those inside it under the names in use for that."""
-    while isinstance(optimizer, Optimizer):
+    seen: set[int] = set()
+    while isinstance(optimizer, Optimizer) and id(optimizer) not in seen:
+        seen.add(id(optimizer))
         yield optimizer
         names = ("base_optimizer", "_base_optimizer", "optimizer")
         optimizer = next((inner for name in names if (inner := getattr(optimizer, name, None)) is not None), None)

@@ -34,10 +34,29 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool = False) -> Tensor:
     return (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
 
 
-def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor) -> Tensor:
-    """w - eta*lam * mask * x: the decay that ``mask`` lets through, taken of the weight before the step."""
+def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, random: Tensor | None = None) -> Tensor:
+    """w - eta*lam * mask * x: the decay that ``mask`` lets through, taken of the weight before the step.
+
+    Rounded to nearest, or by `stochastic_rounding` where ``random`` is given (16-bit weights only).
+    """
     wide = torch.promote_types(w.dtype, torch.float32)
-    return (w.to(wide) - mask.to(wide) * x.to(wide) * eta_lam).to(w.dtype)
+    decayed = w.to(wide) - mask.to(wide) * x.to(wide) * eta_lam
+    return decayed.to(w.dtype) if random is None else stochastic_rounding(decayed, w.dtype, random)
+
+
+def stochastic_rounding(wide: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """``wide`` (float32) in a 16-bit ``dtype``: one of its two neighbours there, so that the mean is ``wide``.
+
+    With ``random`` uniform in [0, 1), the farther neighbour comes out with the chance |wide - nearest| / gap. What
+    ``dtype`` holds exactly stays, 0's sign included; NaN, infinities and what overflows are as rounding to nearest
+    has them.
+    """
+    nearest = wide.to(dtype)
+    outwards = (wide.abs() > nearest.abs()).to(torch.int16)
+    # Read as an integer, the next number outwards is one more and the next towards zero one less, for either sign.
+    other = (nearest.view(torch.int16) + (2 * outwards - 1)).view(dtype)
+    chance = (wide - nearest) / (other.to(wide.dtype) - nearest)  # NaN, and so never, where there is nothing to choose
+    return torch.where(random < chance, other, nearest)
 
 
 def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
@@ -49,9 +68,8 @@ def alpha(kept: Tensor, numel: int, scale: str | None) -> Tensor:
     """The factor that makes up for masked coordinates, of which ``kept`` out of ``numel`` were not.
 
     ``"mean"``: 1 / max(kept/numel, 1e-3), the authors' current code and timm. ``"numel"``: numel / (kept + 1), the
-    paper. None: 1.
+    paper. None: 1. In the type of ``kept``.
     """
-    kept = kept.float()
     if scale == "mean":
         return 1 / (kept / numel).clamp(min=1e-3)
     return numel / (kept + 1) if scale == "numel" else torch.ones_like(kept)

@@ -20,7 +20,7 @@ class Snapshots:
         self._buffers: dict[int, Tensor] = {}
 
     def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], kernel: KernelOf) -> list[Tensor]:
-        """Copies of ``tensors``, equal in shape, strides, type and device; valid until the next call.
+        """Copies of ``tensors``, equal in shape, type and device, and dense; valid until the next call.
 
         ``owners`` are the parameters that the tensors belong to (the tensors may be new views at each step); ``kernel``
         gives the module that copies on a device.
@@ -43,6 +43,9 @@ class Snapshots:
 
     def _buffer(self, owner: Tensor, t: Tensor) -> Tensor:
         old = self._buffers.get(id(owner))
-        if old is None or (old.shape, old.stride(), old.dtype, old.device) != (t.shape, t.stride(), t.dtype, t.device):
+        alike = old is not None and (old.shape, old.dtype, old.device) == (t.shape, t.dtype, t.device)
+        # A buffer is dense, even where the tensor is a view with gaps.
+        if old is not None and alike and old.stride() in (t.stride(), torch.empty_like(t, device="meta").stride()):
+            return old
+        with torch.inference_mode(mode=False):  # one made in inference mode could not be written outside of it
             return torch.empty_like(t)
-        return old

@@ -6,13 +6,14 @@ lam is the group's own ``weight_decay``; eta is the step size that the optimizer
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 Group = Mapping[str, Any]
-StepSize = Callable[[Group], float | Tensor]
+WAY_OUT = ", or pass step_size=, a function of the group that returns it"
+StepSize = Callable[[dict[str, Any]], float | Tensor]
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -25,7 +26,7 @@ def check(value: object, what: str, where: str) -> None:
             msg = f"{what} of {where} is a tensor of shape {shape}: pass a number, or a tensor with one element"
             raise ValueError(msg)
         value = value.item()
-    if not isinstance(value, Real):
+    if not isinstance(value, Real) or isinstance(value, bool):
         msg = f"{what} of {where} is {value!r} ({type(value).__name__}): pass a number, zero or above"
         raise TypeError(msg)
     if not (math.isfinite(value) and float(value) >= 0):
@@ -33,7 +34,9 @@ def check(value: object, what: str, where: str) -> None:
         raise ValueError(msg)
 
 
-def check_group(group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str) -> None:
+def check_group(
+    group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str, way_out: str = WAY_OUT
+) -> None:
     """Raise where `eta_lam` of the group would, or where the group asks for what a wrapper cannot give."""
     if group.get("differentiable"):
         msg = (
@@ -44,7 +47,7 @@ def check_group(group: Group, index: int, fallback: float | None, step_size: Ste
     where = f"param group {index} of {owner}"
     check(lam(group, fallback), "weight_decay", where)
     if step_size is None and decays(group, fallback):
-        eta(group, where)
+        eta(group, where, way_out)
 
 
 def lam(group: Group, fallback: float | None) -> float | Tensor:
@@ -59,7 +62,9 @@ def decays(group: Group, fallback: float | None) -> bool:
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
 
-def eta_lam(group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str) -> float | Tensor:
+def eta_lam(
+    group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str, way_out: str = WAY_OUT
+) -> float | Tensor:
     """eta * lam for the coming step of group ``index``; ``owner`` is the optimizer's name, for the error texts.
 
     A tensor learning rate gives a tensor on the same device. Raises ValueError where lam or eta is negative, NaN or
@@ -71,10 +76,15 @@ def eta_lam(group: Group, index: int, fallback: float | None, step_size: StepSiz
     if not decays(group, fallback) or _stands_still(group):
         return 0.0
     if step_size is None:
-        return eta(group, where) * strength
-    size = step_size(group)
+        return _scalar(eta(group, where, way_out) * strength)
+    size = step_size(cast("dict[str, Any]", group))
     check(size, "the step size that step_size= returned", where)
-    return size * strength
+    return _scalar(size * strength)
+
+
+def _scalar(value: float | Tensor) -> float | Tensor:
+    """torch takes learning rates of one element in any shape; against a 0-d weight only a 0-d one broadcasts."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _stands_still(group: Group) -> bool:
@@ -83,7 +93,7 @@ def _stands_still(group: Group) -> bool:
     return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
 
 
-def eta(group: Group, where: str) -> float | Tensor:
+def eta(group: Group, where: str, way_out: str = WAY_OUT) -> float | Tensor:
     """The factor that the optimizer's own decoupled decay has, read afresh each step.
 
     ==========================================  =============================
@@ -102,7 +112,7 @@ def eta(group: Group, where: str) -> float | Tensor:
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (
             f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: "
-            "give the group a learning rate, or pass step_size=, a function of the group that returns it"
+            f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
     check(lr, "lr", where)

@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 
-def plain(t: Tensor) -> Tensor:
-    """``t`` without autograd, as real numbers, and only this rank's shard of it: a view, never a copy."""
+def plain(t: Tensor, companion_of: Tensor | None = None) -> Tensor:
+    """``t`` without autograd, as real numbers, and only this rank's shard of it.
+
+    A parameter comes as a view. A gradient or state, the ``companion_of`` a parameter, is first laid out over the ranks
+    as that is: gradients of replicated weights may come as a partial sum on each rank.
+    """
     if _is_distributed(t):
+        if companion_of is not None and t.placements != companion_of.placements:  # type: ignore[attr-defined]
+            t = t.redistribute(companion_of.device_mesh, companion_of.placements)  # type: ignore[attr-defined]
         t = t.to_local()  # type: ignore[attr-defined]
     t = t.detach()
+    if companion_of is not None:
+        t = t.resolve_conj().resolve_neg()
     return torch.view_as_real(t) if t.is_complex() else t
 
 

@@ -1,7 +1,8 @@
 """The course of a step: the base steps with its decay off, and the rule that a subclass names is carried out too."""
 
+import inspect
 import warnings
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from cwd_wrap import kernels, quirks, strength
 from cwd_wrap.batch import Batch, Report, Rows, Tally
@@ -57,22 +59,26 @@ class OptimizerWrapper(Contract):
         self._give_lam()
 
     @classmethod
-    def over(cls, base_class: type[Optimizer], **options: Any) -> "type[Self]":
+    def over(cls, base_class: type[Optimizer], **options: Any) -> "Callable[..., Self]":
         """A class that builds ``base_class`` from parameters and wraps it, for every place that asks for a class.
 
         Its constructor is the base's: ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are this
         wrapper's own keyword arguments. The class and its instances can be pickled and copied; asked for twice, it is
-        the same class. Raises TypeError for anything but an optimizer class.
+        the same class. Raises TypeError for anything but an optimizer class, and for unknown options.
         """
         if not (isinstance(base_class, type) and issubclass(base_class, Optimizer)):
             msg = f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, got {base_class!r:.80}"
             raise TypeError(msg)
-        return cast("type[Self]", make(cls, base_class, tuple(sorted(options.items()))))
+        known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "base_optimizer")]
+        if unknown := sorted(set(options) - set(known)):
+            msg = f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}"
+            raise TypeError(msg)
+        return cast("Callable[..., Self]", make(cls, base_class, tuple(sorted(options.items()))))
 
     def _start(self) -> None:
         super()._start()
         self._snapshots = Snapshots()
-        self._keeps_gradients = False
+        self._keeps_gradients = self._reads_gradient  # until a step has shown that the base leaves them as they are
         self.observer = None
 
     # ---- the rule, named by the subclass
@@ -91,6 +97,8 @@ class OptimizerWrapper(Contract):
 
     _reads_gradient = False
     """Does `_after_step` want the gradients?"""
+    _way_out = strength.WAY_OUT
+    """What the user of this wrapper can do where a learning rate is unknown."""
     _what = "decay"
     """What it does, for the text that refuses to do it twice."""
 
@@ -110,31 +118,34 @@ class OptimizerWrapper(Contract):
         or step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
         loss = None
-        if closure is not None and self._snapshot_reason() is None:
+        if closure is not None and all(isinstance(self._direction(group), Direction) for group in self.param_groups):
             with torch.enable_grad():
                 loss = closure()
             closure = None
         course = _Course(self, closure)
-        # As the base's last hook, so that gradients and decays which another hook still changes (clipping, a schedule)
-        # are seen as the step will see them, and a step that somebody skips is a step that does not decay.
-        handle = self.base_optimizer.register_step_pre_hook(course.begin) if self._base_fires_hooks() else None
+        handles = course.hook_in() if self._base_fires_hooks() else []
         try:
-            if handle is None:
+            if not handles:
                 course.begin()
-            else:
-                course.switch.off()
             stepped = self.base_optimizer.step() if closure is None else self.base_optimizer.step(course.closure)
+            course.finish()
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
             course.switch.on()
-        course.end()
+        self._report(course)
         return stepped if loss is None else loss
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the base. One that names no ``weight_decay`` gets ``lam``, if that was given."""
+        if not isinstance(param_group, dict):
+            msg = f"param_group must be a dict, but got {type(param_group).__name__}"
+            raise TypeError(msg)
         named = "weight_decay" in param_group
-        strength.check_group(self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner)
+        self._check_snapshot(self._reason(self.defaults | param_group))
+        strength.check_group(
+            self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner, self._way_out
+        )
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if self.lam is not None and not named and "weight_decay" in added:
@@ -159,7 +170,8 @@ class OptimizerWrapper(Contract):
             for p in group["params"]
             if p.requires_grad and (p.grad is None or not p.grad.is_sparse)
         }
-        return sum(t.numel() * t.element_size() for t in parameters.values())
+        copies = 2 if self._keeps_gradients else 1
+        return copies * sum(t.numel() * t.element_size() for t in parameters.values())
 
     def __repr__(self) -> str:
         lams = [strength.lam(group, self.lam) for group in self.param_groups]
@@ -194,6 +206,9 @@ class OptimizerWrapper(Contract):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
                 msg = f"{name} cannot be put around {layer!r}: {text}"
                 raise ValueError(msg)
+            if self._reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
+                msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
+                raise ValueError(msg)
             if (reason := quirks.refusal(layer)) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
@@ -204,14 +219,22 @@ class OptimizerWrapper(Contract):
             return None
         return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
 
-    def _watch_gradient(self, gradient: Tensor, version: int) -> None:
-        """Some optimizers change gradients in place. Where one has, they are copied from then on."""
-        if gradient._version != version and not self._keeps_gradients:
+    def _watch_gradients(self, kept: list[tuple[Tensor, Tensor | None, int]]) -> None:
+        """Copy gradients only as long as the base is known, or may be thought, to change them in place.
+
+        ``kept``: what was kept of each gradient, that gradient now, and its version when it was kept.
+        """
+        if not kept:
+            return
+        if self._keeps_gradients:
+            compared = [(before, now) for before, now, _ in kept if now is not None and before.any()]
+            self._keeps_gradients = not compared or not all(torch.equal(before, plain(now)) for before, now in compared)
+        elif any(now is not None and now._version != version for _, now, version in kept):
             self._keeps_gradients = True
             warnings.warn(
-                f"{self._owner} changes gradients in place, so {type(self).__name__} has seen changed ones in this "
-                "step; from the next step on it copies them before",
-                stacklevel=5,
+                f"{self._owner} has changed gradients in place, so {type(self).__name__} has read changed ones in this "
+                "step; from the next on it copies them before",
+                stacklevel=6,
             )
 
     def _give_lam(self) -> None:
@@ -222,8 +245,8 @@ class OptimizerWrapper(Contract):
         chosen = [self.lam is not None and (has or not any(has_decay)) for has in has_decay]
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
             given = group | {"weight_decay": self.lam} if take else group
-            strength.check_group(given, i, self.lam, self.step_size, self._owner)
-            self._direction(group)  # raises where a snapshot is needed and forbidden
+            strength.check_group(given, i, self.lam, self.step_size, self._owner, self._way_out)
+            self._check_snapshot(self._reason(group))
         for group, take in zip(self.param_groups, chosen, strict=True):
             if take and "weight_decay" in group:
                 group["weight_decay"] = self.lam
@@ -240,20 +263,38 @@ class OptimizerWrapper(Contract):
             )
 
     def _eta_lams(self) -> list[float | Tensor]:
+        step_size = self.step_size or quirks.step_size(self.base_optimizer)
         return [
-            strength.eta_lam(group, i, self.lam, self.step_size, self._owner)
+            strength.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
+
+    def _reason(self, group: Group) -> str | None:
+        direction = self._direction(group)
+        return direction if isinstance(direction, str) else None
+
+    def _check_snapshot(self, reason: str | None) -> None:
+        """Raise if a snapshot is needed, for ``reason``, and the user forbade it."""
 
     def _snapshot_reason(self) -> str | None:
         """Why the coming step needs a snapshot; None if every decaying group has a direction."""
         for group in self.param_groups:
-            if self._takes(strength.lam(group, self.lam)) and isinstance(reason := self._direction(group), str):
+            if self._takes(strength.lam(group, self.lam)) and (reason := self._reason(group)) is not None:
                 return reason
         return None
 
     def _kernel(self, device: torch.device) -> ModuleType:
         return kernels.choose(self.backend, device)
+
+    def _report(self, course: "_Course") -> None:
+        if not course.begun:
+            warnings.warn(
+                f"{self._owner}.step ran without its step hooks, so nothing was decayed: if it was replaced on the "
+                "instance, let the replacement call the original",
+                stacklevel=5,
+            )
+        elif self.observer is not None:
+            self.observer(Report(course.tally.active, course.tally.total))
 
     def _base_fires_hooks(self) -> bool:
         """Some optimizers skip Optimizer.__init__, and with it the hooks."""
@@ -269,30 +310,46 @@ class _Course:
         self.switch = DecayOff(wrapper.base_optimizer)
         self._wrapper = wrapper
         self._given_closure = closure
-        self._begun = False
+        self.begun = False
+        self._depth = 0  # of base steps: one that calls its parent's fires the hooks twice
+        self._finished = False
         self._eta_lams: list[float | Tensor] = []
         self._copied: list[tuple[Tensor, int, Tensor]] = []  # parameter, its group's index, the weights from before
         self._gradients: dict[int, tuple[Tensor, int]] = {}  # of those that take part: the gradient and its version
         self._rows: list[Rows] = []
-        self._tally = Tally()
+        self.tally = Tally()
+
+    def hook_in(self) -> list[RemovableHandle]:
+        """Have the base call `begin` as its last hook before its step, and `end` as its first after it.
+
+        So gradients and decays that another hook still changes (clipping, a schedule) are seen as the step will see
+        them, the hooks see the decay and what came of it, and a step that somebody skips is one that does not decay.
+        """
+        base = self._wrapper.base_optimizer
+        before = base.register_step_pre_hook(self.begin)
+        after = base.register_step_post_hook(self.end)
+        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)
+        return [before, after]
 
     @torch.no_grad()
     def begin(self, *_: object) -> None:
         """Decay along the direction of the coming update or, where that is not known, copy the weights."""
-        if self._begun:  # a step that calls its parent's fires the hooks twice
+        self._depth += 1
+        if self.begun:
             return
-        self._begun = True
-        self.switch.on()
+        self.begun = True
         self._eta_lams = self._wrapper._eta_lams()
-        along = self._wrapper._snapshot_reason() is None
+        reason = self._wrapper._snapshot_reason()
+        self._wrapper._check_snapshot(reason)
         self.switch.off()
-        members = list(self._members())
+        members = [(p, i) for p, i in self._members() if p.requires_grad or p.grad is not None]
         if self._given_closure is None:
             stepped = [(p, i, p.grad) for p, i in members if p.grad is not None]
             self._check_layouts(g for _, _, g in stepped)
             self._rows = [Rows.of(p, g, self._eta_lams[i]) for p, i, g in stepped if g.is_sparse]
             members = [(p, i) for p, i, g in stepped if not g.is_sparse]
-        if along:
+        if reason is None and self._given_closure is None:
+            self._wrapper._snapshots.drop()
             self._decay_along(members)
             return
         copies = self._wrapper._snapshots.take(
@@ -312,11 +369,22 @@ class _Course:
         self.switch.off()
         return loss
 
+    def end(self, *_: object) -> None:
+        """After the outermost step, before any other hook: `finish`."""
+        self._depth -= 1
+        if self._depth == 0:
+            self.finish()
+
     @torch.no_grad()
-    def end(self) -> None:
-        """Decay what was copied and has been stepped, and report."""
+    def finish(self) -> None:
+        """Put the base's decay back, and carry out what was left until after the step."""
+        if self._finished or not self.begun:
+            return
+        self._finished = True
+        self.switch.on()
         batches: dict[object, Batch] = defaultdict(Batch)
-        groups = self._wrapper.param_groups
+        kept: list[tuple[Tensor, Tensor | None, int]] = []
+        climbs = [quirks.maximizes(self._wrapper.base_optimizer, group) for group in self._wrapper.param_groups]
         for p, i, x in self._copied:
             if id(p) not in self._gradients or not self._wrapper._takes(self._eta_lams[i]):
                 continue
@@ -332,8 +400,10 @@ class _Course:
             batch.x.append(x)
             batch.eta_lam.append(self._eta_lams[i])
             if self._wrapper._reads_gradient:
-                self._wrapper._watch_gradient(gradient, version)
-                batch.g.append(-plain(gradient) if groups[i].get("maximize") else plain(gradient))
+                g = plain(gradient, p)
+                kept.append((plain(gradient), p.grad, version))
+                batch.g.append(-g if climbs[i] else g)
+        self._wrapper._watch_gradients(kept)
         for batch in batches.values():
             self._carry_out(self._wrapper._after_step, batch)
         for parameter, indices, before, eta_lam in self._rows:
@@ -341,8 +411,6 @@ class _Course:
             batch = Batch(eta_lam=[eta_lam], p=[parameter], w=[w[indices]], x=[before])
             self._carry_out(self._wrapper._after_step, batch)
             w[indices] = batch.w[0]
-        if self._wrapper.observer is not None:
-            self._wrapper.observer(Report(self._tally.active, self._tally.total))
 
     def _members(self) -> Iterator[tuple[Tensor, int]]:
         """Each parameter that decays, once, with its group's index. Walked afresh: engines replace parameters."""
@@ -376,8 +444,8 @@ class _Course:
         of_group = [self._wrapper._direction(group) for group in self._wrapper.param_groups]
         for p, i in members:
             m, a, b = cast("Direction", of_group[i]).of(self._wrapper.state.get(p, {}))
-            w, g = plain(p), plain(cast("Tensor", p.grad))
-            m = None if m is None else plain(m)
+            w, g = plain(p), plain(cast("Tensor", p.grad), p)
+            m = None if m is None else plain(m, p)
             batch = batches[w.device, w.dtype, g.dtype, None if m is None else m.dtype]
             batch.w.append(w)
             batch.g.append(g)
@@ -389,4 +457,4 @@ class _Course:
             self._carry_out(self._wrapper._before_step, batch)
 
     def _carry_out(self, rule: Callable[[ModuleType, Batch], int | Tensor], batch: Batch) -> None:
-        self._tally.add(batch, rule(self._wrapper._kernel(batch.w[0].device), batch))
+        self.tally.add(batch, rule(self._wrapper._kernel(batch.w[0].device), batch))

@@ -1,5 +1,6 @@
 """The methods: each checks its arguments and names its rule."""
 
+from numbers import Real
 from types import ModuleType
 from typing import ClassVar
 
@@ -12,11 +13,11 @@ from cwd_wrap.batch import Batch
 from cwd_wrap.contract import Group
 from cwd_wrap.directions import Direction
 from cwd_wrap.strength import StepSize
-from cwd_wrap.strength import check as check_number
 from cwd_wrap.tensors import plain, total
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
+ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
 
 
@@ -36,22 +37,25 @@ class CautiousDecay(OptimizerWrapper):
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
         mask: which weights decay. ``"update"`` is the paper's; the others are its ablations, and always take the
             copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn
-            from torch's default generator (seeded by ``torch.manual_seed``, resumed with its state); ``"all"``, plain
-            decoupled decay.
+            from torch's default generator (seeded by ``torch.manual_seed``, resumed with its state; replicas on several
+            ranks must be seeded alike); ``"all"``, plain decoupled decay.
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
             default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.strength.eta`.
         snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
             copy of the weights (`snapshot_bytes`). True always copies. False never does.
+        rounding: how decayed bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that
+            decays too small for one step are kept on average; drawn from torch's default generator of the device
+            (seeded by ``torch.manual_seed``, resumed with its state). Other types draw nothing.
         backend: None lets the library choose, for each device: ``"triton"``, one launch a step, or ``"eager"``, torch
             operations.
 
     Raises:
         TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
-        ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask or
-            backend; a base that decays cautiously already or keeps its own copy of the weights; no known learning rate;
-            ``snapshot=False`` where the base needs one.
+        ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask,
+            rounding or backend; a base that decays cautiously already or keeps its own copy of the weights; no known
+            learning rate; ``snapshot=False`` where the base needs one.
 
     Example:
         >>> import torch
@@ -64,7 +68,7 @@ class CautiousDecay(OptimizerWrapper):
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "snapshot")
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "snapshot", "rounding")
 
     def __init__(
         self,
@@ -75,12 +79,17 @@ class CautiousDecay(OptimizerWrapper):
         strict: bool = False,
         step_size: StepSize | None = None,
         snapshot: bool | None = None,
+        rounding: str = "nearest",
         backend: str | None = None,
     ) -> None:
         _check_known("mask", mask, MASKS)
+        _check_known("rounding", rounding, ROUNDINGS)
         self.mask = mask
         self.strict = strict
+        _check_flag("snapshot", snapshot, (None, True, False))
+        _check_flag("strict", strict, (True, False))
         self.snapshot = snapshot
+        self.rounding = rounding
         super().__init__(base_optimizer, lam, step_size, backend)
 
     def _direction(self, group: Group) -> Direction | str:
@@ -89,13 +98,15 @@ class CautiousDecay(OptimizerWrapper):
         direction = directions.find(self.base_optimizer, group)
         if self.mask != "update":
             direction = f"mask={self.mask!r} is an ablation, and always compares with one"
-        if self.snapshot is False and isinstance(direction, str):
+        return direction
+
+    def _check_snapshot(self, reason: str | None) -> None:
+        if self.snapshot is False and reason is not None:
             msg = (
-                f"snapshot=False, but {type(self.base_optimizer).__name__} needs one: {direction}. "
+                f"snapshot=False, but {type(self.base_optimizer).__name__} needs one: {reason}. "
                 "Pass snapshot=None and have a copy of the weights taken at each step"
             )
             raise ValueError(msg)
-        return direction
 
     def _before_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
         active: int | Tensor = kernel.decay_along(
@@ -107,6 +118,7 @@ class CautiousDecay(OptimizerWrapper):
             batch.eta_lam,
             strict=self.strict,
             count=self.observer is not None,
+            stochastic=self.rounding == "stochastic",
         )
         return active
 
@@ -114,7 +126,12 @@ class CautiousDecay(OptimizerWrapper):
         if self.mask != "update":
             return self._ablate(batch)
         active: int | Tensor = kernel.decay_from_snapshot(
-            batch.w, batch.x, batch.eta_lam, strict=self.strict, count=self.observer is not None
+            batch.w,
+            batch.x,
+            batch.eta_lam,
+            strict=self.strict,
+            count=self.observer is not None,
+            stochastic=self.rounding == "stochastic",
         )
         return active
 
@@ -133,7 +150,9 @@ class CautiousDecay(OptimizerWrapper):
             else:
                 mask = torch.ones_like(x, dtype=torch.bool)
             active = active + mask.sum() if self.observer is not None else 0
-            w.copy_(rules.decay(w, x, mask, eta_lam))
+            chosen = self.rounding == "stochastic" and w.element_size() == 2
+            random = torch.rand(w.shape, device=w.device) if chosen else None
+            w.copy_(rules.decay(w, x, mask, eta_lam, random))
         return active
 
 
@@ -172,6 +191,7 @@ class CautiousUpdate(OptimizerWrapper):
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "scale")
     _reads_gradient = True
+    _way_out = ""
     _what = "mask"
 
     def __init__(self, base_optimizer: Optimizer, *, scale: str | None = "mean", backend: str | None = None) -> None:
@@ -200,7 +220,8 @@ class CautiousUpdate(OptimizerWrapper):
         active: int | Tensor = 0
         for p, w, x, g, eta_lam in zip(batch.p, batch.w, batch.x, batch.g, batch.eta_lam, strict=True):
             mask = rules.agrees(w, x, g)
-            alpha = rules.alpha(total(p, mask.sum()), p.numel() * (2 if p.is_complex() else 1), self.scale)
+            kept = total(p, mask.sum()).to(torch.promote_types(w.dtype, torch.float32))
+            alpha = rules.alpha(kept, p.numel() * (2 if p.is_complex() else 1), self.scale)
             w.copy_(rules.cautious_update(w, x, mask, alpha, eta_lam))
             active = active + mask.sum() if self.observer is not None else 0
         return active
@@ -212,9 +233,9 @@ class PNormDecay(OptimizerWrapper):
         w <- w * X / (X + p*eta*lam),    X = |x|**(2-p),    x the weight before the step, w after it
 
     For p below 2 small weights are pulled to zero ever faster, so that many become (almost) 0: sparsity from decay.
-    p = 2 is L2 decay in implicit form, p = 1 takes eta*lam off a weight's size. A weight that is exactly 0 stays 0, as
-    in the authors' code, except in a tensor that is 0 as a whole (a zero-initialised layer), which must be able to
-    train. Always copies the weights.
+    p = 2 is L2 decay in implicit form, p = 1 takes eta*lam off a weight's size. Below 2 a weight that is exactly 0
+    stays 0, as in the authors' code, except in a tensor that is 0 as a whole (a zero-initialised layer), which must be
+    able to train. Always copies the weights.
 
     Args:
         base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
@@ -239,6 +260,7 @@ class PNormDecay(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "p")
+    p: float
 
     def __init__(
         self,
@@ -249,10 +271,9 @@ class PNormDecay(OptimizerWrapper):
         step_size: StepSize | None = None,
         backend: str | None = None,
     ) -> None:
-        check_number(p, "p", type(self).__name__)
-        if not 0 < p <= 2:
+        if not isinstance(p, Real) or not 0 < p <= 2:
             msg = f"p of {type(self).__name__} is {p!r}: pass a number above 0, up to 2"
-            raise ValueError(msg)
+            raise ValueError(msg) if isinstance(p, Real) else TypeError(msg)
         self.p = p
         super().__init__(base_optimizer, lam, step_size, backend)
 
@@ -261,8 +282,8 @@ class PNormDecay(OptimizerWrapper):
         """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one."""
         shares = []
         for group in self.param_groups:
-            weights = [plain(p) for p in group["params"]]
-            small, count = sum(int((w.abs() < threshold).sum()) for w in weights), sum(w.numel() for w in weights)
+            small = sum(int(total(p, (plain(p).abs() < threshold).sum())) for p in group["params"])
+            count = sum(p.numel() * (2 if p.is_complex() else 1) for p in group["params"])
             shares.append(small / count if count else float("nan"))
         return shares
 
@@ -273,9 +294,18 @@ class PNormDecay(OptimizerWrapper):
     def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
         del kernel
         for p, w, x, eta_lam in zip(batch.p, batch.w, batch.x, batch.eta_lam, strict=True):
-            zero_initialised = total(p, x.count_nonzero()) == 0
+            nonzero = x.count_nonzero()
+            if w.numel() != (whole := plain(p)).numel():  # rows that a sparse gradient touches: the others count too
+                nonzero = nonzero + whole.count_nonzero() - w.count_nonzero()
+            zero_initialised = total(p, nonzero) == 0
             w.copy_(rules.p_norm_decay(w, x, self.p, eta_lam, zero_initialised))
         return sum(w.numel() for w in batch.w)
+
+
+def _check_flag(what: str, value: object, known: tuple[object, ...]) -> None:
+    if not any(value is flag for flag in known):
+        msg = f"{what}={value!r}: pass one of {', '.join(map(repr, known))}"
+        raise TypeError(msg)
 
 
 def _check_known(what: str, value: object, known: tuple[object, ...]) -> None:

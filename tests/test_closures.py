@@ -157,3 +157,35 @@ def test_prodigy_can_backward_in_its_closure() -> None:
 
     assert loss_of(net(), 0).item() == pytest.approx(loss.item())
     assert not torch.equal(before, values(model))
+
+
+def test_a_closure_reaches_a_base_that_needs_it_though_nothing_decays() -> None:
+    """With lam 0 LBFGS still gets its closure; it cannot step without."""
+    p = weight(1.0, -1.0)
+    opt = CautiousDecay(torch.optim.LBFGS([p], lr=0.1), lam=0.0)
+
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+
+    assert bool((p.detach().abs() < 1).all())
+
+
+def test_frozen_weights_are_not_copied_before_a_closure() -> None:
+    """A closure may bring gradients, but not to a frozen parameter."""
+    frozen, p = weight(1.0, 1.0, 1.0), weight(1.0)
+    frozen.requires_grad_(False)
+    opt = CautiousDecay(torch.optim.SGD([frozen, p], lr=0.1), lam=0.5, snapshot=True)
+
+    def closure() -> float:
+        p.grad = torch.ones(1)
+        return 0.0
+
+    opt.step(closure)
+
+    assert sum(t.numel() for t in opt._snapshots._buffers.values()) == 1
+    assert opt.snapshot_bytes == 4

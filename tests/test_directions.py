@@ -18,6 +18,8 @@ PLAIN, FOREACH, FUSED = {}, {"foreach": True}, {"fused": True}
 ROWS: list[tuple[type[Optimizer] | str, dict[str, object]]] = [
     *((o.SGD, flags) for flags in (PLAIN, FOREACH, FUSED, {"maximize": True})),
     *((o.SGD, {"momentum": 0.9, **flags}) for flags in (PLAIN, FOREACH, FUSED, {"maximize": True}, {"dampening": 0.5})),
+    *((o.SGD, {"momentum": 0.9, "dampening": 1.5, **flags}) for flags in (PLAIN, {"maximize": True})),
+    (o.SGD, {"momentum": 0.9, "dampening": 1.0}),
     *((o.SGD, {"momentum": 0.9, "nesterov": True, **flags}) for flags in (PLAIN, FOREACH, FUSED, {"maximize": True})),
     *((o.Adam, {**BETAS, **flags}) for flags in (PLAIN, FOREACH, FUSED, {"amsgrad": True}, {"maximize": True})),
     *((o.AdamW, {**BETAS, **flags}) for flags in (PLAIN, FOREACH, FUSED, {"amsgrad": True}, {"maximize": True})),

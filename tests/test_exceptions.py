@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -251,16 +252,23 @@ def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
 
 
 @both_paths
-def test_the_decay_is_off_while_the_base_steps(snapshot: bool) -> None:
-    """While the base steps its decay is 0 and always_adapt is on; afterwards both are as before."""
+def test_the_decay_is_off_while_the_base_steps(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the base steps its decay is 0 and always_adapt is on; for its hooks, before and after, all is as it was."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt, seen = CautiousDecay(base, snapshot=snapshot), []
-    base.register_step_post_hook(
-        lambda o, *_: seen.extend((g["weight_decay"], g.get("always_adapt")) for g in o.param_groups)
-    )
+    opt, seen, heard = CautiousDecay(base, snapshot=snapshot), [], []
+    module = sys.modules["torch.optim.sgd"]
+    inner = module.sgd
+
+    def look(log: list[Any]) -> None:
+        log.append([(g["weight_decay"], g.get("always_adapt")) for g in base.param_groups])
+
+    monkeypatch.setattr(module, "sgd", lambda *args, **kwargs: (look(seen), inner(*args, **kwargs)))
+    base.register_step_pre_hook(lambda *_: look(heard))
+    base.register_step_post_hook(lambda *_: look(heard))
     opt.step()
 
-    assert [(0.0, None), (0.0, True)] == seen
+    assert [[(0.0, None), (0.0, True)]] * 2 == seen  # SGD calls it once a group
+    assert [[(0.5, None), (0.25, False)]] * 2 == heard
     assert [0.5, 0.25] == [group["weight_decay"] for group in base.param_groups]
     assert base.param_groups[1]["always_adapt"] is False
 

@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "directions": set(),
     "decay_off": {"quirks"},
     "batch": {"tensors"},
-    "kernels._eager": set(),
+    "kernels._eager": {"rules"},
     "kernels": {"kernels._eager", "kernels._triton"},
     "kernels._triton": {"kernels._eager"},
     "contract": set(),

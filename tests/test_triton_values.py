@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support import both_paths, net, train, values
+from test_stochastic_rounding import sigmas, weights
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
@@ -287,6 +288,123 @@ def test_compiled_steps_equal_uncompiled_ones(snapshot: bool) -> None:
         trained.append(values(model))
 
     torch.testing.assert_close(*trained)
+
+
+# ---- stochastic rounding
+
+
+@triton.jit
+def _second(w, y, z, alpha, beta, strength, STRICT: tl.constexpr):
+    return y, y == y
+
+
+def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """``wide`` in ``dtype``, as a kernel rounds what it writes."""
+    out = torch.empty(wide.shape, dtype=dtype)
+    _triton._launch(_second, ([out], [wide]), [(0.0, 0.0)], _triton._as_it_is, [0.0], stochastic=True)
+    return out
+
+
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@NARROW
+def test_any_number_is_rounded_to_a_neighbour(dtype: torch.dtype) -> None:
+    """Float32 of every size come out as one of the two that rules.py chooses from; NaN stays NaN."""
+    wide = torch.randint(-(1 << 31), 1 << 31, (20_000,)).to(torch.int32).view(torch.float32)
+    small = torch.randint(0x32000000, 0x39000000, (5000,)).to(torch.int32).view(torch.float32)  # 7e-9 to 1.2e-4
+    normal = (wide.abs() < 3.3e38) & (wide.abs() > 2.0**-126)  # the interpreter writes no subnormal bfloat16
+    wide = torch.cat([wide[normal], small, -small, torch.tensor([0.0, -0.0, float("inf"), 65519.0, 65520.0])])
+    one = rounded(wide, dtype)
+    choices = [rules.stochastic_rounding(wide, dtype, torch.full_like(wide, random)) for random in (0.0, 1.0)]
+    bits, *expected = (t.view(torch.int16) for t in (one, *choices))
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+
+    assert ((bits == expected[0]) | (bits == expected[1])).all()
+    assert (bits != expected[0]).any()
+    assert (bits != expected[1]).any()
+    assert rounded(nan, dtype).isnan().all()
+
+
+@pytest.mark.parametrize("wide", [0.9991, -1.0003, 3e-5, -6.09e-5, 5.3 * 2.0**-24, -0.3 * 2.0**-24, 60_001.0])
+@NARROW
+def test_the_mean_of_what_is_rounded(dtype: torch.dtype, wide: float) -> None:
+    """The mean of 8,192 roundings is the number: near powers of two, subnormal, and below the smallest of all."""
+    numbers = torch.full((8192,), wide)
+
+    assert abs(sigmas(rounded(numbers, dtype).double() - numbers.double())) < 5
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.bfloat16, "normal"), (torch.float16, "normal"), (torch.float16, "subnormal")],
+    ids=["bf16", "fp16", "fp16 subnormal"],
+)
+def test_the_mean_decay_is_that_of_float32(dtype: torch.dtype, kind: str, snapshot: bool) -> None:
+    """Two decays by 1e-4 of 16,384 weights are those of float32 on average; without the flag none of them moves."""
+    x = weights(kind, dtype)[: 1 << 14]
+    w, plain, wide = x.clone(), x.clone(), x.float()
+    for out, stochastic in ((w, True), (plain, False)):
+        for _ in range(2 if stochastic else 1):
+            flags = {"strict": False, "count": False, "stochastic": stochastic}
+            if snapshot:
+                _triton.decay_from_snapshot([out], [out.clone()], [1e-4], **flags)
+            else:
+                _triton.decay_along([out], [None], [x], [0.0], [1.0], [1e-4], **flags)
+    for _ in range(2):
+        wide -= 1e-4 * wide
+    error = (w.float() - wide) * x.sign()
+
+    assert abs(sigmas(error)) < 5
+    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 2)) > 5  # it would notice a decay that is half off
+    assert equal(plain, x)
+
+
+@NARROW
+def test_stochastic_rounding_leaves_masked_weights(dtype: torch.dtype) -> None:
+    """A weight that is not decayed keeps its bits, and the generator gives the same roundings again."""
+    x, g, runs = some(3000, dtype, 0), some(3000, dtype, 1), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        w = x.clone()
+        _triton.decay_along([w], [None], [g], [0.0], [1.0], [0.01], strict=False, count=False, stochastic=True)
+        runs.append(w)
+    masked = ~rules.aligned(g, x)
+
+    assert torch.equal(w.view(torch.int16)[masked], x.view(torch.int16)[masked])
+    assert not torch.equal(w[~masked], x[~masked])
+    assert torch.equal(*runs)
+
+
+def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
+    """Two tensors, two blocks, two chunks, two weights side by side and two launches each get numbers of their own."""
+    w = [torch.full((2 * _triton.CHUNK,), 1 - 2**-9) for _ in range(2)]
+    out = [torch.empty_like(t, dtype=torch.bfloat16) for t in w]
+    launches = []
+    for _ in range(2):
+        _triton._launch(_second, (out, w), [(0.0, 0.0)] * 2, _triton._as_it_is, [0.0] * 2, stochastic=True)
+        launches.append(out[0].clone())
+    a = out[0]
+    pairs = [(a, out[1]), (a[1024:], a[:-1024]), (a[_triton.CHUNK :], a[: -_triton.CHUNK]), launches]
+    pairs += [(a[k:], a[:-k]) for k in (1, 2, 3, 4, 8)]
+
+    assert all(0.47 < (one == other).float().mean() < 0.53 for one, other in pairs)
+
+
+@both_paths
+def test_the_wrapper_rounds_stochastically(snapshot: bool) -> None:
+    """Through the wrapper, bfloat16 weights draw one seed a launch and round with it; float32 ones draw nothing."""
+    for dtype in (torch.bfloat16, torch.float32):
+        p = torch.nn.Parameter(torch.ones(2000, dtype=dtype))
+        p.grad = torch.zeros_like(p)
+        opt = CautiousDecay(SGD([p], lr=0.5), lam=2**-8, snapshot=snapshot, backend="triton", rounding="stochastic")
+        before = torch.get_rng_state()
+        opt.step()
+        drawn = not torch.equal(torch.get_rng_state(), before)
+
+        assert set(p.tolist()) == ({1.0, 1 - 2**-8} if dtype == torch.bfloat16 else {1 - 2**-9})
+        assert drawn == (dtype == torch.bfloat16)
 
 
 def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:

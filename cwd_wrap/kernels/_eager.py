@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cwd_wrap import rules
+
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
 BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
@@ -26,11 +28,12 @@ def decay_along(
     *,
     strict: bool,
     count: bool,
+    stochastic: bool = False,
 ) -> int | Tensor:
     """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step (a > 0 where m is not None).
 
     `rules.aligned` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns how many
-    weights were decayed if ``count``, else 0.
+    weights were decayed if ``count``, else 0. ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
     """
     active: int | Tensor = 0
     keys = [(mi is None, ai, bi, id(ci)) for mi, ai, bi, ci in zip(m, a, b, eta_lam, strict=True)]
@@ -49,7 +52,7 @@ def decay_along(
             else:
                 torch.add(average, step, alpha=b[i] / a[i], out=d)
         wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
-        active = active + _decay_unless_opposed(wide, wide, d, -1.0, eta_lam[i], strict, count, out=x)
+        active = active + _decay_unless_opposed(wide, wide, d, -1.0, eta_lam[i], strict, count, stochastic, out=x)
     return active
 
 
@@ -60,11 +63,12 @@ def decay_from_snapshot(
     *,
     strict: bool,
     count: bool,
+    stochastic: bool = False,
 ) -> int | Tensor:
     """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
 
     `rules.moved_towards_zero` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns
-    how many weights were decayed if ``count``, else 0.
+    how many weights were decayed if ``count``, else 0. ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
     """
     active: int | Tensor = 0
     d_all, x_all = _scratch(w, 2)
@@ -72,11 +76,15 @@ def decay_from_snapshot(
         d = d_all[: after.numel()]
         if after.dtype == d.dtype:
             torch.sub(after, before, out=d)  # exact in sign: it is 0 only where the two are equal
-            active = active + _decay_unless_opposed(after, before, d, 1.0, eta_lam[i], strict, count, out=after)
+            active = active + _decay_unless_opposed(
+                after, before, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
+            )
         else:
             x_wide, w_wide = x_all[: after.numel()].copy_(before), after.to(d.dtype)
             torch.sub(w_wide, x_wide, out=d)
-            active = active + _decay_unless_opposed(w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, out=after)
+            active = active + _decay_unless_opposed(
+                w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
+            )
     return active
 
 
@@ -86,7 +94,15 @@ def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 def _decay_unless_opposed(
-    w: Tensor, x: Tensor, d: Tensor, sign: float, eta_lam: float | Tensor, strict: bool, count: bool, out: Tensor
+    w: Tensor,
+    x: Tensor,
+    d: Tensor,
+    sign: float,
+    eta_lam: float | Tensor,
+    strict: bool,
+    count: bool,
+    stochastic: bool,
+    out: Tensor,
 ) -> int | Tensor:
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
 
@@ -103,7 +119,7 @@ def _decay_unless_opposed(
     else:
         w.addcmul_(x, mask, value=-eta_lam)
     if w is not out:
-        out.copy_(w)
+        out.copy_(rules.stochastic_rounding(w, out.dtype, torch.rand_like(w)) if stochastic else w)
     return active
 
 

@@ -79,6 +79,27 @@ def _copy(x, y, z, alpha, beta, strength, STRICT: tl.constexpr):
     return x, tl.zeros_like(x) == 0
 
 
+@triton.jit
+def _round_stochastically(wide, seed, tensor, block, FLOAT16: tl.constexpr, BLOCK: tl.constexpr):
+    # The twin of rules.stochastic_rounding: add random bits below the last one that is kept, and cut them off.
+    # Each counter (place, block, tensor) gives the random words of four neighbours.
+    lane = tl.arange(0, BLOCK // 4)
+    zero = lane * 0
+    a, b, c, d = tl.philox(seed, lane, (zero + block // BLOCK).to(tl.int32), (zero + tensor).to(tl.int32), zero)
+    random = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
+    bits = wide.to(tl.int32, bitcast=True)
+    spare: tl.constexpr = 0x1FFF if FLOAT16 else 0xFFFF
+    largest: tl.constexpr = 65504.0 if FLOAT16 else 3.3895313892515355e38
+    rounded = ((bits + (random & spare).to(tl.int32)) & ~spare).to(tl.float32, bitcast=True)
+    if FLOAT16:  # below 2**-14 its numbers are 2**-24 apart
+        steps = tl.abs(wide) * 16777216.0
+        whole = tl.floor(steps)
+        whole += tl.where((random >> 8).to(tl.float32) < (steps - whole) * 16777216.0, 1.0, 0.0)
+        small = whole * tl.where(bits < 0, -5.9604644775390625e-08, 5.9604644775390625e-08)
+        rounded = tl.where(tl.abs(wide) < 6.103515625e-05, small, rounded)
+    return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and what overflows as always
+
+
 # ---- the walk
 
 
@@ -102,14 +123,20 @@ def _piece(
     alpha,
     beta,
     strength,
+    seed,
+    tensor,
+    block,
     RULE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     x = tl.load(first + at, mask=inside).to(WIDE)
     y = tl.load(second + at, mask=inside).to(WIDE) if second is not None else x
     z = tl.load(third + at, mask=inside).to(WIDE) if third is not None else x
     new, mask = RULE(x, y, z, alpha, beta, strength, STRICT)
+    if seed is not None:
+        new = _round_stochastically(new, seed, tensor, block, out.dtype.element_ty == tl.float16, BLOCK)
     tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
     return mask
 
@@ -122,6 +149,7 @@ def _sweep(
     strengths,
     coefficients,
     counts,
+    seeds,
     RULE: tl.constexpr,
     OUT: tl.constexpr,
     FIRST: tl.constexpr,
@@ -138,7 +166,8 @@ def _sweep(
 
     ``addresses``: columns of ``tensors`` each, first those of the inputs; what is written is in column COLUMN.
     ``chunks``: for each its tensor, its first element, the one after its last, and its row. For each row,
-    ``coefficients`` holds two numbers and the strength, unless ``strengths`` has the address of one.
+    ``coefficients`` holds two numbers and the strength, unless ``strengths`` has the address of one. ``seeds``: None
+    rounds to nearest; otherwise the one seed there makes the random numbers that round.
     """
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
@@ -153,18 +182,24 @@ def _sweep(
     first = _pointer(addresses, tensor, FIRST, ALIGNED)
     second = _pointer(addresses + column, tensor, SECOND, ALIGNED) if SECOND is not None else None
     third = _pointer(addresses + column * 2, tensor, THIRD, ALIGNED) if THIRD is not None else None
+    seed = tl.load(seeds) if seeds is not None else None
     active = tl.zeros([BLOCK], tl.int32)
     rest = stop - (stop - start) % BLOCK
     for block in range(start, rest, BLOCK):  # no mask here: it would split the wide loads
         at = block + tl.arange(0, BLOCK)
-        mask = _piece(out, first, second, third, at, None, alpha, beta, strength, RULE, WIDE, STRICT)
+        mask = _piece(
+            out, first, second, third, at, None, alpha, beta, strength, seed, tensor, block, RULE, WIDE, STRICT, BLOCK
+        )
         if COUNT:
             active += mask.to(tl.int32)
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
-        mask = _piece(out, first, second, third, at, at < stop, alpha, beta, strength, RULE, WIDE, STRICT)
+        inside = at < stop
+        mask = _piece(
+            out, first, second, third, at, inside, alpha, beta, strength, seed, tensor, rest, RULE, WIDE, STRICT, BLOCK
+        )
         if COUNT:
-            active += (mask & (at < stop)).to(tl.int32)
+            active += (mask & inside).to(tl.int32)
     if COUNT:
         tl.atomic_add(counts + tensor, tl.sum(active).to(tl.int64))
 
@@ -183,13 +218,15 @@ def decay_along(
     *,
     strict: bool,
     count: bool,
+    stochastic: bool = False,
 ) -> int | Tensor:
     """What `_eager.decay_along` does, in one launch; ``m`` is None for all tensors or for none."""
     pairs = list(zip(a, b, strict=True))
+    flags: dict[str, Any] = {"strict": strict, "count": count, "stochastic": stochastic}
     if m and m[0] is None:
-        return _sum(_launch(_along_gradient, (w, g), pairs, _sign_of, eta_lam, strict=strict, count=count))
+        return _sum(_launch(_along_gradient, (w, g), pairs, _sign_of, eta_lam, **flags))
     momenta = cast("Sequence[Tensor]", m)
-    return _sum(_launch(_along_momentum, (w, momenta, g), pairs, _slope_of, eta_lam, strict=strict, count=count))
+    return _sum(_launch(_along_momentum, (w, momenta, g), pairs, _slope_of, eta_lam, **flags))
 
 
 @torch.compiler.disable
@@ -200,10 +237,12 @@ def decay_from_snapshot(
     *,
     strict: bool,
     count: bool,
+    stochastic: bool = False,
 ) -> int | Tensor:
     """What `_eager.decay_from_snapshot` does, in one launch."""
     pairs = [(0.0, 0.0)] * len(w)
-    return _sum(_launch(_from_snapshot, (w, x), pairs, _as_it_is, eta_lam, strict=strict, count=count))
+    flags: dict[str, Any] = {"strict": strict, "count": count, "stochastic": stochastic}
+    return _sum(_launch(_from_snapshot, (w, x), pairs, _as_it_is, eta_lam, **flags))
 
 
 @torch.compiler.disable
@@ -237,6 +276,7 @@ def _launch(
     *,
     strict: bool = False,
     count: bool = False,
+    stochastic: bool = False,
     to: Sequence[Tensor] | None = None,
 ) -> Tensor | None:
     """Write ``rule`` of ``inputs`` over the first of them, or ``to``, elementwise. Return each tensor's count if asked.
@@ -269,6 +309,9 @@ def _launch(
         chunks = _table(_chunks, device, sizes.tobytes(), row_of.tobytes())
         table = _table(_plain, device, pointers.tobytes(), numbers.tobytes())
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
+        seeds = None
+        if stochastic and types[out].itemsize == 2:  # drawn on the device: nothing waits, and a graph draws anew
+            seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
         first, second, third = ([_TYPES[t] for t in types[: len(inputs)]] + [None, None])[:3]
         _sweep[(len(chunks),)](
             _table(_plain, device, addresses).view(torch.int64),
@@ -277,6 +320,7 @@ def _launch(
             table[: 8 * len(rows)].view(torch.int64),
             table[8 * len(rows) :].view(wide),
             counts,
+            seeds,
             RULE=rule,
             OUT=_TYPES[types[out]],
             FIRST=first,

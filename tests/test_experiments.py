@@ -1,0 +1,223 @@
+"""What the experiments in examples/ show, held as facts; and each of them runs, small, from the command line."""
+
+import csv
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+pytest.importorskip("tqdm")
+
+import lyapunov  # noqa: E402
+import toy_landscapes as toy  # noqa: E402
+
+RING, PARABOLA, LINE = toy.LANDSCAPES
+LR, LAM, STEPS = 4e-3, 0.5, 6_000
+
+
+# ------------------------------------------------------------------------------------------------
+# Functions whose minimisers form a curve
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def ends(method: str) -> dict[tuple[str, toy.Point], tuple[Tensor, float]]:
+    """Where each run of ``method`` ends, and its mean f over the last steps."""
+    results = toy.run(method, lr=LR, lam=LAM, steps=STEPS)
+    return {
+        (landscape.name, start): (results[landscape.name][0][-1, i], results[landscape.name][1][i].item())
+        for landscape in toy.LANDSCAPES
+        for i, start in enumerate(landscape.starts)
+    }
+
+
+@pytest.mark.parametrize("start", LINE.starts)
+@pytest.mark.parametrize(("method", "x"), [("Adam", 5.0), ("AdamW", 2.0), ("CautiousDecay(Adam)", 5.0)])
+def test_one_variable(method: str, x: float, start: toy.Point) -> None:
+    """f = (x-5)^2 with lam = 0.5: AdamW stops at the end of its box, 1/lam; CautiousDecay where f is 0."""
+    end, _ = ends(method)["line", start]
+    assert end[0].item() == pytest.approx(x, abs=0.1)
+
+
+PLACES = [(landscape, start) for landscape in (RING, PARABOLA) for start in landscape.starts]
+on_curves = pytest.mark.parametrize(("landscape", "start"), PLACES, ids=lambda v: getattr(v, "name", str(v)))
+
+
+@on_curves
+def test_adamw_leaves_the_curve_for_the_corner_of_its_box(landscape: toy.Landscape, start: toy.Point) -> None:
+    """AdamW ends near (1/lam, 1/lam), where f is far from 0."""
+    end, f = ends("AdamW")[landscape.name, start]
+    assert (end - 1 / LAM).abs().max().item() < 0.3
+    assert f > 0.1
+
+
+@on_curves
+def test_cautious_decay_ends_on_the_curve_and_inside_the_pareto_front(
+    landscape: toy.Landscape, start: toy.Point
+) -> None:
+    """CautiousDecay(Adam) ends where f is as good as 0, on the arc where |x| and |y| cannot both fall any more."""
+    end, f = ends("CautiousDecay(Adam)")[landscape.name, start]
+    assert f < 1e-3
+    assert toy.distance(landscape, end).item() < 0.01
+    assert toy.is_pareto(landscape, end)
+
+
+@pytest.mark.parametrize(("landscape", "start"), [(RING, (4.5, 3.2)), (RING, (3.2, 5.0)), (PARABOLA, (5.0, 5.0))])
+def test_cautious_decay_slides(landscape: toy.Landscape, start: toy.Point) -> None:
+    """Adam stops where it meets the curve; CautiousDecay goes on to where both |x| and |y| are smaller, one by far."""
+    stopped, f = ends("Adam")[landscape.name, start]
+    slid, _ = ends("CautiousDecay(Adam)")[landscape.name, start]
+    assert f < 1e-3
+    assert (slid < stopped).all()
+    assert (slid < stopped - 1).any()
+
+
+def test_cautious_decay_stays_on_the_front() -> None:
+    """On the diagonal Adam meets the ring on its Pareto front, and CautiousDecay has nowhere to slide."""
+    stopped, stayed = (ends(method)["ring", (4.5, 4.5)][0] for method in ("Adam", "CautiousDecay(Adam)"))
+    assert toy.is_pareto(RING, stopped)
+    assert (stayed - stopped).abs().max().item() < 0.05
+
+
+def test_pareto_front_by_search() -> None:
+    """`is_pareto` says what a search along the ring says."""
+    angles = torch.arange(0.5, 360, 1, dtype=torch.float64).deg2rad()
+    on_ring = lambda a: 3 + torch.stack([a.cos(), a.sin()], dim=-1)
+    better = [(on_ring(angles + turn).abs() < on_ring(angles).abs()).all(-1) for turn in (-1e-3, 1e-3)]
+    assert torch.equal(toy.is_pareto(RING, on_ring(angles)), ~(better[0] | better[1]))
+
+
+# ------------------------------------------------------------------------------------------------
+# The energies that cautious decay lets fall
+# ------------------------------------------------------------------------------------------------
+
+STEP_SIZES = (0.02, 0.004)
+systems = pytest.mark.parametrize("system", lyapunov.SYSTEMS, ids=lambda s: s.name)
+
+
+@functools.cache
+def rise(name: str, decay: str, h: float, time: float = 3.0) -> float:
+    """All upward steps of H over all downward ones."""
+    system = next(s for s in lyapunov.SYSTEMS if s.name == name)
+    return lyapunov.change(lyapunov.walk(system, decay, h=h, lam=1.0, time=time, starts=16, seed=0)).rise
+
+
+@pytest.mark.parametrize(
+    "system", [s for s in lyapunov.SYSTEMS if s.name != "Lion"], ids=lambda s: s.name
+)  # Lion's energy has a kink where m changes its sign; Lion-K is the same with a smooth K
+def test_energy_falls_at_each_of_the_first_steps(system: lyapunov.System) -> None:
+    """Over the first part of the walk, of a hundred steps from each of 16 starts, H never rises."""
+    assert rise(system.name, "cautious", h=2e-3, time=0.2) == 0
+
+
+@systems
+def test_energy_falls_in_the_limit_of_small_steps(system: lyapunov.System) -> None:
+    """The whole way down: what H rises where masks change is little, and goes to 0 with the step."""
+    coarse, fine = (rise(system.name, "cautious", h) for h in STEP_SIZES)
+    assert fine < 0.01
+    assert fine < 0.5 * coarse
+
+
+@systems
+@pytest.mark.parametrize("decay", ["plain", "inverted"])
+def test_energy_rises_under_another_decay(system: lyapunov.System, decay: str) -> None:
+    """The two tests above can fail: with all weights decaying, or the wrong ones, H rises however small the step."""
+    coarse, fine = (rise(system.name, decay, h) for h in STEP_SIZES)
+    assert fine > 0.01
+    assert fine > 0.5 * coarse
+
+
+def test_change_counts_ups_and_downs() -> None:
+    """Two walks, one that only falls, one that rises by 1 and falls by 4: the worse is reported."""
+    energies = torch.tensor([[9.0, 5.0], [6.0, 6.0], [3.0, 2.0]])
+    assert lyapunov.change(energies) == lyapunov.Change(rise=0.25, steps=0.25)
+
+
+# ------------------------------------------------------------------------------------------------
+# From the command line
+# ------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = {
+    "toy_landscapes": ["CautiousDecay(Adam)", "AdamW"],
+    "lyapunov": ["SGDM", "inverted"],
+    "mask_ablation": ["update", "gradient", "random", "all", "no decay"],
+    "sparsity": ["0.8", "no decay"],
+}
+NEEDS = {"sparsity": "sklearn"}
+
+
+def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | variables
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_smoke(name: str, tmp_path: Path) -> None:
+    """It prints its table with machine, versions and date, shows progress, and leaves a picture."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip(NEEDS.get(name, "torch"))
+    done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    assert "Warning" not in done.stderr
+    assert "100%" in done.stderr
+    assert re.search(r"^machine  .+\nversions .*torch .+; \d{4}-\d\d-\d\d; ", done.stdout, flags=re.MULTILINE)
+    assert all(f"\n{word} " in done.stdout or f" {word} " in done.stdout for word in EXPERIMENTS[name])
+    assert (tmp_path / "summary.txt").read_text().strip() in done.stdout
+    assert all(picture.stat().st_size > 10_000 for picture in tmp_path.glob("*.png"))
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3)])
+def test_rows(name: str, rows: int, tmp_path: Path) -> None:
+    """There is a row for each run, and the runs of a seed differ."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip(NEEDS.get(name, "torch"))
+    assert run(f"examples/{name}.py", "--smoke", "--out", tmp_path).returncode == 0
+    found = list(csv.DictReader((tmp_path / "results.csv").open()))
+
+    assert len(found) == rows
+    if name == "mask_ablation":
+        assert len({row["val_loss"] for row in found}) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("toy_landscapes", ["--lam", -1]),
+        ("toy_landscapes", ["--steps", 0]),
+        ("lyapunov", ["--step", 0.7]),
+        ("lyapunov", ["--starts", "many"]),
+        ("mask_ablation", ["--seeds", 1]),
+        ("mask_ablation", ["--width", 33]),
+        ("sparsity", ["--p", 2.5]),
+        ("sparsity", ["--lam", "nan"]),
+    ],
+)
+def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
+    """With its value, and without a traceback."""
+    done = run(f"examples/{name}.py", *words)
+
+    assert done.returncode != 0
+    assert str(words[0]) in done.stderr
+    assert str(words[1]) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sparsity_says_that_scikit_learn_is_missing(tmp_path: Path) -> None:
+    """In one line that says what to install."""
+    (tmp_path / "sklearn.py").write_text("raise ImportError('not here')")
+    done = run("examples/sparsity.py", "--smoke", "--out", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+
+    assert done.returncode != 0
+    assert "pip install scikit-learn" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,520 @@
+"""The masks of CautiousDecay: "update" is the paper's, "gradient", "random" and "all" are its ablations."""
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import all_bases, loss_of, net, ruled, train, values, weight
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from cwd_wrap import CautiousDecay
+
+F64 = torch.float64
+LR, LAM = 0.125, 0.5
+MASKS = ["update", "gradient", "random", "all"]
+ABLATIONS = MASKS[1:]
+all_masks = pytest.mark.parametrize("mask", MASKS)
+ablations = pytest.mark.parametrize("mask", ABLATIONS)
+
+
+def sgd(*params: nn.Parameter, **options: Any) -> SGD:
+    return SGD(params, **{"lr": LR, "weight_decay": LAM, **options})
+
+
+# ------------------------------------------------------------------------------------ by eye
+
+# Two steps with momentum: the second gradient is against the momentum in the last two places.
+BY_EYE = {
+    # mask: which of the weights 8, -8, 8, -8 decay in the second step
+    "update": [True, False, True, False],
+    "gradient": [True, False, False, True],
+    "all": [True, True, True, True],
+}
+
+
+@pytest.mark.parametrize("mask", BY_EYE)
+def test_four_weights(mask: str) -> None:
+    """With momentum 4 and a gradient of 1 or -1, update and gradient disagree on the last two weights."""
+    p = weight(8, -8, 8, -8, grad=[4, 4, 4, 4], dtype=F64)
+    base = sgd(p, momentum=1.0, weight_decay=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing to decay yet
+        opt = CautiousDecay(base, mask=mask)
+    opt.step()
+    opt.param_groups[0]["weight_decay"] = LAM
+    x = p.detach().clone()
+    p.grad = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=F64)
+    opt.step()
+    u = 4 + p.grad
+
+    assert torch.equal(x - LR * u - LR * LAM * torch.tensor(BY_EYE[mask]) * x, p.detach())
+
+
+AT_ZERO = [
+    # mask, strict, what is left of weights 1, -1 under gradients and updates of 0
+    ("update", False, [0.9375, -0.9375]),
+    ("update", True, [1.0, -1.0]),
+    ("gradient", False, [0.9375, -0.9375]),
+    ("gradient", True, [1.0, -1.0]),
+    ("random", False, [0.9375, -0.9375]),
+    ("random", True, [1.0, -1.0]),
+    ("all", False, [0.9375, -0.9375]),
+    ("all", True, [0.9375, -0.9375]),
+]
+
+
+@pytest.mark.parametrize(("mask", "strict", "expected"), AT_ZERO)
+def test_at_zero(mask: str, strict: bool, expected: list[float]) -> None:
+    """Without gradient or update a weight decays, with strict=True it does not; "all" has no condition."""
+    p = weight(1, -1, grad=[0, 0])
+    CautiousDecay(sgd(p), mask=mask, strict=strict).step()
+
+    assert expected == p.tolist()
+
+
+# ------------------------------------------------------------------------------------ all
+
+AS_THEIRS: dict[str, Any] = {
+    "AdamW": lambda p: AdamW(p, lr=0.01, weight_decay=0.5),
+    "AdamW-amsgrad": lambda p: AdamW(p, lr=0.01, weight_decay=0.5, amsgrad=True),
+    "AdamW-maximize": lambda p: AdamW(p, lr=0.01, weight_decay=0.5, maximize=True),
+    "AdamW-fused": lambda p: AdamW(p, lr=0.01, weight_decay=0.5, fused=True),
+    "AdamW-tensor-lr": lambda p: AdamW(p, lr=torch.tensor(0.01, dtype=F64), weight_decay=0.5, foreach=False),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True),
+}
+
+
+@pytest.mark.parametrize("build", AS_THEIRS.values(), ids=list(AS_THEIRS))
+def test_all_is_the_optimizers_own_decoupled_decay(build: Any) -> None:
+    """mask="all" around AdamW and its kin is their own decay, to roundings, after a hundred steps in float64."""
+    start = torch.randn(30, dtype=F64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    opt, plain = CautiousDecay(build([ours]), mask="all"), build([theirs])
+    for _ in range(100):
+        theirs.grad = torch.randn(30, dtype=F64)
+        ours.grad = theirs.grad.clone()
+        opt.step()
+        plain.step()
+
+    torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgdw", "nadamw"])
+def test_all_is_timms_own_decoupled_decay(name: str) -> None:
+    """So it is around timm's optimizers that decouple, where the update does not read the decayed weight."""
+    timm = pytest.importorskip("timm.optim")
+    start = torch.randn(6, 5, dtype=F64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    build = lambda p: timm.create_optimizer_v2([p], name, lr=0.01, weight_decay=0.5)
+    opt, plain = CautiousDecay(build(ours), mask="all"), build(theirs)
+    for _ in range(50):
+        theirs.grad = torch.randn(6, 5, dtype=F64)
+        ours.grad = theirs.grad.clone()
+        opt.step()
+        plain.step()
+
+    torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_all_is_muons_own_decay() -> None:
+    """Around torch's Muon too."""
+    start = torch.randn(6, 5)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    opt, plain = (torch.optim.Muon([p], lr=0.02, weight_decay=0.1) for p in (ours, theirs))
+    opt = CautiousDecay(opt, mask="all")
+    for _ in range(20):
+        theirs.grad = torch.randn(6, 5)
+        ours.grad = theirs.grad.clone()
+        opt.step()
+        plain.step()
+
+    torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_all_decouples_a_coupled_decay() -> None:
+    """Around Adam, whose own decay goes into the gradient, it is AdamW."""
+    a, b = net().double(), net().double()
+    x = torch.randn(20, 17, dtype=F64)
+    opts = (
+        CautiousDecay(Adam(a.parameters(), lr=0.01, weight_decay=0.5), mask="all"),
+        AdamW(b.parameters(), lr=0.01, weight_decay=0.5),
+    )
+    for step in range(20):
+        for model, opt in zip((a, b), opts, strict=True):
+            opt.zero_grad()
+            model(x[step, :3]).sum().backward()
+            opt.step()
+
+    torch.testing.assert_close(values(b), values(a), rtol=1e-12, atol=1e-13)
+
+
+# ------------------------------------------------------------------------------------ gradient
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("cls", [SGD, Adam, AdamW])
+def test_gradient_equals_its_definition(cls: Any, strict: bool, maximize: bool) -> None:
+    """A weight decays where g*x >= 0, g being what is descended, in float64: x - eta*(u + lam*mask*x)."""
+    start = torch.randn(40, dtype=F64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    opt = CautiousDecay(cls([ours], lr=0.05, weight_decay=0.5, maximize=maximize), mask="gradient", strict=strict)
+    base = cls([theirs], lr=0.05, weight_decay=0.0, maximize=maximize)
+    for _ in range(10):
+        g = torch.randn(40, dtype=F64)
+        g[:5] = 0
+        ours.grad, theirs.grad, x = g.clone(), g.clone(), theirs.detach().clone()
+        opt.step()
+        base.step()
+        downhill = (-g if maximize else g) * x
+        theirs.data -= 0.05 * 0.5 * (downhill > 0 if strict else downhill >= 0).double() * x
+        torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=1e-14, atol=1e-15)
+
+
+def test_gradient_and_update_are_one_where_the_update_is_the_gradient() -> None:
+    """Around plain SGD the two masks say the same."""
+    out = []
+    for mask in ("update", "gradient"):
+        model = net()
+        train(model, CautiousDecay(SGD(model.parameters(), lr=0.1, weight_decay=0.5), mask=mask), range(5))
+        out.append(values(model))
+
+    torch.testing.assert_close(out[0], out[1], rtol=1e-6, atol=1e-7)
+
+
+def test_sparse_gradients_are_refused_by_the_gradient_mask() -> None:
+    """Before anything has changed; other masks take them, and decay the rows that are in them only."""
+    for mask in MASKS:
+        embedding = nn.Embedding(4, 2, sparse=True)
+        x = embedding.weight.detach().clone()
+        opt = CautiousDecay(sgd(*embedding.parameters()), mask=mask, snapshot=True)
+        embedding(torch.tensor([1, 3])).sum().backward()
+        if mask == "gradient":
+            with pytest.raises(ValueError, match=r"CautiousDecay.*sparse.*SGD"):
+                opt.step()
+
+            assert torch.equal(x, embedding.weight)
+            assert [0.5] == [group["weight_decay"] for group in opt.param_groups]
+            continue
+        opt.step()
+
+        assert torch.equal(x[[0, 2]], embedding.weight[[0, 2]])
+        if mask == "all":
+            torch.testing.assert_close((x - LR - LR * LAM * x)[[1, 3]], embedding.weight[[1, 3]].detach())
+
+
+def test_gradients_that_the_base_changes_are_copied() -> None:
+    """The gradient mask reads them as they were before the step."""
+
+    class Spoils(Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad)
+                    p.grad.neg_()
+
+    p = weight(1, -1, grad=[1, 1], dtype=F64)
+    opt = CautiousDecay(Spoils([p], {"lr": LR, "weight_decay": LAM}), mask="gradient")
+    opt.step()
+    x, p.grad = p.detach().clone(), torch.ones(2, dtype=F64)
+    opt.step()
+
+    assert torch.equal(ruled(x, x - LR, LR * LAM), p.detach())
+
+
+# ------------------------------------------------------------------------------------ random
+
+
+def decayed(p: nn.Parameter, opt: Optimizer, g: Tensor) -> Tensor:
+    """Which weights decay in a step of SGD."""
+    x, p.grad = p.detach().clone(), g
+    opt.step()
+    return (p.detach() - (x - LR * g)).abs() > LR * LAM * x.abs() / 2
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+def test_random_has_the_ratio_of_the_papers_mask(ratio: float) -> None:
+    """Of each tensor as many decay as the paper's mask would take, within five standard errors; others than those."""
+    n = 20_000
+    x = torch.randn(n, dtype=F64).abs() + 1
+    g = torch.where(torch.rand(n) < ratio, 1.0, -1.0).double()
+    p = nn.Parameter(x.clone())
+    mask = decayed(p, CautiousDecay(sgd(p), mask="random"), g)
+    exact = (g > 0).double().mean().item()
+    error = math.sqrt(exact * (1 - exact) / n)
+
+    assert pytest.approx(exact, abs=5 * error) == mask.double().mean().item()
+    assert pytest.approx(exact, abs=0.02) == mask[g > 0].double().mean().item()
+    assert pytest.approx(exact, abs=0.05) == mask[g < 0].double().mean().item()
+
+
+def test_random_has_a_ratio_for_each_tensor() -> None:
+    """A tensor that the paper's mask takes as a whole decays as a whole, and one that it leaves alone does not."""
+    p, q = nn.Parameter(torch.ones(500, dtype=F64)), nn.Parameter(torch.ones(500, dtype=F64))
+    p.grad, q.grad = torch.ones(500, dtype=F64), -torch.ones(500, dtype=F64)
+    CautiousDecay(sgd(p, q), mask="random").step()
+
+    assert [1 - LR - LR * LAM] == p.unique().tolist()
+    assert [1 + LR] == q.unique().tolist()
+
+
+def test_random_is_drawn_anew_each_step() -> None:
+    """Two steps decay different weights."""
+    p = nn.Parameter(torch.ones(500, dtype=F64))
+    g = torch.where(torch.arange(500) % 2 == 0, 0.01, -0.01).double()
+    opt = CautiousDecay(sgd(p), mask="random")
+
+    assert not torch.equal(decayed(p, opt, g), decayed(p, opt, g))
+
+
+def run_random(steps: range, model: nn.Module, opt: Optimizer) -> Tensor:
+    train(model, opt, steps)
+    return values(model)
+
+
+def fresh() -> tuple[nn.Module, Optimizer]:
+    model = net()
+    return model, CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), mask="random")
+
+
+def test_random_is_reproducible() -> None:
+    """The same torch.manual_seed gives the same run, another seed another one."""
+    out = []
+    for seed in (1, 1, 2):
+        model, opt = fresh()
+        torch.manual_seed(seed)
+        out.append(run_random(range(6), model, opt))
+
+    assert torch.equal(out[0], out[1])
+    assert not torch.equal(out[0], out[2])
+
+
+def test_random_resumes() -> None:
+    """With the generator's state saved beside the checkpoint, a resumed run is the uninterrupted one, bit for bit."""
+    model, opt = fresh()
+    train(model, opt, range(3))
+    checkpoint = copy.deepcopy((model.state_dict(), opt.state_dict(), torch.get_rng_state()))
+    expected = run_random(range(3, 6), model, opt)
+    model, opt = fresh()
+    model.load_state_dict(checkpoint[0])
+    opt.load_state_dict(checkpoint[1])
+    torch.set_rng_state(checkpoint[2])
+
+    assert torch.equal(expected, run_random(range(3, 6), model, opt))
+
+
+@pytest.mark.parametrize(("mask", "draws"), [("update", False), ("gradient", False), ("all", False), ("random", True)])
+def test_only_random_draws(mask: str, draws: bool) -> None:
+    """Other masks leave torch's default generator alone, so that dropout and data are as without the wrapper."""
+    p = weight(1, -1, grad=[1, 1])
+    before = torch.get_rng_state()
+    CautiousDecay(sgd(p), mask=mask).step()
+
+    assert draws is not torch.equal(before, torch.get_rng_state())
+
+
+def test_random_draws_for_groups_that_decay_only() -> None:
+    """A group that does not decay, and a parameter without gradient, draw no numbers."""
+    p = weight(1, grad=[1])
+    opt = CautiousDecay(SGD([{"params": [p], "weight_decay": 0.0}, {"params": [weight(1)]}], lr=LR, weight_decay=LAM))
+    opt.mask = "random"
+    before = torch.get_rng_state()
+    opt.step()
+
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------ all masks
+
+
+@all_masks
+@all_bases
+def test_the_step_is_the_bases_and_part_of_the_decay(build: Any, mask: str) -> None:
+    """Every weight ends where the base without decay takes it, or eta*lam*x from there; the decay is put back."""
+    model = net().double()
+    opt = CautiousDecay(build(model.parameters()), mask=mask, snapshot=True)
+    eta_lam = 0.5 * opt.param_groups[0]["lr"]
+    x_in = torch.randn(4, 5, 3, dtype=F64)
+    for step in range(4):
+        opt.zero_grad()
+        model(x_in[step]).square().mean().backward()
+        x = values(model)
+        twin, base = copy.deepcopy((model, opt.base_optimizer))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        base.param_groups[0]["weight_decay"] = 0.0
+        base.step()
+        opt.step()
+        share = (values(twin) - values(model)) / (eta_lam * x)
+        torch.testing.assert_close(share.round(), share, rtol=0, atol=1e-9)
+
+        assert {0.0, 1.0} >= {*(share.round() + 0.0).tolist()}
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+
+
+@all_masks
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0)])
+@pytest.mark.parametrize("lr", [0.125, torch.tensor(0.125), torch.tensor([0.125])], ids=["float", "0-d", "1-element"])
+def test_shapes_and_tensor_lr(lr: Any, shape: tuple[int, ...], mask: str) -> None:
+    """Tensors with one number or none decay as others do, whatever the learning rate is made of."""
+    p = nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    CautiousDecay(SGD([p], lr=lr, weight_decay=LAM), mask=mask, snapshot=True).step()
+
+    assert torch.equal(torch.full(shape, 0.875 - 0.0625), p.detach())
+
+
+@ablations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_is_rounded_once(dtype: torch.dtype, mask: str) -> None:
+    """16-bit weights decay in float32 and are rounded once."""
+    x = torch.linspace(1, 2, 101).to(dtype)
+    p = nn.Parameter(x.clone())
+    p.grad = torch.zeros_like(x)
+    CautiousDecay(sgd(p), mask=mask).step()
+
+    assert torch.equal((x.float() - 0.0625 * x.float()).to(dtype), p.detach())
+
+
+@ablations
+def test_complex(mask: str) -> None:
+    """A complex weight is its two real ones."""
+    real = torch.randn(6, 2, dtype=F64)
+    p, q = nn.Parameter(torch.view_as_complex(real).clone()), nn.Parameter(real.clone())
+    q.grad = torch.randn(6, 2, dtype=F64)
+    p.grad = torch.view_as_complex(q.grad.clone())
+    for t in (p, q):
+        torch.manual_seed(5)
+        CautiousDecay(sgd(t), mask=mask).step()
+
+    assert torch.equal(q.detach(), torch.view_as_real(p.detach()))
+
+
+COUNTS = [
+    # mask, strict -> decayed, of weights 1, 1, -1, -2 with gradients 1, -1, 0, -1
+    ("update", False, 3),
+    ("update", True, 2),
+    ("gradient", False, 3),
+    ("gradient", True, 2),
+    ("all", False, 4),
+    ("all", True, 4),
+]
+
+
+@pytest.mark.parametrize("snapshot", [None, True])
+@pytest.mark.parametrize(("mask", "strict", "expected"), COUNTS)
+def test_the_observer_counts(mask: str, strict: bool, expected: int, snapshot: bool | None) -> None:
+    """The report counts the weights that the mask let decay, out of those that took part."""
+    p, q = weight(1, 1, -1, -2, grad=[1, -1, 0, -1]), weight(1)
+    opt, reports = CautiousDecay(sgd(p, q), mask=mask, strict=strict, snapshot=snapshot), []
+    opt.observer = reports.append
+    opt.step()
+
+    assert [(expected, 4)] == [(int(r.active), r.total) for r in reports]
+
+
+def test_the_observer_counts_what_was_drawn() -> None:
+    """With mask="random" the report has the number of weights that did decay, not of those that should."""
+    p = nn.Parameter(torch.ones(1000, dtype=F64))
+    opt, reports = CautiousDecay(sgd(p), mask="random"), []
+    opt.observer = reports.append
+    mask = decayed(p, opt, torch.where(torch.arange(1000) % 2 == 0, 0.01, -0.01).double())
+
+    assert [(int(mask.sum()), 1000)] == [(int(r.active), r.total) for r in reports]
+
+
+@pytest.mark.parametrize("mask", ["sign", "", None, True, "Update", ["update"]])
+def test_unknown_masks(mask: object) -> None:
+    """An unknown mask is refused, and the known ones are listed; the base stays as it is."""
+    base = sgd(weight(1.0))
+    with pytest.raises(ValueError, match=r"unknown mask .*'update', 'gradient', 'random', 'all'"):
+        CautiousDecay(base, lam=0.25, mask=mask)  # type: ignore[arg-type]
+
+    assert LAM == base.param_groups[0]["weight_decay"]
+
+
+@ablations
+def test_snapshot_false_is_refused(mask: str) -> None:
+    """An ablation takes a copy; snapshot=False says which mask it is that wants it."""
+    with pytest.raises(ValueError, match="snapshot=False") as caught:
+        CautiousDecay(sgd(weight(1.0)), mask=mask, snapshot=False)
+
+    assert f"mask={mask!r}" in str(caught.value)
+
+
+@ablations
+def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
+    """snapshot_bytes and repr say so."""
+    opt = CautiousDecay(sgd(weight(1, 2, 3)), mask=mask)
+
+    # Gradients are copied as well, until a step has shown that the base leaves them alone.
+    assert (24 if mask == "gradient" else 12) == opt.snapshot_bytes
+    assert "path='snapshot'" in repr(opt)
+
+
+@all_masks
+def test_copies_go_on_alike(mask: str) -> None:
+    """A deep copy has the mask, and trains on as the original with the same random numbers."""
+    model = net()
+    opt = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), mask=mask, strict=True)
+    train(model, opt, range(3))
+    twin, other = copy.deepcopy((model, opt))
+    torch.manual_seed(1)
+    train(model, opt, range(3, 6))
+    torch.manual_seed(1)
+    train(twin, other, range(3, 6))
+
+    assert (mask, True) == (other.mask, other.strict)
+    assert torch.equal(values(model), values(twin))
+
+
+@ablations
+def test_a_closure_gives_the_same_step(mask: str) -> None:
+    """step(closure) decays as step() does."""
+    out = []
+    for with_closure in (False, True):
+        model = net()
+        opt = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), mask=mask)
+        torch.manual_seed(1)
+        for step in range(4):
+
+            def closure(step: int = step, model: nn.Module = model, opt: Optimizer = opt) -> Tensor:
+                opt.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                return loss
+
+            if with_closure:
+                opt.step(closure)
+            else:
+                closure()
+                opt.step()
+        out.append(values(model))
+
+    assert torch.equal(out[0], out[1])
+
+
+@ablations
+@given(
+    weights=st.lists(st.tuples(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32)), min_size=1, max_size=8)
+)
+@settings(max_examples=40, deadline=None)
+def test_every_weight_decays_or_not(mask: str, weights: list[tuple[float, float]]) -> None:
+    """Whatever the numbers, the result is the base's step or that less eta*lam*x, rounded once: nothing in between."""
+    x, g = (torch.tensor(column) for column in zip(*weights, strict=True))
+    p = nn.Parameter(x.clone())
+    p.grad = g
+    CautiousDecay(sgd(p), mask=mask).step()
+    w = x - LR * g
+    less = (w.double() - LR * LAM * x.double()).float()
+    close = torch.isclose(p.detach(), w, rtol=1e-6, atol=1e-5) | torch.isclose(p.detach(), less, rtol=1e-6, atol=1e-5)
+
+    assert bool(close.all())

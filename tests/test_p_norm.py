@@ -1,0 +1,544 @@
+"""PNormDecay: the authors' formula, its guards (zero, learning rate 0, extreme values), groups and sparsity."""
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import all_bases, loss_of, net, train, values, weight
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW
+
+from cwd_wrap import CautiousDecay, PNormDecay, rules
+
+F64 = torch.float64
+LR, LAM = 0.125, 0.5
+all_p = pytest.mark.parametrize("p", [0.2, 0.5, 0.8, 1.0, 1.5, 2.0])
+
+
+def authors(w: Tensor, x: Tensor, p: float, eta_lam: float) -> Tensor:
+    """The line of the authors' code, in float64: X = |w_old|**(2-p); w *= X / (X + p*lr*lam)."""
+    w, x = w.detach().double(), x.detach().double()
+    big_x = x.abs() ** (2 - p)
+    return w * big_x / (big_x + p * eta_lam)
+
+
+def still(*weights: float, p: float = 0.8, dtype: torch.dtype = F64, **options: Any) -> nn.Parameter:
+    """The weights after one step of SGD with gradients 0, so that only the decay acts."""
+    q = weight(*weights, grad=[0.0] * len(weights), dtype=dtype)
+    PNormDecay(SGD([q], **{"lr": LR, "weight_decay": LAM, **options}), p=p).step()
+    return q
+
+
+# ------------------------------------------------------------------------------------ by eye
+
+
+def test_p_2_is_implicit_l2_decay() -> None:
+    """With p = 2 every weight, zero or not, is divided by 1 + 2 * eta*lam."""
+    assert [3 / 1.125, -1 / 1.125, 0.0] == pytest.approx(still(3, -1, 0, p=2.0).tolist(), rel=1e-15)
+
+
+def test_p_1_takes_about_eta_lam_off() -> None:
+    """With p = 1 and eta*lam = 1/16 a weight of 1 becomes 16/17, and one of 1/16 is halved: w*|w| / (|w| + 1/16)."""
+    assert [16 / 17, 1 / 32, -1 / 32] == pytest.approx(still(1, 1 / 16, -1 / 16, p=1.0).tolist(), rel=1e-15)
+
+
+@pytest.mark.parametrize("size", [10.0, 100.0, 1e4])
+def test_p_1_is_like_soft_shrinkage(size: float) -> None:
+    """What p = 1 takes off a weight much larger than eta*lam is eta*lam, to the square of it over the weight."""
+    taken = size - still(size, p=1.0).item()
+
+    assert pytest.approx(1 / 16, abs=(1 / 16) ** 2 / size * 1.01) == taken
+
+
+def test_small_weights_collapse_below_p_1() -> None:
+    """With p = 0.5 a weight of 1e-4 is multiplied by 3.2e-5 in one step: this is where sparsity comes from."""
+    assert pytest.approx(1e-4 * 1e-6 / (1e-6 + 0.5 / 16), rel=1e-12) == still(1e-4, p=0.5).item()
+
+
+def test_the_weight_before_the_step_says_how_much() -> None:
+    """A step from 1 to 3 is shrunk by the factor of 1, and one from 3 to 1 by the factor of 3."""
+    q = weight(1, 3, grad=[-2, 2], dtype=F64)
+    PNormDecay(SGD([q], lr=1.0, weight_decay=0.5), p=1.0).step()
+
+    assert [3 * 1 / 1.5, 1 * 3 / 3.5] == pytest.approx(q.tolist(), rel=1e-15)
+
+
+@all_p
+def test_to_first_order_it_is_the_decay_of_the_penalty(p: float) -> None:
+    """For small eta it takes eta * lam * d|w|**p/dw off: the lam of the authors' code, without another factor p."""
+    eta = 1e-7
+    x = torch.tensor([0.5, -2.0], dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad((x.abs() ** p).sum(), x)
+    q = weight(0.5, -2, grad=[0, 0], dtype=F64)
+    PNormDecay(SGD([q], lr=eta, weight_decay=LAM), p=p).step()
+
+    torch.testing.assert_close(LAM * gradient, (x - q).detach() / eta, rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------ the authors' formula
+
+
+@all_p
+@pytest.mark.parametrize("cls", [AdamW, Adam, SGD])
+def test_equals_the_authors_code(cls: Any, p: float) -> None:
+    """At each of twenty steps of the base without decay, the result is the authors' line in float64."""
+    start = torch.randn(50, dtype=F64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    opt = PNormDecay(cls([ours], lr=0.05), lam=0.3, p=p)
+    base = cls([theirs], lr=0.05, weight_decay=0.0)
+    for _ in range(20):
+        theirs.grad = torch.randn(50, dtype=F64)
+        ours.grad, x = theirs.grad.clone(), theirs.detach().clone()
+        opt.step()
+        base.step()
+        torch.testing.assert_close(authors(theirs, x, p, 0.05 * 0.3), ours.detach(), rtol=1e-13, atol=1e-300)
+        theirs.data.copy_(ours.data)  # for p < 1 a difference of one rounding doubles at each step
+
+
+@all_bases
+def test_the_decay_comes_after_the_bases_own_step(build: Any) -> None:
+    """Over every base of the table, the step is the base's without decay, then the formula."""
+    model = net()
+    opt = PNormDecay(build(model.parameters()), p=0.8)
+    eta_lam = opt.param_groups[0]["lr"] * 0.5
+    for step in range(3):
+        opt.zero_grad()
+        loss_of(model, step).backward()
+        x = values(model)
+        twin, base = copy.deepcopy((model, opt.base_optimizer))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        base.param_groups[0]["weight_decay"] = 0.0
+        base.step()
+        opt.step()
+        torch.testing.assert_close(authors(values(twin), x, 0.8, eta_lam).float(), values(model), rtol=2e-6, atol=0)
+
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+
+
+# ------------------------------------------------------------------------------------ guards
+
+
+@all_p
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), torch.tensor(0.0, dtype=F64)], ids=["float", "f32", "f64"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
+def test_learning_rate_0_is_the_identity(dtype: torch.dtype, lr: Any, p: float) -> None:
+    """With lr 0, float or tensor, nothing changes, bit for bit: zeros are no 0/0, whole tensors of them neither."""
+    x = torch.tensor([0.0, -0.0, 1.0, -1e-30, 1e30]).to(dtype)
+    q, zeros = nn.Parameter(x.clone()), nn.Parameter(torch.zeros(3, dtype=dtype))
+    q.grad, zeros.grad = torch.ones_like(q), torch.ones_like(zeros)
+    PNormDecay(SGD([q, zeros], lr=lr, weight_decay=LAM), p=p).step()
+
+    assert torch.equal(x, q.detach())
+    assert [0.0] * 3 == zeros.tolist()
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+def test_a_warm_up_from_0(tensor: bool) -> None:
+    """A warm-up from learning rate 0 gives no NaN, and a layer that starts at 0 trains once it is above."""
+    model = net()
+    nn.init.zeros_(model[2].weight)
+    lr = torch.tensor(0.1) if tensor else 0.1
+    opt = PNormDecay(SGD(model.parameters(), lr=lr, weight_decay=0.01))
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: step / 4)
+    for step in range(4):
+        train(model, opt, [step])
+        schedule.step()
+
+    assert bool(values(model).isfinite().all())
+    assert bool((model[2].weight != 0).all())
+
+
+@pytest.mark.parametrize("p", [0.2, 0.8, 1.0, 1.5])
+def test_zero_stays_zero(p: float) -> None:
+    """A weight that is 0 among others that are not stays 0, whatever its gradient, as in the authors' code."""
+    q = weight(0, -0.0, 1, grad=[1, -1, 1])
+    opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=p)
+    for _ in range(3):
+        opt.step()
+
+    assert [0.0, 0.0] == q.tolist()[:2]
+
+
+def test_p_2_lets_zeros_go() -> None:
+    """At p = 2 the factor does not depend on the weight, so a zero may leave: also as in the authors' code."""
+    q = weight(0, 1, grad=[1, 1], dtype=F64)
+    PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=2.0).step()
+
+    assert pytest.approx([-0.125 / 1.125, 0.875 / 1.125]) == q.tolist()
+
+
+@all_p
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)])
+def test_a_zero_initialised_tensor_trains(shape: tuple[int, ...], p: float) -> None:
+    """A tensor that is 0 as a whole takes its first step undecayed, and decays from the next on."""
+    q = nn.Parameter(torch.zeros(shape, dtype=F64))
+    q.grad = torch.ones(shape, dtype=F64)
+    opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=p)
+    opt.step()
+    first = q.detach().clone()
+    if p < 2:
+        assert torch.equal(torch.full(shape, -LR, dtype=F64), first)
+    opt.step()
+
+    torch.testing.assert_close(authors(first - LR, first, p, LR * LAM), q.detach())
+
+
+def test_zeros_of_a_zero_initialised_tensor_that_got_no_gradient_stay() -> None:
+    """Only its first step is free: weights still at 0 after it, among others that are not, have become absorbing."""
+    q = weight(0, 0, grad=[1, 0])
+    opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM))
+    opt.step()
+    q.grad = torch.ones(2)
+    opt.step()
+
+    assert 0 == q[1].item()
+    assert q[0].item() < 0
+
+
+def test_an_attention_block_with_a_zero_initialised_output_trains() -> None:
+    """Zero-initialised weights and biases of a usual net all move within a few steps."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1))
+    for tensor in (model[0].bias, model[2].weight, model[2].bias):
+        nn.init.zeros_(tensor)
+    opt = PNormDecay(AdamW(model.parameters(), lr=0.01), lam=1e-3)
+    train(model, opt, range(3))
+
+    assert [True] * 4 == [bool((p != 0).all()) for p in model.parameters()]
+
+
+def test_zero_rows_under_sparse_gradients_stay_zero() -> None:
+    """A zero row of an embedding (a padding row) stays 0 under sparse gradients as it does under dense ones."""
+    rows = []
+    for sparse in (False, True):
+        embedding = nn.Embedding(4, 2, sparse=sparse)
+        embedding.weight.data[1] = 0
+        opt = PNormDecay(SGD(embedding.parameters(), lr=LR, weight_decay=LAM))
+        embedding(torch.tensor([1])).sum().backward()
+        opt.step()
+        rows.append(embedding.weight[1].tolist())
+
+    assert [[0.0, 0.0], [0.0, 0.0]] == rows
+
+
+def test_sparse_gradients_decay_their_rows_only() -> None:
+    """Rows that are not in a sparse gradient neither step nor decay; the others do both."""
+    embedding = nn.Embedding(4, 2, sparse=True)
+    x = embedding.weight.detach().clone()
+    opt = PNormDecay(SGD(embedding.parameters(), lr=LR, weight_decay=LAM))
+    embedding(torch.tensor([1, 3, 3])).sum().backward()
+    g = embedding.weight.grad.to_dense()
+    opt.step()
+    w = embedding.weight.detach()
+
+    assert torch.equal(x[[0, 2]], w[[0, 2]])
+    torch.testing.assert_close(authors(x - LR * g, x, 0.8, LR * LAM).float()[[1, 3]], w[[1, 3]])
+
+
+@all_p
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_huge_and_tiny_values(dtype: torch.dtype, p: float) -> None:
+    """Weights of any size shrink without overflow: huge ones hardly, denormal ones to 0, none beyond itself."""
+    x = torch.tensor([3e38, 1e30, 1e-30, 1e-38, 1e-40, -3e38, -1e-40]).to(dtype)
+    q = nn.Parameter(x.clone())
+    q.grad = torch.zeros_like(q)
+    PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=p).step()
+
+    assert bool(q.isfinite().all())
+    assert bool((q.abs() <= x.abs()).all())
+    assert bool((q * x.sign() >= 0).all())
+    if p < 2:
+        assert torch.equal(x[x.abs() > 1], q.detach()[x.abs() > 1]) or p > 1
+
+
+@all_p
+def test_what_is_not_finite_stays_so_and_alone(p: float) -> None:
+    """A NaN stays NaN, an infinity infinite, and their neighbours decay as without them."""
+    q, alone = still(math.nan, math.inf, -math.inf, 1.0, p=p), still(1.0, p=p)
+
+    assert q[0].isnan()
+    assert [math.inf, -math.inf, alone.item()] == q.tolist()[1:]
+
+
+def test_a_nan_gradient_is_not_hidden_by_a_zero_weight() -> None:
+    """A NaN or infinite step from a weight of 0 does not come out as 0: trouble stays visible."""
+    q = weight(0, 0, 1, grad=[math.nan, math.inf, 1])
+    PNormDecay(SGD([q], lr=LR, weight_decay=LAM)).step()
+
+    assert [False, False, True] == q.isfinite().tolist()
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.125), torch.tensor([0.125])], ids=["0-d", "1-element"])
+@pytest.mark.parametrize("shape", [(), (0,), (2,)])
+def test_tensor_lr(shape: tuple[int, ...], lr: Tensor) -> None:
+    """A learning rate may be a tensor, of the two shapes that torch takes, over weights of any shape."""
+    q = nn.Parameter(torch.ones(shape))
+    q.grad = torch.zeros(shape)
+    PNormDecay(SGD([q], lr=lr, weight_decay=0.5), p=2.0).step()
+
+    torch.testing.assert_close(torch.full(shape, 1 / 1.125), q.detach())
+
+
+@all_p
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_is_computed_in_float32(dtype: torch.dtype, p: float) -> None:
+    """16-bit weights are the float64 formula, rounded once, but for ties that float32 sees otherwise."""
+    x, g = torch.randn(500).to(dtype), torch.randn(500).to(dtype)
+    q = nn.Parameter(x.clone())
+    q.grad = g
+    PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=p).step()
+    w = x.detach().clone().add_(g, alpha=-LR)
+    expected = authors(w, x, p, LR * LAM).to(dtype)
+
+    torch.testing.assert_close(expected, q.detach(), rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert (expected == q.detach()).float().mean() > 0.99
+
+
+def test_complex() -> None:
+    """A complex weight is its two real ones."""
+    real = torch.randn(5, 2, dtype=F64)
+    a, b = nn.Parameter(torch.view_as_complex(real).clone()), nn.Parameter(real.clone())
+    a.grad, b.grad = torch.view_as_complex(torch.ones(5, 2, dtype=F64)), torch.ones(5, 2, dtype=F64)
+    for q in (a, b):
+        PNormDecay(SGD([q], lr=LR, weight_decay=LAM)).step()
+
+    assert torch.equal(torch.view_as_real(a.detach()), b.detach())
+
+
+def test_maximize_decays_too() -> None:
+    """The sign of the step does not matter to the decay."""
+    q = weight(1, -1, grad=[1, 1], dtype=F64)
+    PNormDecay(SGD([q], lr=LR, weight_decay=LAM, maximize=True), p=2.0).step()
+
+    assert [1.125 / 1.125, -0.875 / 1.125] == q.tolist()
+
+
+# ------------------------------------------------------------------------------------ arguments and groups
+
+WRONG_P: list[tuple[Any, type[Exception]]] = [
+    (0, ValueError),
+    (0.0, ValueError),
+    (-0.5, ValueError),
+    (2.0001, ValueError),
+    (3, ValueError),
+    (math.nan, ValueError),
+    (math.inf, ValueError),
+    ("0.8", TypeError),
+    (None, TypeError),
+    ([0.8], TypeError),
+]
+
+
+@pytest.mark.parametrize(("p", "error"), WRONG_P, ids=[repr(p) for p, _ in WRONG_P])
+def test_p_out_of_range(p: Any, error: type[Exception]) -> None:
+    """p must be above 0 and at most 2; the text has the name, the value and that range, and the base stays as it is."""
+    base = SGD([weight(1.0)], lr=LR, weight_decay=LAM)
+    with pytest.raises(error, match="p of PNormDecay") as caught:
+        PNormDecay(base, lam=0.25, p=p)
+
+    assert repr(p) in str(caught.value)
+    assert "above 0, up to 2" in str(caught.value)
+    assert LAM == base.param_groups[0]["weight_decay"]
+
+
+def test_groups_without_decay_stay_out() -> None:
+    """A group whose weight_decay is 0 steps as with the plain base, and its weights are not copied."""
+    a, b = weight(1, 0, grad=[1, 1]), weight(1, 0, grad=[1, 1])
+    opt = PNormDecay(SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.0}], lr=LR, weight_decay=LAM), p=1.0)
+    opt.step()
+
+    assert [0.875, -0.125] == b.tolist()
+    assert pytest.approx([0.875 * 16 / 17, 0.0]) == a.tolist()
+    assert 8 == opt.snapshot_bytes
+
+
+def test_lam_goes_where_the_groups_decay() -> None:
+    """lam= is written into the groups that decay."""
+    base = SGD([{"params": [weight(1)]}, {"params": [weight(1)], "weight_decay": 0.0}], lr=LR, weight_decay=LAM)
+    opt = PNormDecay(base, lam=0.25)
+
+    assert [0.25, 0.0] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_nothing_to_decay_is_warned_of() -> None:
+    """Over a base without decay, and without lam=, it says that it does nothing."""
+    with pytest.warns(UserWarning, match=r"PNormDecay over SGD has nothing to decay.*lam="):
+        PNormDecay(SGD([weight(1)], lr=LR))
+
+
+def test_parameters_without_gradient_stay() -> None:
+    """A parameter without a gradient does not decay."""
+    q = weight(1)
+    PNormDecay(SGD([q, weight(1, grad=[1])], lr=LR, weight_decay=LAM)).step()
+
+    assert [1.0] == q.tolist()
+
+
+def test_step_size() -> None:
+    """step_size= says what lam is multiplied by."""
+    q = weight(1, grad=[0], dtype=F64)
+    PNormDecay(SGD([q], lr=0.01, weight_decay=0.5), p=2.0, step_size=lambda group: 0.125).step()
+
+    assert pytest.approx(1 / 1.125) == q.item()
+
+
+def test_sparsity_of_each_group() -> None:
+    """sparsity() is the share of weights below the threshold, by size, of each group; NaN where there is none."""
+    groups = [{"params": [weight(0, 1e-14, -1e-14, 1), weight(-1, 1, 1, 1)]}, {"params": [weight(1)]}, {"params": []}]
+    opt = PNormDecay(SGD(groups, lr=LR, weight_decay=LAM))
+    first, second, third = opt.sparsity()
+
+    assert [3 / 8, 0.0] == [first, second]
+    assert math.isnan(third)
+    assert [1 / 8, 1.0] == [opt.sparsity(threshold=1e-20)[0], opt.sparsity(threshold=1.5)[1]]
+
+
+def test_sparsity_changes_nothing() -> None:
+    """Asking leaves weights and their gradients alone, and gives plain floats."""
+    q = weight(1, 0, grad=[1, 1])
+    shares = PNormDecay(SGD([q], lr=LR, weight_decay=LAM)).sparsity()
+
+    assert [float] == [type(share) for share in shares]
+    assert q.requires_grad
+    assert [1.0, 1.0] == q.grad.tolist()
+
+
+# ------------------------------------------------------------------------------------ two processes
+
+
+def _on_two_processes(rank: int, folder: str) -> None:
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    starts = _starts()
+    params = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for start in starts]
+    opt = PNormDecay(SGD(params, lr=LR, weight_decay=LAM))
+    for p, start in zip(params, starts, strict=True):
+        p.grad = distribute_tensor(torch.ones_like(start), mesh, [Shard(0)])
+    shares = opt.sparsity()
+    opt.step()
+    torch.save(([p.detach().full_tensor() for p in params], shares), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _starts() -> list[Tensor]:
+    """Half zero (one shard is all of it), zero as a whole, and one row only (one shard is empty)."""
+    half = torch.ones(5, 2)
+    half[:3] = 0
+    return [half, torch.zeros(5, 2), torch.zeros(1, 2), torch.ones(1, 2)]
+
+
+@pytest.fixture(scope="module")
+def from_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch is built without torch.distributed")
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_on_two_processes, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_a_dtensor_is_zero_initialised_as_a_whole(from_two_processes: Any) -> None:
+    """A shard of zeros of a DTensor that is not all zeros stays 0: two processes give what one gives."""
+    params = [nn.Parameter(start) for start in _starts()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    PNormDecay(SGD(params, lr=LR, weight_decay=LAM)).step()
+
+    for weights, _ in from_two_processes:
+        torch.testing.assert_close([p.detach() for p in params], weights, rtol=0, atol=0)
+
+
+def test_the_sparsity_of_dtensors_is_of_the_whole(from_two_processes: Any) -> None:
+    """Every process says the same share, that of whole tensors, whatever its own shards are."""
+    starts = _starts()
+    share = sum(int((start == 0).sum()) for start in starts) / sum(start.numel() for start in starts)
+
+    assert [[share], [share]] == [shares for _, shares in from_two_processes]
+
+
+# ------------------------------------------------------------------------------------ properties
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(w=floats, x=floats, p=st.floats(0.01, 2), eta_lam=st.floats(0, 1e3))
+@settings(max_examples=50, deadline=None)
+def test_the_decay_never_grows_nor_turns_a_weight(w: float, x: float, p: float, eta_lam: float) -> None:
+    """Whatever the numbers: the result is finite, between 0 and w."""
+    w32, x32 = torch.tensor([w]), torch.tensor([x])
+    out = rules.p_norm_decay(w32, x32, p, eta_lam, torch.tensor(False))
+
+    assert bool(out.isfinite())
+    assert min(w32.item(), 0) <= out.item() <= max(w32.item(), 0)
+
+
+@given(w=st.floats(-100, 100), x=st.floats(-100, 100), p=st.floats(0.1, 2), eta_lam=st.floats(1e-8, 1))
+@settings(max_examples=50, deadline=None)
+def test_both_forms_are_equal(w: float, x: float, p: float, eta_lam: float) -> None:
+    """w / (1 + c*|x|**(p-2)) is the authors' w*X / (X + c), zeros included."""
+    w64, x64 = torch.tensor([w], dtype=F64), torch.tensor([x], dtype=F64)
+    out = rules.p_norm_decay(w64, x64, p, eta_lam, torch.tensor(False))
+
+    torch.testing.assert_close(authors(w64, x64, p, eta_lam), out, rtol=1e-12, atol=1e-300)
+
+
+@given(small=st.floats(1e-6, 1), more=st.floats(1.01, 100), p=st.floats(0.1, 1.9))
+@settings(max_examples=50, deadline=None)
+def test_smaller_weights_shrink_more(small: float, more: float, p: float) -> None:
+    """For p below 2 the share that a weight keeps grows with its size."""
+    a, b = still(small, small * more, p=p).tolist()
+
+    assert a / small < b / (small * more)
+
+
+# ------------------------------------------------------------------------------------ in use
+
+
+def test_it_makes_sparse() -> None:
+    """Weights that the loss does not need fall below 1e-13, and the fit stays; with plain decay none falls that low."""
+    shares, errors = [], []
+    inputs = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
+    for wrap in (lambda opt: PNormDecay(opt, lam=0.05, p=0.8), lambda opt: CautiousDecay(opt, lam=0.05, mask="all")):
+        w = nn.Parameter(torch.randn(20, generator=torch.Generator().manual_seed(1)))
+        opt = wrap(SGD([w], lr=0.05))
+        for _ in range(800):
+            opt.zero_grad()
+            loss = (inputs @ w - 2 * inputs[:, 0]).square().mean()
+            loss.backward()
+            opt.step()
+        shares.append((w.abs() < 1e-13).float().mean().item())
+        errors.append(abs(w[0].item() - 2))
+
+    assert [True, True] == [shares[0] > 0.9, shares[1] == 0]
+    assert max(errors) < 0.1
+
+
+def test_it_pickles_and_resumes() -> None:
+    """A copy of model and wrapper in the middle of training goes on as the original, bit for bit, with the same p."""
+    model = net()
+    opt = PNormDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.1), p=0.5)
+    train(model, opt, range(3))
+    twin, other = copy.deepcopy((model, opt))
+    train(model, opt, range(3, 6))
+    train(twin, other, range(3, 6))
+
+    assert 0.5 == other.p
+    assert torch.equal(values(model), values(twin))
+
+
+def test_a_usual_training_run_warns_of_nothing() -> None:
+    """A few steps over AdamW raise no warning."""
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, PNormDecay(AdamW(model.parameters(), lr=0.01), lam=1e-3), range(3))

@@ -1,0 +1,359 @@
+"""rounding="stochastic": 16-bit weights decay by eta*lam on average, however small it is, and nothing else changes."""
+
+import copy
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import both_paths, net, same, train, values, weight
+from torch import Tensor
+from torch.optim import SGD, AdamW
+
+from cwd_wrap import CautiousDecay, rules
+from cwd_wrap.kernels import _eager
+
+ROOT = Path(__file__).parents[1]
+NARROW = [torch.bfloat16, torch.float16]
+both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
+MANY = 100_000
+STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
+
+
+def all_finite(dtype: torch.dtype) -> Tensor:
+    """Every finite number of a 16-bit type, in order, as float32."""
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
+    return numbers[numbers.isfinite()].unique()
+
+
+def neighbours(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The largest number of ``dtype`` that is not above ``wide``, and the smallest that is not below it."""
+    table = all_finite(dtype)
+    return table[torch.searchsorted(table, wide, right=True) - 1], table[torch.searchsorted(table, wide)]
+
+
+def sigmas(errors: Tensor) -> float:
+    """The mean of independent errors, in units of its own standard deviation."""
+    errors = errors.double()
+    return float(errors.mean() / (errors.std() / math.sqrt(errors.numel())))
+
+
+def weights(kind: str, dtype: torch.dtype) -> Tensor:
+    """Weights of both signs, normal or subnormal."""
+    x = torch.randn(MANY)
+    return (x.sign() * torch.randint(1, 1 << 10, (MANY,)) * 2.0**-24).to(dtype) if kind == "subnormal" else x.to(dtype)
+
+
+def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> Tensor:
+    """``x`` after steps that leave it alone and decay all of it by 1e-4 of itself, taken by the wrapper."""
+    p = torch.nn.Parameter(x.clone())
+    p.grad = torch.zeros_like(x)
+    opt = CautiousDecay(SGD([p], lr=LR), lam=LAM, rounding=rounding, **options)
+    for _ in range(steps):
+        opt.step()
+    return p.detach()
+
+
+# ---- the rule
+
+
+def test_by_eye() -> None:
+    """1 - 2**-10 lies between 1 - 2**-8 and 1, a quarter of the gap below 1: that is the chance to come down."""
+    wide, random = torch.full((4,), 1 - 2**-10), torch.tensor([0.0, 0.24, 0.25, 0.99])
+    down = 1 - 2**-8
+
+    assert rules.stochastic_rounding(wide, torch.bfloat16, random).tolist() == [down, down, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("share", [1 / 16, 1 / 2, 3 / 4])
+@both_types
+def test_the_chance_is_the_share_of_the_gap(dtype: torch.dtype, share: float) -> None:
+    """Between any two neighbours, subnormals and powers of two included, the mean over all random numbers is exact."""
+    table = all_finite(dtype)
+    low, high = table[:-1], table[1:]
+    wide = low + (high - low) * share
+    up = torch.zeros(len(wide))
+    for k in range(16):
+        rounded = rules.stochastic_rounding(wide, dtype, torch.full_like(wide, (k + 0.5) / 16)).float()
+        assert ((rounded == low) | (rounded == high)).all()
+        up += rounded == high
+
+    assert torch.equal(up / 16, torch.full_like(up, share))
+
+
+@both_types
+def test_what_the_type_holds_stays(dtype: torch.dtype) -> None:
+    """Each of its 65,536 patterns, infinities and signed zeros included, keeps its bits, and NaN stays NaN."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    for random in (0.0, 0.5, 1 - 2**-24):
+        rounded = rules.stochastic_rounding(every.float(), dtype, torch.full(every.shape, random))
+
+        assert rounded.isnan().equal(every.isnan())
+        assert torch.equal(rounded.view(torch.int16)[~every.isnan()], every.view(torch.int16)[~every.isnan()])
+
+
+def test_overflow_is_that_of_rounding_to_nearest() -> None:
+    """Beyond the largest number of the type the result is the one that ``.to`` gives."""
+    wide = torch.tensor([65504.0, 65519.0, 65520.0, 65536.0, 1e30, -65519.0, -1e30])
+    for random in (0.0, 0.99):
+        rounded = rules.stochastic_rounding(wide, torch.float16, torch.full_like(wide, random))
+
+        assert torch.equal(rounded, wide.to(torch.float16))
+
+
+# ---- the mean
+
+
+@both_paths
+def test_one_step_of_ones(snapshot: bool) -> None:
+    """100,000 ones with eta*lam = 2**-10 land on 1 and 1 - 2**-8 only, and on average on 1 - 2**-10."""
+    p = torch.nn.Parameter(torch.ones(MANY, dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    CautiousDecay(SGD([p], lr=0.5), lam=2**-9, snapshot=snapshot, rounding="stochastic").step()
+
+    assert set(p.tolist()) == {1.0, 1 - 2**-8}
+    assert abs(sigmas(p.detach().float() - (1 - 2**-10))) < 5
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.bfloat16, "normal"), (torch.float16, "normal"), (torch.float16, "subnormal")],
+    ids=["bf16", "fp16", "fp16 subnormal"],
+)
+def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, snapshot: bool) -> None:
+    """Where rounding to nearest changes 0 of 100,000 weights, the stochastic mean is the float32 decay.
+
+    The same check rejects rounding to nearest, and a decay that is a tenth off.
+    """
+    x = weights(kind, dtype)
+    wide = decayed(x.float(), "stochastic", snapshot=snapshot)
+    narrow = decayed(x, "stochastic", snapshot=snapshot).float()
+    plain = decayed(x, "nearest", snapshot=snapshot)
+    error = (narrow - wide) * x.sign()
+
+    assert torch.equal(plain, x)
+    assert abs(sigmas(error)) < 5
+    assert abs(sigmas(error + (wide - plain.float()) * x.sign())) > 5
+    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 10)) > 5
+
+
+@pytest.mark.parametrize("mask", ["gradient", "random", "all"])
+def test_the_ablations_too(mask: str) -> None:
+    """The ablations' masks, here full, decay by eta*lam on average."""
+    x = weights("normal", torch.bfloat16)
+    error = decayed(x, "stochastic", 20, mask=mask).float() - decayed(x.float(), "stochastic", 20, mask=mask)
+
+    assert abs(sigmas(error * x.sign())) < 5
+
+
+def test_a_tensor_learning_rate() -> None:
+    """eta*lam as a tensor decays by the same on average."""
+    x = torch.ones(MANY, dtype=torch.bfloat16)
+    _eager.decay_from_snapshot([x], [x.clone()], [torch.tensor(1e-3)], strict=False, count=False, stochastic=True)
+
+    assert abs(sigmas(x.float() - (1 - 1e-3))) < 5
+
+
+# ---- nothing else changes
+
+
+@both_types
+@both_paths
+def test_only_the_two_neighbours_occur(snapshot: bool, dtype: torch.dtype) -> None:
+    """Each weight is one of the two numbers around its float32 value, which lie on either side of it for some."""
+    x = weights("normal", dtype)
+    low, high = neighbours(decayed(x.float(), "nearest", 1, snapshot=snapshot), dtype)
+    one = decayed(x, "stochastic", 1, snapshot=snapshot).float()
+
+    assert ((one == low) | (one == high)).all()
+    assert (one == low).any()
+    assert (one == high).any()
+
+
+@both_types
+@both_paths
+def test_masked_weights_keep_their_bits(snapshot: bool, dtype: torch.dtype) -> None:
+    """A weight that the step grows is, bit for bit, what the base makes of it."""
+    x = weights("normal", dtype)
+    p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
+    p.grad = alone.grad = torch.randn(MANY).to(dtype)
+    SGD([alone], lr=1.0).step()
+    grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # and not rounded away: the snapshot would see no step
+    CautiousDecay(SGD([p], lr=1.0), lam=0.01, snapshot=snapshot, rounding="stochastic").step()
+
+    assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
+    assert (p != alone)[~grown].float().mean() > 0.1
+
+
+@both_types
+def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> None:
+    """Zeros, infinities and NaN, in every pair, come out with the bits that rounding to nearest gives them."""
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype)
+    w, x = (t.reshape(-1) for t in torch.meshgrid(special, special, indexing="ij"))
+    for decay, companion in ((_eager.decay_from_snapshot, {}), (_eager.decay_along, {"m": [None], "a": [0.0]})):
+        results = []
+        for stochastic in (False, True):
+            out = w.clone()
+            flags = {"strict": False, "count": False, "stochastic": stochastic}
+            if companion:
+                decay(w=[out], g=[x], b=[1.0], eta_lam=[0.5], **companion, **flags)
+            else:
+                decay([out], [x], [0.5], **flags)
+            results.append(out.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16))
+
+        assert torch.equal(*results)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wide_weights_draw_nothing(dtype: torch.dtype, snapshot: bool) -> None:
+    """float32 and float64 weights decay as ever, and the generator does not move."""
+    x = weights("normal", dtype)
+    before = torch.get_rng_state()
+    one = decayed(x, "stochastic", 1, snapshot=snapshot)
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one, decayed(x, "nearest", 1, snapshot=snapshot))
+
+
+@both_paths
+def test_rounding_to_nearest_draws_nothing(snapshot: bool) -> None:
+    """The default leaves the generator alone; the stochastic one moves it."""
+    x = weights("normal", torch.bfloat16)
+    states = [torch.get_rng_state()]
+    for rounding in ("nearest", "stochastic"):
+        decayed(x, rounding, 1, snapshot=snapshot)
+        states.append(torch.get_rng_state())
+
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[1], states[2])
+
+
+def test_equal_tensors_are_rounded_apart() -> None:
+    """Two tensors of the same weights, packed together or not, and two blocks of one, get numbers of their own."""
+    sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
+    w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
+    _eager.decay_from_snapshot(w, [t.clone() for t in w], [2**-9] * len(w), strict=False, count=False, stochastic=True)
+    for one, other in ((w[0], w[1]), (w[2], w[3]), w[4].chunk(2)):
+        assert 0.45 < (one == other).float().mean() < 0.55
+
+
+# ---- seeds and checkpoints
+
+
+@both_paths
+def test_the_seed_decides(snapshot: bool) -> None:
+    """torch.manual_seed makes a run reproducible, and another seed makes another."""
+    x, runs = weights("normal", torch.bfloat16), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(decayed(x, "stochastic", 3, snapshot=snapshot))
+
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+RESUME = """
+import sys, torch
+from support import train, values
+from test_stochastic_rounding import narrow_net
+torch.set_num_threads(1)
+saved, resumed = torch.load(sys.argv[1]), []
+for snapshot, states in saved.items():
+    for restored in (True, False):
+        model, opt = narrow_net(snapshot)
+        model.load_state_dict(states["model"])
+        opt.load_state_dict(states["optimizer"])
+        if restored:
+            torch.set_rng_state(states["random"])
+        train(model.float_in, opt, range(4, 8))
+        resumed.append(values(model))
+torch.save(resumed, sys.argv[1])
+"""
+
+
+def narrow_net(snapshot: bool) -> tuple[torch.nn.Module, CautiousDecay]:
+    """A bfloat16 net that takes float32 batches through ``float_in``, and its optimizer."""
+    model = net().to(torch.bfloat16)
+    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    model.float_in = lambda x: model(x.to(torch.bfloat16)).float()
+    return model, CautiousDecay(base, snapshot=snapshot, rounding="stochastic")
+
+
+def test_resume_is_exact(tmp_path: Path) -> None:
+    """Four steps, a checkpoint, and four more in another process are eight steps, if the generator is restored."""
+    file, saved, expected = tmp_path / "checkpoint.pt", {}, []
+    for snapshot in (False, True):
+        model, opt = narrow_net(snapshot)
+        train(model.float_in, opt, range(4))
+        states = {"model": model.state_dict(), "optimizer": opt.state_dict(), "random": torch.get_rng_state()}
+        saved[snapshot] = copy.deepcopy(states)
+        train(model.float_in, opt, range(4, 8))
+        expected += [values(model)] * 2
+    torch.save(saved, file)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", RESUME, str(file)], check=True, env=environment)
+
+    assert list(map(torch.equal, torch.load(file), expected)) == [True, False] * 2
+
+
+def test_the_state_dict_is_the_plain_optimizers() -> None:
+    """Nothing of it is saved: after training, the state dict has the plain optimizer's keys, group for group."""
+    dicts = []
+    for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
+        model, _ = narrow_net(False)
+        opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+        train(model.float_in, opt, range(2))
+        dicts.append(opt.state_dict())
+    plain, ours = dicts
+
+    assert same(plain["param_groups"], ours["param_groups"])
+    assert {i: list(s) for i, s in plain["state"].items()} == {i: list(s) for i, s in ours["state"].items()}
+
+
+# ---- the argument
+
+
+def test_unknown_rounding() -> None:
+    """Anything but the two names is refused, and they are named."""
+    with pytest.raises(ValueError, match=r"unknown rounding 'up': pass one of 'nearest', 'stochastic'"):
+        CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="up")
+
+
+def test_it_is_pickled_copied_and_handed_on() -> None:
+    """A pickled, a copied and an ``over`` optimizer round as they were told to; the default is to nearest."""
+    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="stochastic")
+    made = CautiousDecay.over(SGD, rounding="stochastic")([weight(1.0)], lr=0.1, weight_decay=0.1)
+
+    assert [o.rounding for o in (pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt), made)] == ["stochastic"] * 3
+    assert CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1).rounding == "nearest"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+@both_types
+def test_on_a_card(dtype: torch.dtype) -> None:
+    """Triton's mean is the float32 decay, and each replay of a CUDA graph draws anew."""
+    kernel = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
+    x = torch.ones(MANY, device="cuda", dtype=dtype)
+    w, results = x.clone(), []
+
+    def work() -> None:
+        w.copy_(x)
+        kernel.decay_from_snapshot([w], [x], [1e-4], strict=False, count=False, stochastic=True)
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(2):
+        graph.replay()
+        results.append(w.clone())
+
+    assert all(abs(sigmas(result - (x.float() - 1e-4))) < 5 for result in results)
+    assert not torch.equal(*results)
