@@ -1,4 +1,4 @@
-"""The blocked eager kernels against torch.compile of the three-line rule, on the same data: GPT-2-small shapes, float32.
+"""The blocked eager kernels against torch.compile of the three-line rule, on the same data: GPT-2-small, float32.
 
 python benchmarks/eager_vs_compiled.py            (needs a C++ compiler for inductor)
 """

@@ -39,6 +39,8 @@ def total(parameter: Tensor, local: Tensor) -> Tensor:
 
 
 def _is_distributed(t: Tensor) -> bool:
+    if type(t) in (Tensor, torch.nn.Parameter):  # nearly always, and this is asked three times a parameter and step
+        return False
     # A DTensor exists only once its module has been imported; importing it here would slow down everyone else.
     modules = (sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor"))  # 2nd: 2.4
     classes = [getattr(module, "DTensor", None) for module in modules]

@@ -178,7 +178,7 @@ def test_the_table_covers_more_than_230_optimizers() -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.refused and "recompute" in c.refused], ids=str)
 def test_what_recomputes_its_weights_is_refused(case: Case) -> None:
-    """An optimizer that computes the weights from a copy of its own would lose the decay: the wrapper says so by name."""
+    """An optimizer that computes the weights from a copy of its own would lose the decay: it is refused by name."""
     base = case.build(make_groups(case, LAM))
     with pytest.raises(ValueError, match=f"{type(base).__name__}: it computes the weights anew"):
         CautiousDecay(base, lam=LAM)

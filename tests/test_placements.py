@@ -44,6 +44,6 @@ def work(rank: int, store: str, layout: str, snapshot: bool | None) -> None:
 @pytest.mark.parametrize("snapshot", [False, True])
 @pytest.mark.parametrize("layout", ["sharded", "replicated", "partial sums"])
 def test_two_ranks_are_one(layout: str, snapshot: bool, tmp_path: Path) -> None:
-    """The mask is that of the whole gradient on every rank, and the mean of a cautious update that of the whole tensor."""
+    """The mask is that of the whole gradient on every rank, the mean of a cautious update that of the whole tensor."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
     mp.spawn(work, (str(tmp_path / "store"), layout, snapshot), nprocs=2)

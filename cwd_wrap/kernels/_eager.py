@@ -177,7 +177,7 @@ def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[int, tup
 def _lines(*tensors: Tensor) -> list[Tensor]:
     """The tensors as lines of equal order: views where they are dense (channels_last too), else copies."""
     if all(t.is_contiguous() for t in tensors):
-        return [t.view(-1) for t in tensors]
+        return [t if t.dim() == 1 else t.view(-1) for t in tensors]
     order = _order(tensors[0])
     return [t.permute(order).reshape(-1) for t in tensors]
 
