@@ -1,9 +1,12 @@
 """Views of a parameter and its companions that elementwise kernels can work on."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_DISTRIBUTED = ("torch.distributed.tensor", "torch.distributed._tensor")  # the second up to torch 2.4
 
 
 def plain(t: Tensor, companion_of: Tensor | None = None) -> Tensor:
@@ -31,17 +34,20 @@ def total(parameter: Tensor, local: Tensor) -> Tensor:
     """The sum over all shards of ``parameter`` of a number, of which ``local`` is this rank's part."""
     if not _is_distributed(parameter):
         return local
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    placements = [Replicate() if p.is_replicate() else Partial() for p in parameter.placements]  # type: ignore[attr-defined]
-    return DTensor.from_local(local, mesh, placements).full_tensor()
+    module = _distributed()
+    of_each = parameter.placements  # type: ignore[attr-defined]
+    placements = [module.Replicate() if placement.is_replicate() else module.Partial() for placement in of_each]
+    whole: Tensor = module.DTensor.from_local(local, parameter.device_mesh, placements).full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 def _is_distributed(t: Tensor) -> bool:
     if type(t) in (Tensor, torch.nn.Parameter):  # nearly always, and this is asked three times a parameter and step
         return False
-    # A DTensor exists only once its module has been imported; importing it here would slow down everyone else.
-    modules = (sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor"))  # 2nd: 2.4
-    classes = [getattr(module, "DTensor", None) for module in modules]
-    return any(isinstance(t, cls) for cls in classes if cls is not None)
+    module = _distributed()
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def _distributed() -> Any:
+    """The module of DTensor, None where it has not been imported: then no tensor is one, and importing it is slow."""
+    return next((m for name in _DISTRIBUTED if hasattr(m := sys.modules.get(name), "DTensor")), None)

@@ -67,6 +67,8 @@ BASES: dict[str, Callable[..., Optimizer]] = {
     "Muon": lambda p, lam: torch.optim.Muon([p], lr=LR, weight_decay=lam),
     "Lookahead": lambda p, lam: lookahead(AdamW([p], lr=LR, weight_decay=lam)),
 }
+if not hasattr(torch.optim, "Muon"):  # up to torch 2.8
+    del BASES["Muon"]
 bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
 
 
