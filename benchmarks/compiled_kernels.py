@@ -41,13 +41,15 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 class Kernel:
     """A rule, the types that it is compiled for (output, then inputs), and whether addresses are promised aligned.
 
-    ``stochastic``: whether what is written is rounded at random.
+    No output: it only counts. ``stochastic``: whether what is written is rounded at random. ``per_tensor``:
+    whether it reads a number for each tensor.
     """
 
     rule: Any
-    types: tuple[tl.dtype, ...]
+    types: tuple[tl.dtype | None, ...]
     aligned: bool = True
     stochastic: bool = False
+    per_tensor: bool = False
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
@@ -71,9 +73,17 @@ KERNELS = {
     "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 3),
     "snapshot": Kernel(_triton._from_snapshot, (F32,) * 3),
     "copy": Kernel(_triton._copy, (F32,) * 2),
+    "count agreeing": Kernel(_triton._agrees, (None, F32, F32, F32)),
+    "cautious update": Kernel(_triton._cautious_update, (F32,) * 4, per_tensor=True),
+    "count nonzero": Kernel(_triton._nonzero, (None, F32)),
+    "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 3, per_tensor=True),
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 4),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 3),
+    "count agreeing, bf16": Kernel(_triton._agrees, (None, BF16, BF16, BF16)),
+    "cautious update, bf16": Kernel(_triton._cautious_update, (BF16,) * 4, per_tensor=True),
+    "count nonzero, bf16": Kernel(_triton._nonzero, (None, BF16)),
+    "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 3, per_tensor=True),
     "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 4, stochastic=True),
     "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 3, stochastic=True),
 }
@@ -90,14 +100,18 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         "WIDE": tl.float32,
         "ALIGNED": kernel.aligned,
         "STRICT": False,
-        "COUNT": False,
+        "COUNT": kernel.types[0] is None,
         "BLOCK": _triton.BLOCK,
-        "counts": None,
-        **({} if kernel.stochastic else {"seeds": None}),
     }
     names = _triton._sweep.arg_names
     pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "strengths": "*i64", "coefficients": "*fp32"}
-    pointers |= {"seeds": "*i64"} if kernel.stochastic else {}
+    optional = {
+        "counts": "*i64" if kernel.types[0] is None else None,
+        "seeds": "*i64" if kernel.stochastic else None,
+        "per_tensor": "*fp32" if kernel.per_tensor else None,
+    }
+    pointers |= {name: pointer for name, pointer in optional.items() if pointer is not None}
+    constants |= {name: None for name, pointer in optional.items() if pointer is None}
     source = ASTSource(
         _triton._sweep,
         {name: pointers.get(name, "constexpr") for name in names},
@@ -130,15 +144,14 @@ def _read_amd(assembly: str) -> Code:
 
 
 def _main_path(assembly: str, label: str) -> str:
-    """The one basic block that branches back to its own beginning and stores."""
-    blocks = re.split(rf"^({label}\w+):", assembly, flags=re.MULTILINE)[1:]
-    loops = [
-        body
-        for name, body in zip(blocks[::2], blocks[1::2], strict=True)
-        if re.search(rf"bra\w*\s+{re.escape(name)}\b", body) and re.search(r"st\.global|_store_", body)
-    ]
-    (loop,) = loops
-    return loop
+    """The first loop that loads, from its label to the last branch back there. (Later on, the tail may jump about.)"""
+    for head in re.finditer(rf"^({label}\w+):", assembly, flags=re.MULTILINE):
+        below = assembly[head.end() :]
+        back = [branch.end() for branch in re.finditer(rf"bra[\w.]*\s+{re.escape(head[1])}\b", below)]
+        if back and re.search(r"ld\.global|_load_", body := below[: back[-1]]):
+            return body
+    msg = "no loop loads anything"
+    raise ValueError(msg)
 
 
 def _count(widths: list[tuple[str, int]], kind: str) -> Counter[int]:

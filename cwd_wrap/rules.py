@@ -64,11 +64,11 @@ def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
     return (w < x) & (g > 0) | (w > x) & (g < 0)
 
 
-def alpha(kept: Tensor, numel: int, scale: str | None) -> Tensor:
+def alpha(kept: Tensor, numel: int | Tensor, scale: str | None) -> Tensor:
     """The factor that makes up for masked coordinates, of which ``kept`` out of ``numel`` were not.
 
     ``"mean"``: 1 / max(kept/numel, 1e-3), the authors' current code and timm. ``"numel"``: numel / (kept + 1), the
-    paper. None: 1. In the type of ``kept``.
+    paper. None: 1. In the type of ``kept``; elementwise, where there are many of each.
     """
     if scale == "mean":
         return 1 / (kept / numel).clamp(min=1e-3)

@@ -1,6 +1,7 @@
 """Views of a parameter and its companions that elementwise kernels can work on."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ def total(parameter: Tensor, local: Tensor) -> Tensor:
     placements = [module.Replicate() if placement.is_replicate() else module.Partial() for placement in of_each]
     whole: Tensor = module.DTensor.from_local(local, parameter.device_mesh, placements).full_tensor()  # type: ignore[attr-defined]
     return whole
+
+
+def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
+    """`total` for each of the ``parameters``, of whose numbers ``local`` holds this rank's parts."""
+    if not any(map(_is_distributed, parameters)):
+        return local
+    return torch.stack([total(p, part) for p, part in zip(parameters, local, strict=True)])
 
 
 def _is_distributed(t: Tensor) -> bool:

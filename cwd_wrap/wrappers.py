@@ -13,7 +13,7 @@ from cwd_wrap.batch import Batch
 from cwd_wrap.contract import Group
 from cwd_wrap.directions import Direction
 from cwd_wrap.strength import StepSize
-from cwd_wrap.tensors import plain, total
+from cwd_wrap.tensors import plain, total, totals
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
@@ -170,7 +170,7 @@ class CautiousUpdate(OptimizerWrapper):
         base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
         scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as the authors' code and timm have it; ``"numel"``: numel /
             (kept + 1), as the paper prints it; None: 1. A sharded parameter (DTensor) is counted whole.
-        backend: None lets the library choose; ``"eager"`` is torch operations.
+        backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
         TypeError: not an optimizer, or a class of them.
@@ -216,15 +216,11 @@ class CautiousUpdate(OptimizerWrapper):
         return "the size of the update is known only from a copy"
 
     def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        del kernel
-        active: int | Tensor = 0
-        for p, w, x, g, eta_lam in zip(batch.p, batch.w, batch.x, batch.g, batch.eta_lam, strict=True):
-            mask = rules.agrees(w, x, g)
-            kept = total(p, mask.sum()).to(torch.promote_types(w.dtype, torch.float32))
-            alpha = rules.alpha(kept, p.numel() * (2 if p.is_complex() else 1), self.scale)
-            w.copy_(rules.cautious_update(w, x, mask, alpha, eta_lam))
-            active = active + mask.sum() if self.observer is not None else 0
-        return active
+        here: Tensor = kernel.count_agreeing(batch.w, batch.x, batch.g)
+        kept = totals(batch.p, here).to(torch.promote_types(batch.w[0].dtype, torch.float32))
+        numel = kernel.vector([p.numel() * (2 if p.is_complex() else 1) for p in batch.p], here.device)
+        kernel.cautious_update(batch.w, batch.x, batch.g, rules.alpha(kept, numel, self.scale), batch.eta_lam)
+        return here.sum() if self.observer is not None else 0
 
 
 class PNormDecay(OptimizerWrapper):
@@ -242,7 +238,7 @@ class PNormDecay(OptimizerWrapper):
         lam: as for `CautiousDecay`. It is the lam of the authors' code; a summary of the paper has lam*p in its place.
         p: above 0, up to 2.
         step_size: as for `CautiousDecay`.
-        backend: None lets the library choose; ``"eager"`` is torch operations.
+        backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
         TypeError: not an optimizer, or a class of them; lam or p not a number.
@@ -292,13 +288,12 @@ class PNormDecay(OptimizerWrapper):
         return "the decay depends on the weights from before the step and acts on those from after it"
 
     def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        del kernel
-        for p, w, x, eta_lam in zip(batch.p, batch.w, batch.x, batch.eta_lam, strict=True):
-            nonzero = x.count_nonzero()
-            if w.numel() != (whole := plain(p)).numel():  # rows that a sparse gradient touches: the others count too
-                nonzero = nonzero + whole.count_nonzero() - w.count_nonzero()
-            zero_initialised = total(p, nonzero) == 0
-            w.copy_(rules.p_norm_decay(w, x, self.p, eta_lam, zero_initialised))
+        nonzero: Tensor = kernel.count_nonzero(batch.x)
+        whole = [plain(p) for p in batch.p]
+        if any(w.numel() != p.numel() for w, p in zip(batch.w, whole, strict=True)):
+            # Rows that a sparse gradient touches: the others count too.
+            nonzero = nonzero + kernel.count_nonzero(whole) - kernel.count_nonzero(batch.w)
+        kernel.p_norm_decay(batch.w, batch.x, self.p, batch.eta_lam, totals(batch.p, nonzero))
         return sum(w.numel() for w in batch.w)
 
 

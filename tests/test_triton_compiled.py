@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compiled_kernels
 from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
 
+from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
 from cwd_wrap.kernels import _triton
 
 all_targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
@@ -25,7 +26,8 @@ all_targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGE
 
 def wide(kernel: Kernel) -> tuple[Counter[int], Counter[int]]:
     """The loads and stores of one thread, one round, if each is of 128 bits."""
-    out, *inputs = (dtype.primitive_bitwidth * WEIGHTS_A_THREAD // 128 for dtype in kernel.types)
+    bits = (0 if dtype is None else dtype.primitive_bitwidth for dtype in kernel.types)
+    out, *inputs = (each * WEIGHTS_A_THREAD // 128 for each in bits)
     return Counter({128: sum(inputs)}), Counter({128: out})
 
 
@@ -95,6 +97,57 @@ def test_no_value_is_compiled_in() -> None:
         call(1, strict=True)
 
     assert (once, counted["compiled"], counted["launched"]) == (1, 2, 12)
+
+
+def call_sibling(rule: str, tensors: int, eta_lam: object = 0.1, p: float = 0.8, scale: str | None = "mean") -> None:
+    w, x, g = ([torch.zeros(8) for _ in range(tensors)] for _ in range(3))
+    if rule == "p_norm_decay":
+        _triton.p_norm_decay(w, x, p, [eta_lam] * tensors, _triton.count_nonzero(x))
+    else:
+        kept, numel = _triton.count_agreeing(w, x, g).float(), _triton.vector([8] * tensors, torch.device("cpu"))
+        _triton.cautious_update(w, x, g, rules.alpha(kept, numel, scale), [eta_lam] * tensors)
+
+
+siblings = pytest.mark.parametrize("rule", ["p_norm_decay", "cautious_update"])
+
+
+@siblings
+@pytest.mark.parametrize("tensors", [1, 3, 3000])
+def test_two_launches(rule: str, tensors: int) -> None:
+    """Where each tensor is counted first, three tensors and three thousand take two launches."""
+    with stubbed() as counted:
+        call_sibling(rule, tensors)
+
+    assert counted["launched"] == 2
+
+
+@siblings
+def test_no_value_of_the_siblings_is_compiled_in(rule: str) -> None:
+    """Other rates, p, scales, factors and numbers of tensors need no new kernel: it is one for each launch."""
+    with stubbed() as counted:
+        for eta_lam in (0.1, 0.0, 1.0, torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)):
+            call_sibling(rule, 1, eta_lam)
+        for p in (0.2, 1.0, 2.0):
+            call_sibling(rule, 16, p=p)
+        for scale in ("numel", None):
+            call_sibling(rule, 17, scale=scale)
+
+    assert (counted["compiled"], counted["launched"]) == (2, 20)
+
+
+@pytest.mark.parametrize("cls", [PNormDecay, CautiousUpdate])
+@pytest.mark.parametrize("tensors", [3, 300])
+def test_a_step_of_the_siblings_is_three_launches(cls: type, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the wrapper they are two after the step; before it one takes the copy."""
+    monkeypatch.setattr(kernels, "choose", lambda *_: _triton)
+    weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(tensors)]
+    for w in weights:
+        w.grad = torch.ones(8)
+    opt = cls(torch.optim.SGD(weights, lr=0.1, weight_decay=0.1))
+    with stubbed() as counted:
+        opt.step()
+
+    assert counted["launched"] == 3
 
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *w: torch.Tensor) -> dict[str, object]:

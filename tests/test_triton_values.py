@@ -13,7 +13,7 @@ from test_stochastic_rounding import sigmas, weights
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from cwd_wrap import CautiousDecay, kernels, rules
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, kernels, rules
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -288,6 +288,184 @@ def test_compiled_steps_equal_uncompiled_ones(snapshot: bool) -> None:
         trained.append(values(model))
 
     torch.testing.assert_close(*trained)
+
+
+# ---- the siblings: they count each tensor first
+
+
+def update(w: list[Tensor], x: list[Tensor], g: list[Tensor], eta_lam, scale: str | None = "mean") -> Tensor:
+    """The cautious update as the wrapper has it carried out; returns the counts."""
+    counts = _triton.count_agreeing(w, x, g)
+    numel = _triton.vector([t.numel() for t in w], torch.device("cpu"))
+    kept = counts.to(torch.promote_types(w[0].dtype, torch.float32))
+    _triton.cautious_update(w, x, g, rules.alpha(kept, numel, scale), [eta_lam] * len(w))
+    return counts
+
+
+def expected_update(w: Tensor, x: Tensor, g: Tensor, eta_lam, scale: str | None = "mean") -> Tensor:
+    mask = rules.agrees(w, x, g)
+    kept = mask.sum().to(torch.promote_types(w.dtype, torch.float32))
+    return rules.cautious_update(w, x, mask, rules.alpha(kept, torch.tensor(w.numel()), scale), eta_lam)
+
+
+def shrink(w: list[Tensor], x: list[Tensor], p: float, eta_lam) -> Tensor:
+    """The p-norm decay as the wrapper has it carried out; returns the counts."""
+    counts = _triton.count_nonzero(x)
+    _triton.p_norm_decay(w, x, p, [eta_lam] * len(w), counts)
+    return counts
+
+
+def expected_shrink(w: Tensor, x: Tensor, p: float, eta_lam) -> Tensor:
+    return rules.p_norm_decay(w, x, p, eta_lam, x.count_nonzero() == 0)
+
+
+def close(one: Tensor, other: Tensor, ulps: int = 16) -> bool:
+    """To so many units in the last place: those of exp2(y * log2|x|) are up to |y * log2|x||, here below 2 * 12."""
+    if one.element_size() == 2:
+        return equal(one, other)
+    limit = ulps * torch.finfo(one.dtype).eps * other.abs()
+    same = (one == other) | one.isnan() & other.isnan()
+    return bool((same | ((one - other).abs() <= limit)).all())
+
+
+@pytest.mark.parametrize("scale", ["mean", "numel", None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cautious_update_equals_the_rule(dtype: torch.dtype, scale: str | None) -> None:
+    """The cautious update, over tensors of every size in two launches, is the rule on each, and counts right."""
+    w, x, g = ([some(n, dtype, n + k) for n in SIZES] for k in (0, 1, 2))
+    kept = [int(rules.agrees(*row).sum()) for row in zip(w, x, g, strict=True)]
+    expected = [expected_update(*row, 0.3, scale) for row in zip(w, x, g, strict=True)]
+
+    assert update(w, x, g, 0.3, scale).tolist() == kept
+    assert all(map(equal, w, expected))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.8, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p_norm_decay_equals_the_rule(dtype: torch.dtype, p: float) -> None:
+    """The p-norm decay, over tensors of every size in two launches, is the rule on each; one is 0 as a whole."""
+    w, x = ([some(n, dtype, n + k) for n in SIZES] for k in (0, 1))
+    x[4].zero_()
+    x[5][::2] = 0
+    nonzero = [int(t.count_nonzero()) for t in x]
+    expected = [expected_shrink(*row, p, 0.3) for row in zip(w, x, strict=True)]
+    kept = w[4].clone()
+
+    assert shrink(w, x, p, 0.3).tolist() == nonzero
+    assert all(map(close, w, expected))
+    assert torch.equal(w[4], kept)
+    assert p == 2 or not w[5][::2].any()
+
+
+def test_p_norm_decay_of_special_values() -> None:
+    """Signed zeros, denormals, huge numbers, infinities and NaN come out as rules.py has them, at every p and rate."""
+    one, other = (t.reshape(-1) for t in torch.meshgrid(*[torch.tensor(SPECIAL)] * 2, indexing="ij"))
+    for p in (0.2, 0.8, 1.0, 1.5, 2.0):
+        for eta_lam in (0.0, 1e-6, 0.3, torch.tensor(0.3), torch.tensor(0.0)):
+            w = one.clone()
+            shrink([w], [other], p, eta_lam)
+
+            assert close(w, expected_shrink(one, other, p, eta_lam), ulps=256), (p, eta_lam)  # 2 * 150 at 1e-45
+
+
+def test_cautious_update_of_special_values() -> None:
+    """So it is with the cautious update, in every combination."""
+    w, x, g = (t.reshape(-1) for t in torch.meshgrid(*[torch.tensor(SPECIAL)] * 3, indexing="ij"))
+    for scale in ("mean", None):
+        after = w.clone()
+        update([after], [x], [g], 0.3, scale)
+
+        assert equal(after, expected_update(w, x, g, 0.3, scale))
+
+
+def test_p_norm_and_cautious_update_of_many_small_tensors() -> None:
+    """Three hundred tensors of 0 to 12 weights: each has a count and a factor of its own."""
+    w, x, g = ([some(i % 13, torch.float32, i + k) for i in range(300)] for k in (0, 5000, 10_000))
+    for t in x[::7]:
+        t.zero_()
+    updated, shrunk = ([t.clone() for t in w] for _ in range(2))
+    update(updated, x, g, 0.3)
+    shrink(shrunk, x, 0.8, 0.3)
+
+    assert all(equal(a, expected_update(*row, 0.3)) for a, *row in zip(updated, w, x, g, strict=True))
+    assert all(close(a, expected_shrink(*row, 0.8, 0.3)) for a, *row in zip(shrunk, w, x, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_p_norm_and_cautious_update_of_views(dtype: torch.dtype) -> None:
+    """Views that begin anywhere, and transposed and strided ones, give the same; what lies between is left alone."""
+    flat, x, g = (some(4000, dtype, k) for k in range(3))
+    views = [slice(1, 8), slice(8, 1033), slice(1033, 3999)]
+    wide = torch.zeros(40, 200, dtype=dtype)
+    strided = wide[:, ::2]
+    transposed = flat.view(40, 100).t().contiguous().t()
+    for rule, wanted in (
+        (lambda w, x, g: update(w, x, g, 0.3), lambda *row: expected_update(*row, 0.3)),
+        (lambda w, x, g: shrink(w, x, 0.8, 0.3), lambda w, x, g: expected_shrink(w, x, 0.8, 0.3)),
+    ):
+        w, expected = flat.clone(), flat.clone()
+        for view in views:
+            expected[view] = wanted(flat[view], x[view], g[view])
+        rule([w[view] for view in views], [x[view] for view in views], [g[view] for view in views])
+        both = [strided.copy_(flat.view(40, 100)), transposed.copy_(flat.view(40, 100))]
+        x_g = [x.view(40, 100).t().contiguous().t(), x.view(40, 100)], [g.view(40, 100)] * 2
+        rule(both, *x_g)
+
+        assert close(w, expected)
+        assert all(close(t.reshape(-1), wanted(flat, x, g)) for t in both)
+        assert not wide[:, 1::2].any()
+
+
+def test_p_norm_and_cautious_update_of_empty_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing there is no launch, and the counts are 0."""
+    monkeypatch.setattr(_triton, "_sweep", None)
+    empty = [torch.empty(0), torch.empty(0, 3)]
+
+    assert update(empty, empty, empty, 0.3).tolist() == shrink(empty, empty, 0.8, 0.3).tolist() == [0, 0]
+
+
+def test_p_norm_and_cautious_update_read_a_strength_afresh() -> None:
+    """Each tensor has its own strength, a number or a tensor whose value of the moment counts."""
+    eta_lam = [0.1, torch.tensor(0.5), torch.tensor([0.25], dtype=torch.float64)]
+    for _ in range(2):
+        w, x, g = ([some(50, torch.float32, i + k) for i in range(3)] for k in (0, 50, 100))
+        updated, shrunk = ([t.clone() for t in w] for _ in range(2))
+        _triton.cautious_update(updated, x, g, torch.tensor([1.0, 2.0, 3.0]), eta_lam)
+        _triton.p_norm_decay(shrunk, x, 0.8, eta_lam, torch.tensor([1, 0, 50]))
+        for i, c in enumerate(eta_lam):
+            mask = rules.agrees(w[i], x[i], g[i])
+            assert equal(updated[i], rules.cautious_update(w[i], x[i], mask, torch.tensor(i + 1.0), c))
+            assert close(shrunk[i], rules.p_norm_decay(w[i], x[i], 0.8, c, torch.tensor(i == 1)))
+        eta_lam[1].fill_(0.01)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda base, **backend: CautiousUpdate(base, **backend),
+        lambda base, **backend: CautiousUpdate(base, scale="numel", **backend),
+        lambda base, **backend: PNormDecay(base, **backend),
+        lambda base, **backend: PNormDecay(base, p=2, **backend),
+    ],
+    ids=["cautious_update", "cautious_update numel", "p_norm 0.8", "p_norm 2"],
+)
+def test_the_siblings_give_what_they_give_with_eager(wrap) -> None:
+    """Three steps over AdamW with backend="triton" equal three with backend="eager", observers included."""
+    trained, heard = {}, {}
+    for backend in ("eager", "triton", None):
+        model, reports = net(), []
+        with torch.no_grad():
+            model[2].weight.zero_()
+            model[0].bias[:2] = 0
+        opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), backend=backend)
+        opt.observer = lambda report, to=reports: to.append((int(report.active), report.total))
+        train(model, opt, range(3))
+        trained[backend], heard[backend] = values(model), reports
+
+    torch.testing.assert_close(trained["triton"], trained["eager"])
+    assert torch.equal(trained[None], trained["triton"])
+    assert heard["eager"] == heard["triton"]
+    assert len(heard["eager"]) == 3
 
 
 # ---- stochastic rounding

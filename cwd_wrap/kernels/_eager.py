@@ -93,6 +93,48 @@ def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(to), list(source))
 
 
+def count_nonzero(x: Sequence[Tensor]) -> Tensor:
+    """How many elements of each tensor are not 0; all of one device and type."""
+    return torch.stack([t.count_nonzero() for t in x])
+
+
+def count_agreeing(w: Sequence[Tensor], x: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
+    """In how many places of each tensor the step went down the gradient: `rules.agrees`; one entry a tensor."""
+    return torch.stack([rules.agrees(*row).sum() for row in zip(w, x, g, strict=True)])
+
+
+def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The ``numbers`` on ``device``, for which nothing waits."""
+    return torch.cat([torch.full((1,), number, device=device) for number in numbers])
+
+
+def cautious_update(
+    w: Sequence[Tensor],
+    x: Sequence[Tensor],
+    g: Sequence[Tensor],
+    alpha: Tensor,
+    eta_lam: Sequence[float | Tensor],
+) -> None:
+    """w <- v - eta*lam*v with v = x + alpha * 1[u*g > 0] * (w - x) in place, after the step.
+
+    `rules.agrees` and `rules.cautious_update`; one entry a tensor, all of one device and of the same types.
+    """
+    for after, before, gradient, factor, strength in zip(w, x, g, alpha, eta_lam, strict=True):
+        mask = rules.agrees(after, before, gradient)
+        after.copy_(rules.cautious_update(after, before, mask, factor, strength))
+
+
+def p_norm_decay(
+    w: Sequence[Tensor], x: Sequence[Tensor], p: float, eta_lam: Sequence[float | Tensor], nonzero: Tensor
+) -> None:
+    """w <- w / (1 + p*eta*lam * |x|**(p-2)) in place, after the step, but w where all of x was 0.
+
+    `rules.p_norm_decay`; one entry a tensor, all of one device and of the same types.
+    """
+    for after, before, strength, zero in zip(w, x, eta_lam, nonzero == 0, strict=True):
+        after.copy_(rules.p_norm_decay(after, before, p, strength, zero))
+
+
 def _decay_unless_opposed(
     w: Tensor,
     x: Tensor,

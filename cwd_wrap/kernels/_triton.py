@@ -8,7 +8,8 @@ both are sent up again only when something has moved. What changes from step to 
 device memory, so that no value is ever compiled in and a CUDA graph sees new ones.
 
 `_sweep` is the walk, the same for every rule. A rule is a function of the values of up to three tensors in one
-place, of two coefficients and of a strength; it returns what to write, and whether to count it.
+place, of two coefficients and of a strength; it returns what to write, and whether to count it. A rule that needs a
+number of each whole tensor takes two launches: one that counts, and one that reads what was made of the counts.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-
 THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
 ALIGNMENT = 16  # bytes
-TABLES = 64  # kept on the device at once; each optimizer needs three for every combination of types
+TABLES = 64  # kept on the device at once; an optimizer needs three to six for each combination of types
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -77,6 +78,31 @@ def _from_snapshot(w, x, z, alpha, beta, eta_lam, STRICT: tl.constexpr):
 @triton.jit
 def _copy(x, y, z, alpha, beta, strength, STRICT: tl.constexpr):
     return x, tl.zeros_like(x) == 0
+
+
+@triton.jit
+def _agrees(w, x, g, alpha, beta, strength, STRICT: tl.constexpr):
+    return w, (w < x) & (g > 0) | (w > x) & (g < 0)
+
+
+@triton.jit
+def _nonzero(x, y, z, alpha, beta, strength, STRICT: tl.constexpr):
+    return x, x != 0
+
+
+@triton.jit
+def _cautious_update(w, x, g, alpha, beta, eta_lam, STRICT: tl.constexpr):
+    w, mask = _agrees(w, x, g, alpha, beta, eta_lam, STRICT)
+    v = x + alpha * mask.to(w.dtype) * (w - x)
+    return v - eta_lam * v, mask
+
+
+@triton.jit
+def _p_norm_decay(w, x, z, p, exponent, eta_lam, STRICT: tl.constexpr):
+    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf.
+    strength = p * eta_lam
+    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(tl.abs(x))))
+    return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
 @triton.jit
@@ -137,7 +163,8 @@ def _piece(
     new, mask = RULE(x, y, z, alpha, beta, strength, STRICT)
     if seed is not None:
         new = _round_stochastically(new, seed, tensor, block, out.dtype.element_ty == tl.float16, BLOCK)
-    tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+    if out is not None:
+        tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
     return mask
 
 
@@ -150,6 +177,7 @@ def _sweep(
     coefficients,
     counts,
     seeds,
+    per_tensor,
     RULE: tl.constexpr,
     OUT: tl.constexpr,
     FIRST: tl.constexpr,
@@ -164,21 +192,23 @@ def _sweep(
 ):
     """Carry RULE out on chunk number ``program_id``.
 
-    ``addresses``: columns of ``tensors`` each, first those of the inputs; what is written is in column COLUMN.
+    ``addresses``: columns of ``tensors`` each, first those of the inputs; what is written is in column COLUMN, and
+    nothing is where OUT is None.
     ``chunks``: for each its tensor, its first element, the one after its last, and its row. For each row,
     ``coefficients`` holds two numbers and the strength, unless ``strengths`` has the address of one. ``seeds``: None
-    rounds to nearest; otherwise the one seed there makes the random numbers that round.
+    rounds to nearest; otherwise the one seed there makes the random numbers that round. ``per_tensor``: None, or
+    a number for each tensor, in place of the first coefficient.
     """
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
     start = tl.multiple_of(start, BLOCK)
-    alpha = tl.load(coefficients + row * 3)
+    alpha = tl.load(coefficients + row * 3) if per_tensor is None else tl.load(per_tensor + tensor)
     beta = tl.load(coefficients + row * 3 + 1)
     number = tl.load(coefficients + row * 3 + 2)
     address = tl.load(strengths + row)
     strength = tl.load(address.to(coefficients.dtype), mask=address != 0, other=number)
     column = tl.cast(tensors, tl.int64)
-    out = _pointer(addresses + column * COLUMN, tensor, OUT, ALIGNED)
+    out = _pointer(addresses + column * COLUMN, tensor, OUT, ALIGNED) if OUT is not None else None
     first = _pointer(addresses, tensor, FIRST, ALIGNED)
     second = _pointer(addresses + column, tensor, SECOND, ALIGNED) if SECOND is not None else None
     third = _pointer(addresses + column * 2, tensor, THIRD, ALIGNED) if THIRD is not None else None
@@ -251,6 +281,54 @@ def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     _launch(_copy, (source,), [(0.0, 0.0)] * len(to), _as_it_is, [0.0] * len(to), to=to)
 
 
+@torch.compiler.disable
+def count_nonzero(x: Sequence[Tensor]) -> Tensor:
+    """What `_eager.count_nonzero` does, in one launch."""
+    return _counts(_nonzero, x)
+
+
+@torch.compiler.disable
+def count_agreeing(w: Sequence[Tensor], x: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
+    """What `_eager.count_agreeing` does, in one launch."""
+    return _counts(_agrees, w, x, g)
+
+
+@torch.compiler.disable
+def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """What `_eager.vector` does, without a launch; not to be written to."""
+    with _guard(device):
+        return _table(_plain, device, array("q", numbers).tobytes()).view(torch.int64)
+
+
+@torch.compiler.disable
+def cautious_update(
+    w: Sequence[Tensor],
+    x: Sequence[Tensor],
+    g: Sequence[Tensor],
+    alpha: Tensor,
+    eta_lam: Sequence[float | Tensor],
+) -> None:
+    """What `_eager.cautious_update` does, in one launch."""
+    _launch(_cautious_update, (w, x, g), [(0.0, 0.0)] * len(w), _as_it_is, eta_lam, per_tensor=alpha)
+
+
+@torch.compiler.disable
+def p_norm_decay(
+    w: Sequence[Tensor], x: Sequence[Tensor], p: float, eta_lam: Sequence[float | Tensor], nonzero: Tensor
+) -> None:
+    """What `_eager.p_norm_decay` does, in one launch."""
+    wide = torch.promote_types(w[0].dtype, torch.float32)
+    p_or_0 = (nonzero != 0).to(wide) * p
+    _launch(_p_norm_decay, (w, x), [(0.0, p - 2)] * len(w), _as_it_is, eta_lam, per_tensor=p_or_0)
+
+
+def _counts(rule: Any, *inputs: Sequence[Tensor]) -> Tensor:
+    """For each tensor, in how many places ``rule`` says to count; nothing is written."""
+    first = inputs[0]
+    counts = _launch(rule, inputs, [(0.0, 0.0)] * len(first), _as_it_is, [0.0] * len(first), count=True, write=False)
+    return torch.zeros(len(first), dtype=torch.int64, device=first[0].device) if counts is None else counts
+
+
 def _sign_of(a: float, b: float) -> tuple[float, float]:
     return (-1.0 if b < 0 else 1.0), 0.0
 
@@ -277,11 +355,14 @@ def _launch(
     strict: bool = False,
     count: bool = False,
     stochastic: bool = False,
+    write: bool = True,
     to: Sequence[Tensor] | None = None,
+    per_tensor: Tensor | None = None,
 ) -> Tensor | None:
     """Write ``rule`` of ``inputs`` over the first of them, or ``to``, elementwise. Return each tensor's count if asked.
 
-    The lists run in parallel. The rule is given ``coefficients`` of the tensor's pair.
+    The lists run in parallel. The rule is given ``coefficients`` of the tensor's pair, or in place of the first of them
+    the tensor's entry in ``per_tensor``.
     """
     columns = inputs if to is None else (*inputs, to)
     sizes = array("q", map(Tensor.numel, columns[0]))
@@ -321,8 +402,9 @@ def _launch(
             table[8 * len(rows) :].view(wide),
             counts,
             seeds,
+            per_tensor,
             RULE=rule,
-            OUT=_TYPES[types[out]],
+            OUT=_TYPES[types[out]] if write else None,
             FIRST=first,
             SECOND=second,
             THIRD=third,
@@ -335,7 +417,7 @@ def _launch(
             num_warps=THREADS // (64 if torch.version.hip else 32),
             enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
         )
-    if not contiguous:
+    if write and not contiguous:
         for tensor, line in zip(columns[out], lines[out], strict=True):
             _write_back(tensor, line)
     return counts
