@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
+_TENSORS = "its coefficients are tensors"
 
 
 class Direction(NamedTuple):
@@ -53,8 +54,8 @@ def _momentum_buffer(group: Group) -> Direction | str:
     if mu == 0:
         return _gradient(group)
     a, b = (mu * mu, 1 + mu * (1 - dampening)) if group["nesterov"] else (mu, 1 - dampening)
-    if isinstance(_linear(group, "momentum_buffer", a, b), str):
-        return "its coefficients are tensors"
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return _TENSORS
     sign = -1.0 if group.get("maximize") else 1.0
 
     def coefficients(state: State) -> tuple[float, float]:
@@ -102,7 +103,7 @@ def _unscaled_only(group: Group) -> Direction | str:
 
 def _linear(group: Group, state_key: str | None, a: float, b: float) -> Direction | str:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return "its coefficients are tensors"
+        return _TENSORS
     pair = (a, -b if group.get("maximize") else b)
     return Direction(state_key, lambda _: pair)
 

@@ -42,7 +42,7 @@ def decay_along(
     for i, (x, m_or_g, grad) in _blocks(keys, w, first, g):
         d = d_all[: x.numel()]
         if m[i] is None:
-            torch.mul(grad, 1.0 if b[i] > 0 else -1.0, out=d) if grad.dtype == d.dtype else d.copy_(grad).mul_(b[i])
+            torch.mul(grad, 1.0 if b[i] > 0 else -1.0, out=d)
         else:
             average, step = (
                 (m_or_g, grad) if m_or_g.dtype == grad.dtype == d.dtype else (d.copy_(m_or_g), grad.to(d.dtype))
@@ -74,17 +74,13 @@ def decay_from_snapshot(
     d_all, x_all = _scratch(w, 2)
     for i, (after, before) in _blocks([id(ci) for ci in eta_lam], w, x):
         d = d_all[: after.numel()]
-        if after.dtype == d.dtype:
-            torch.sub(after, before, out=d)  # exact in sign: it is 0 only where the two are equal
-            active = active + _decay_unless_opposed(
-                after, before, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
-            )
-        else:
-            x_wide, w_wide = x_all[: after.numel()].copy_(before), after.to(d.dtype)
-            torch.sub(w_wide, x_wide, out=d)
-            active = active + _decay_unless_opposed(
-                w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
-            )
+        w_wide, x_wide = after, before
+        if after.dtype != d.dtype:
+            w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
+        torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
+        active = active + _decay_unless_opposed(
+            w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
+        )
     return active
 
 
