@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cwd_wrap import kernels, quirks, strength
+from cwd_wrap import kernels, quirks, weight_decay
 from cwd_wrap.batch import Batch, Report, Rows, Tally
 from cwd_wrap.contract import Contract, Group, with_hooks
-from cwd_wrap.decay_off import DecayOff
 from cwd_wrap.directions import Direction
-from cwd_wrap.over import make
+from cwd_wrap.params_first import make
 from cwd_wrap.snapshot import Snapshots
 from cwd_wrap.tensors import plain, sparse_indices
+from cwd_wrap.weight_decay import DecayOff
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,12 +40,12 @@ class OptimizerWrapper(Contract):
     _settings: ClassVar[tuple[str, ...]] = ("lam", "step_size", "backend")
 
     def __init__(
-        self, base_optimizer: Optimizer, lam: float | None, step_size: strength.StepSize | None, backend: str | None
+        self, base_optimizer: Optimizer, lam: float | None, step_size: weight_decay.StepSize | None, backend: str | None
     ) -> None:
         self._check_base(base_optimizer)
         kernels.check(backend)
         if lam is not None:
-            strength.check(lam, "lam", type(self).__name__)
+            weight_decay.check(lam, "lam", type(self).__name__)
         if step_size is not None and not callable(step_size):
             msg = (
                 f"step_size={step_size!r} is not callable: pass a function of a param group that returns its step size"
@@ -97,7 +97,7 @@ class OptimizerWrapper(Contract):
 
     _reads_gradient = False
     """Does `_after_step` want the gradients?"""
-    _way_out = strength.WAY_OUT
+    _way_out = weight_decay.WAY_OUT
     """What the user of this wrapper can do where a learning rate is unknown."""
     _what = "decay"
     """What it does, for the text that refuses to do it twice."""
@@ -143,7 +143,7 @@ class OptimizerWrapper(Contract):
             raise TypeError(msg)
         named = "weight_decay" in param_group
         self._check_snapshot(self._reason(self.defaults | param_group))
-        strength.check_group(
+        weight_decay.check_group(
             self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner, self._way_out
         )
         super().add_param_group(param_group)
@@ -166,7 +166,7 @@ class OptimizerWrapper(Contract):
         parameters = {
             id(p): plain(p)
             for group in self.param_groups
-            if self._takes(strength.lam(group, self.lam))
+            if self._takes(weight_decay.lam(group, self.lam))
             for p in group["params"]
             if p.requires_grad and (p.grad is None or not p.grad.is_sparse)
         }
@@ -174,7 +174,7 @@ class OptimizerWrapper(Contract):
         return copies * sum(t.numel() * t.element_size() for t in parameters.values())
 
     def __repr__(self) -> str:
-        lams = [strength.lam(group, self.lam) for group in self.param_groups]
+        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
         reason = self._snapshot_reason()
         path = "direction" if reason is None else "snapshot"
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
@@ -240,12 +240,12 @@ class OptimizerWrapper(Contract):
     def _give_lam(self) -> None:
         """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a group is unfit."""
         for i, group in enumerate(self.param_groups):
-            strength.check(strength.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
-        has_decay = [strength.decays(group, None) or "weight_decay" not in group for group in self.param_groups]
+            weight_decay.check(weight_decay.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
+        has_decay = [weight_decay.decays(group, None) or "weight_decay" not in group for group in self.param_groups]
         chosen = [self.lam is not None and (has or not any(has_decay)) for has in has_decay]
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
             given = group | {"weight_decay": self.lam} if take else group
-            strength.check_group(given, i, self.lam, self.step_size, self._owner, self._way_out)
+            weight_decay.check_group(given, i, self.lam, self.step_size, self._owner, self._way_out)
             self._check_snapshot(self._reason(group))
         for group, take in zip(self.param_groups, chosen, strict=True):
             if take and "weight_decay" in group:
@@ -255,7 +255,7 @@ class OptimizerWrapper(Contract):
         self._warn_if_idle()
 
     def _warn_if_idle(self) -> None:
-        if self.lam is None and not any(strength.decays(group, None) for group in self.param_groups):
+        if self.lam is None and not any(weight_decay.decays(group, None) for group in self.param_groups):
             warnings.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
                 f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups",
@@ -265,7 +265,7 @@ class OptimizerWrapper(Contract):
     def _eta_lams(self) -> list[float | Tensor]:
         step_size = self.step_size or quirks.step_size(self.base_optimizer)
         return [
-            strength.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
+            weight_decay.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
 
@@ -279,7 +279,7 @@ class OptimizerWrapper(Contract):
     def _snapshot_reason(self) -> str | None:
         """Why the coming step needs a snapshot; None if every decaying group has a direction."""
         for group in self.param_groups:
-            if self._takes(strength.lam(group, self.lam)) and (reason := self._reason(group)) is not None:
+            if self._takes(weight_decay.lam(group, self.lam)) and (reason := self._reason(group)) is not None:
                 return reason
         return None
 

@@ -12,8 +12,8 @@ from cwd_wrap import directions, rules
 from cwd_wrap.batch import Batch
 from cwd_wrap.contract import Group
 from cwd_wrap.directions import Direction
-from cwd_wrap.strength import StepSize
 from cwd_wrap.tensors import plain, total, totals
+from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
@@ -42,7 +42,7 @@ class CautiousDecay(OptimizerWrapper):
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
-            default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.strength.eta`.
+            default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.weight_decay.eta`.
         snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
             copy of the weights (`snapshot_bytes`). True always copies. False never does.
         rounding: how decayed bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that

@@ -12,24 +12,23 @@ ROOT = Path(__file__).parents[1] / "cwd_wrap"
 # Each module with the modules of the package that it may import. Nothing else, and nothing the other way.
 ARROWS: dict[str, set[str]] = {
     "rules": set(),
-    "strength": set(),
     "snapshot": set(),
     "tensors": set(),
     "quirks": set(),
-    "over": set(),
+    "params_first": set(),
     "monitor": set(),
     "plot": set(),
     "directions": set(),
-    "decay_off": {"quirks"},
+    "weight_decay": {"quirks"},
     "batch": {"tensors"},
     "kernels._eager": {"rules"},
     "kernels": {"kernels._eager", "kernels._triton"},
     "kernels._triton": {"kernels._eager"},
     "contract": set(),
     "wrapper": {
-        "batch", "contract", "decay_off", "directions", "kernels", "over", "quirks", "snapshot", "strength", "tensors",
+        "batch", "contract", "directions", "kernels", "params_first", "quirks", "snapshot", "tensors", "weight_decay",
     },
-    "wrappers": {"batch", "contract", "directions", "rules", "strength", "tensors", "wrapper"},
+    "wrappers": {"batch", "contract", "directions", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip

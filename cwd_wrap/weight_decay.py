@@ -1,4 +1,4 @@
-"""eta * lam of one param group: how much one step decays its weights where the mask lets it.
+"""eta * lam of one param group, and the base's own decay: off for its step and back on.
 
 lam is the group's own ``weight_decay``; eta is the step size that the optimizer itself multiplies its decay by.
 """
@@ -10,10 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from cwd_wrap import quirks
 
 Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
+_OFF = float("0")  # A distinct object, so that `is` tells our 0.0 from one that a hook wrote.
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -131,3 +135,28 @@ def _bias_correction(group: Group) -> float:
     beta1, beta2 = group["betas"][:2]
     t = group["k"] + 1
     return float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
+
+
+class DecayOff:
+    """Sets every ``weight_decay`` to 0 (`off`) and restores what was there (`on`)."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._changed: list[tuple[dict[str, Any], str, object, object]] = []
+
+    def off(self) -> None:
+        """Take the decay off, in the groups that have one."""
+        for group in self._optimizer.param_groups:
+            decay = group.get("weight_decay")
+            if decay is None or (not isinstance(decay, Tensor) and decay == 0):
+                continue
+            for key, value in ({"weight_decay": _OFF} | quirks.kept_while_off(self._optimizer, group)).items():
+                self._changed.append((group, key, group[key], value))
+                group[key] = value
+
+    def on(self) -> None:
+        """Put it back, but where a hook or a closure has written a new value meanwhile (a schedule), leave that."""
+        for group, key, before, meanwhile in self._changed:
+            if group.get(key) is meanwhile:
+                group[key] = before
+        self._changed = []
