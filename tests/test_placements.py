@@ -1,11 +1,8 @@
 """Sharded and replicated weights: two gloo processes give what one gives, whatever layout the gradient comes in."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 
 from cwd_wrap import CautiousDecay, CautiousUpdate
 
@@ -13,12 +10,10 @@ WEIGHTS, GRADIENTS = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
 EXPECTED = [0.85, 1.1, -1.1, -0.85]
 
 
-def work(rank: int, store: str, layout: str, snapshot: bool | None) -> None:
+def work(rank: int, layout: str, snapshot: bool | None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     whole, gradient = torch.tensor(WEIGHTS), torch.tensor(GRADIENTS)
     placement = Shard(0) if layout == "sharded" else Replicate()
@@ -38,12 +33,11 @@ def work(rank: int, store: str, layout: str, snapshot: bool | None) -> None:
     torch.testing.assert_close(
         q.full_tensor().detach(), torch.tensor([-0.3533, -0.3533, -0.3533, -0.1]), atol=1e-4, rtol=0
     )
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
 @pytest.mark.parametrize("layout", ["sharded", "replicated", "partial sums"])
-def test_two_ranks_are_one(layout: str, snapshot: bool, tmp_path: Path) -> None:
+def test_two_ranks_are_one(layout: str, snapshot: bool) -> None:
     """The mask is that of the whole gradient on every rank, the mean of a cautious update that of the whole tensor."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
-    mp.spawn(work, (str(tmp_path / "store"), layout, snapshot), nprocs=2)
+    spawn(2, work, layout, snapshot)
