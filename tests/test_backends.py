@@ -1,8 +1,10 @@
 """Who carries the rules out: chosen by device, refused where it cannot run, imported only when chosen."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +34,31 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
         opt.step()
     assert p.item() == 1.0
     assert "backend='triton'" in repr(opt)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an image without a C compiler the choice is eager, and triton is refused with Triton's own reason."""
+    import triton
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+
+    assert kernels.name(None, cuda) == "eager"
+    with pytest.raises(ValueError, match=r"on cuda:0: Triton cannot build its launcher.* C compiler.*CC env.*'eager'"):
+        kernels.name("triton", cuda)
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=object())))
+    monkeypatch.setattr(kernels, "_obstacles", {})
+
+    assert kernels.name(None, cuda) == "triton"
 
 
 def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:

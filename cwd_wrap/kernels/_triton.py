@@ -1,6 +1,6 @@
 # Functions under triton.jit are compiled, not run: their arguments have no Python types, and constants are in capitals.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202, ARG001, N803, PLR0124
+# ruff: noqa: ANN001, ANN202, ARG001, N803, PLR0124, SIM102
 """The rules in Triton: one launch for all tensors of one device and the same types, whatever their number.
 
 A launch works through chunks. A table on the device says which tensor and which bucket each chunk is of, another where
@@ -46,7 +46,7 @@ ROW = (
     4 + NUMBERS
 )  # before them: eta*lam and the learning rate, as an address on the device (or 0) or as numbers (or 0.0)
 
-_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
+_DTYPE = attrgetter("dtype")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -219,10 +219,12 @@ def _load(pointer, at, inside, WIDE: tl.constexpr):
 
 @triton.jit
 def _store(pointer, value, at, inside, seed, tensor, block, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
-    dtype: tl.constexpr = pointer.dtype.element_ty
-    if seed is not None and dtype.primitive_bitwidth == 16:
-        value = _round_stochastically(value, seed, tensor, block, COLUMN, dtype == tl.float16, BLOCK)
-    tl.store(pointer + at, value.to(dtype), mask=inside)
+    if seed is not None:
+        if (pointer.dtype.element_ty == tl.float16) | (pointer.dtype.element_ty == tl.bfloat16):
+            value = _round_stochastically(
+                value, seed, tensor, block, COLUMN, pointer.dtype.element_ty == tl.float16, BLOCK
+            )
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -420,7 +422,7 @@ def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
     """`kernels.Backend.vector`, without a launch."""
     with _guard(device):
-        return _table(_plain, device, array("q", numbers).tobytes()).view(torch.int64)
+        return _table(_plain, device, _bytes(list(numbers))).view(torch.int64)
 
 
 @_uncompiled
@@ -501,7 +503,7 @@ def _launch(
     coefficient it is given the tensor's entry in ``per_tensor``, if there is one.
     """
     columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
-    sizes = array("q", map(Tensor.numel, columns[0])) if columns else array("q")
+    sizes = list(map(Tensor.numel, columns[0])) if columns else []
     if not any(sizes):
         return None
     contiguous = all(map(Tensor.is_contiguous, chain.from_iterable(columns)))
@@ -509,23 +511,23 @@ def _launch(
     types = [line[0].dtype for line in lines]
     wide = torch.float64 if types[0] == torch.float64 else torch.float32
     written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
-    addresses = array("q", map(Tensor.data_ptr, chain.from_iterable(lines))).tobytes()
+    addresses = _bytes(list(map(Tensor.data_ptr, chain.from_iterable(lines))))
     device = columns[0][0].device
-    if not ({device}.issuperset(map(_DEVICE, steps)) and {torch.float32}.issuperset(map(_DTYPE, steps))):
+    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {columns[0][0].get_device(), torch.float32}:
         steps = [step.to(device, torch.float32) for step in steps]
-    row_of = array("q", chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
+    row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
     with _guard(device):
         scalars = [[_on_device(scalar, device, wide) for scalar in (eta_lam, lr)] for eta_lam, lr, _ in rows]
         packed = b"".join(_packed(pair, numbers) for pair, (_, _, numbers) in zip(scalars, rows, strict=True))
         table = _table(_plain, device, packed)
-        chunks = _table(_chunks, device, sizes.tobytes(), row_of.tobytes())
+        chunks = _table(_chunks, device, _bytes(sizes), _bytes(row_of))
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
         seeds = None
         if stochastic and any(types[column].itemsize == 2 for column in written):
             # Drawn on the device: nothing waits, and a graph draws anew.
             seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
         first, second, third, fourth, fifth = ([_TYPES[t] for t in types] + [None] * 4)[:5]
-        counters = array("q", map(Tensor.data_ptr, steps)).tobytes()
+        counters = _bytes(list(map(Tensor.data_ptr, steps)))
         _sweep[(len(chunks),)](
             _table(_plain, device, addresses).view(torch.int64),
             len(sizes),
@@ -615,6 +617,10 @@ def _chunks(sizes: bytes, rows: bytes) -> Tensor:
     number = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
     start = number * CHUNK
     return torch.stack([tensor, start, torch.minimum(start + CHUNK, numel[tensor]), row[tensor]], dim=1)
+
+
+def _bytes(numbers: list[int]) -> bytes:
+    return array("q", numbers).tobytes()  # of a list: an array takes twice as long to read an iterator
 
 
 def _plain(*parts: bytes) -> Tensor:
