@@ -1,7 +1,8 @@
 """Four ways to carry a rule out around the base's own step, and the choice between them for each param group.
 
-A path is a context manager, and its ``yield`` is the base's own step. What the base is handed is what it steps: for the
-time of its own code ``group["params"]`` holds the parameters that are left to it, and afterwards the same list as before.
+A path is a context manager, and its ``yield`` is the base's own step. What the base is handed is what it steps: for
+the time of its own code ``group["params"]`` holds the parameters that are left to it, and afterwards the list that it
+held before.
 """
 
 import warnings
@@ -58,7 +59,7 @@ class Choice(NamedTuple):
 
 
 def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
-    """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that cannot be taken."""
+    """The first of `PATHS` that ``group`` can take, or the ``forced`` one: ValueError if it cannot be taken."""
     if forced is not None:
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
@@ -92,20 +93,15 @@ def _why_not(
     group: Mapping[str, Any],
     compiled_on: tuple[str | None, torch.device] | None,
 ) -> str | None:
-    """Why ``group`` cannot take ``path``; None if it can. With ``compiled_on``, one pass needs a compiled kernel there."""
-    if path == "snapshot":
-        return None
-    if path == "pieces":
-        return pieces.why_not(base, group)
+    """Why ``group`` cannot take ``path``; None if it can. One pass needs a compiled kernel ``compiled_on`` a device."""
+    if path in ("snapshot", "pieces"):
+        return pieces.why_not(base, group) if path == "pieces" else None
     if rule.needs_copy is not None:
         return rule.needs_copy
-    if path == "direction":
-        direction = directions.find(base, group)
-        return direction if isinstance(direction, str) else None
-    update = updates.find(base, group)
-    if isinstance(update, str):
-        return update
-    if compiled_on is not None and kernels.name(*compiled_on) == "eager":
+    found = directions.find(base, group) if path == "direction" else updates.find(base, group)
+    if isinstance(found, str):
+        return found
+    if path == "one_pass" and compiled_on is not None and kernels.name(*compiled_on) == "eager":
         backend, device = compiled_on
         why = (
             f"backend={backend!r}"

@@ -1,9 +1,8 @@
 """One step: the base's own, with its decay off, and a rule carried out around it."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch import Tensor
 from cwd_wrap import paths
 from cwd_wrap.paths import Members, Work
 from cwd_wrap.weight_decay import DecayOff
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
 
 Closure = Callable[[], float]
 
@@ -65,15 +67,15 @@ class Step:
         hooks.callback(before.remove)
         after = base.register_step_post_hook(self._after_base)
         hooks.callback(after.remove)
-        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)  # noqa: SLF001
+        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001 - a base whose step is compiled traces its hooks
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a base whose step is compiled traces its hooks
     def _before_base(self, *_: object) -> None:
         self._depth += 1
         if not self.begun:
             self._begin()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _after_base(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:

@@ -104,7 +104,7 @@ class OptimizerWrapper(Contract):
 
     # ---- for users
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001 - compiled, the decay put back would be lost
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled, the decay put back would be lost
     @with_hooks
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One step of the base with its decay off, and the wrapper's own rule.

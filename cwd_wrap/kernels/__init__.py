@@ -72,7 +72,7 @@ def check(backend: str | None) -> None:
 
 
 def choose(backend: str | None, device: torch.device) -> Backend:
-    """The module that carries the rules out on ``device``: a compiled one where it can run, unless ``backend`` is given."""
+    """The module that carries the rules out on ``device``: ``backend``, or a compiled one where it can run."""
     chosen = name(backend, device)
     if chosen == "triton":
         from cwd_wrap.kernels import _triton
