@@ -11,7 +11,7 @@ pieces of several sizes and in reverse order too. Left out because it does not h
 - a norm, an average, a step size or a product with the Hessian over all parameters: Prodigy, D-Adaptation, LBFGS, SAM,
   Adahessian;
 - step sizes that all parameters share in a cache: RAdam and Ranger of torch_optimizer;
-- an lr that the step sets in its midst: SWATS of torch_optimizer;
+- an lr that the step sets halfway: SWATS of torch_optimizer;
 - random numbers drawn for one parameter after the other: Kron;
 - whatever is in an optimizer that wraps another: OrthoGrad.
 
@@ -48,8 +48,20 @@ def _one_dtype(group: Group) -> str | None:
 
 def _given_lr(group: Group) -> str | None:
     if group["relative_step"]:
-        return "Adafactor with relative_step sets the lr of its group for each parameter anew: pass an lr"
+        return "Adafactor with relative_step sets the lr of its group anew for each parameter: pass an lr"
     return None
+
+
+def _uncached(group: Group) -> str | None:
+    if "buffer" in group:
+        return "timm before 1.0.31 caches step sizes for all parameters of a group"
+    return None
+
+
+def _rectified(group: Group) -> str | None:
+    if group["rectify"] and group["degenerated_to_sgd"] and _foreach(group):
+        return "AdaBelief with rectify and foreach rounds in another way where parameters are at different steps"
+    return _uncached(group)
 
 
 def _one_by_one(group: Group) -> str | None:
@@ -58,19 +70,16 @@ def _one_by_one(group: Group) -> str | None:
     return None
 
 
-def _rectified_one_by_one(group: Group) -> str | None:
-    if group.get("buffer"):
-        return "AdaBelief of this version of timm shares a cache of step sizes between parameters"
-    if group["rectify"] and group["degenerated_to_sgd"] and _foreach(group):
-        return "AdaBelief with rectify and foreach rounds in another way where parameters are at different steps"
+def _own_first_step(group: Group) -> str | None:
+    if _foreach(group) and "max_lr_snapshot" not in group:
+        return "Adopt of timm before 1.0.31 with foreach takes all parameters of a group to be at the step of the first"
     return None
 
 
 def _foreach(group: Group) -> bool:
-    """Does this group step all its parameters at once? By default, on all devices but the CPU."""
-    if group["foreach"] is None:
-        return any(p.device.type != "cpu" for p in group["params"])
-    return bool(group["foreach"])
+    """Does this group step all its parameters at once? By default (None), on all devices but the CPU."""
+    foreach = group.get("foreach", False)
+    return any(p.device.type != "cpu" for p in group["params"]) if foreach is None else bool(foreach)
 
 
 _TABLE: Mapping[str, Callable[[Group], str | None]] = {
@@ -88,12 +97,12 @@ _TABLE: Mapping[str, Callable[[Group], str | None]] = {
     "torch.optim.rprop.Rprop": _always,
     "torch.optim.sgd.SGD": _always,
     "torch.optim.sparse_adam.SparseAdam": _always,
-    "timm.optim.adabelief.AdaBelief": _rectified_one_by_one,
+    "timm.optim.adabelief.AdaBelief": _rectified,
     "timm.optim.adafactor.Adafactor": _given_lr,
     "timm.optim.adafactor_bv.AdafactorBigVision": _always,
     "timm.optim.adamp.AdamP": _always,
     "timm.optim.adamw.AdamWLegacy": _always,
-    "timm.optim.adopt.Adopt": _always,
+    "timm.optim.adopt.Adopt": _own_first_step,
     "timm.optim.laprop.LaProp": _one_by_one,
     "timm.optim.lars.Lars": _always,
     "timm.optim.lion.Lion": _always,
@@ -103,7 +112,7 @@ _TABLE: Mapping[str, Callable[[Group], str | None]] = {
     "timm.optim.nadam.NAdamLegacy": _always,
     "timm.optim.nadamw.NAdamW": _always,
     "timm.optim.nvnovograd.NvNovoGrad": _always,
-    "timm.optim.radam.RAdamLegacy": _always,
+    "timm.optim.radam.RAdamLegacy": _uncached,
     "timm.optim.rmsprop_tf.RMSpropTF": _always,
     "timm.optim.sgdp.SGDP": _always,
     "timm.optim.sgdw.SGDW": _always,

@@ -1,4 +1,4 @@
-"""Every row of the table of pieces: stepping one subset of the parameters after the other is the whole step, bit for bit.
+"""Every row of the table of pieces: one subset of the parameters after the other is the whole step, bit for bit.
 
 Each optimizer is built twice. One is stepped as usual; the other's own step is called once for each piece, while every
 `group["params"]` holds the piece's parameters only. After each of the steps all is compared: weights, gradients, state,
@@ -465,9 +465,26 @@ def test_foreach_by_default_is_refused_off_the_cpu() -> None:
     assert "foreach" in str(pieces.why_not(away, away.param_groups[0]))
 
 
+@pytest.mark.parametrize("path", ["timm.optim.adabelief.AdaBelief", "timm.optim.radam.RAdamLegacy"])
+def test_a_cache_of_older_versions_is_refused(path: str) -> None:
+    """timm before 1.0.31 keeps step sizes in the group, computed with the lr and betas of the first to ask."""
+    optimizer = named(path)([Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["buffer"] = [[None, None, None] for _ in range(10)]
+
+    assert "caches step sizes" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
+
+
+def test_the_first_step_of_older_versions_is_refused() -> None:
+    """timm before 1.0.31 has no max_lr_snapshot, and its Adopt with foreach reads the step of the first parameter."""
+    optimizer = named("timm.optim.adopt.Adopt")([Parameter(torch.ones(2))], foreach=True)
+    optimizer.param_groups[0].pop("max_lr_snapshot", None)
+
+    assert "at the step of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
+
+
 # They pass the check, and yet what they do to one parameter may depend on others.
 LEFT_OUT = {
-    "torch_optimizer.swats.SWATS": "its step may set lr and phase of the group in its midst, and they hold for the rest",
+    "torch_optimizer.swats.SWATS": "its step may set lr and phase of the group halfway, and they hold for the rest",
     "pytorch_optimizer.optimizer.orthograd.OrthoGrad": "it steps another optimizer, of which nothing is known",
 }
 
