@@ -142,13 +142,6 @@ def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
     assert isinstance(CautiousDecay(timm.Lookahead(sgd())), Optimizer)
 
 
-def test_over_takes_classes_only() -> None:
-    """over() of an instance, or of a class that is no optimizer, says what it takes."""
-    for wrong in (sgd(), torch.nn.Linear, 3):
-        with pytest.raises(TypeError, match=r"over takes a class of optimizers, such as torch.optim.AdamW, got"):
-            CautiousDecay.over(wrong)
-
-
 def test_nothing_to_decay_is_warned_of_once() -> None:
     """A base in which no group decays gives one warning, which names both ways to give a decay."""
     with pytest.warns(UserWarning, match=r"nothing to decay.*lam=.*weight_decay=") as caught:
