@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch.optim import SGD, Optimizer
 
 Options = tuple[tuple[str, object], ...]
@@ -42,7 +41,8 @@ def make(wrapper: Any, base: Callable[..., Optimizer], options: Options) -> Any:
 def _check_options(wrapper: Any, options: Options) -> None:
     """Raise what the constructor would, before there are parameters; and where an option cannot be part of a key."""
     if options:
-        wrapper(SGD([torch.zeros(1, device="cpu")], lr=1.0, weight_decay=1.0), **dict(options))
+        takes_every_path = SGD([{"params": []}], lr=1.0, weight_decay=0.5, fused=True)
+        wrapper(takes_every_path, **dict(options))
     for name, value in options:
         if not isinstance(value, Hashable):
             msg = (
