@@ -266,7 +266,7 @@ class OptimizerWrapper(Contract):
         weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
         if self.path is not None:
             self._choose(group)
-        for device in {p.device for p in group["params"]}:
+        for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
 
     def _give_lam(self, lam: float | None) -> None:
