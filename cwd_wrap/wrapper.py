@@ -151,12 +151,15 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why."""
+        rule = self._rule()
         chosen = []
         for i, group in enumerate(self.param_groups):
-            if self._rule().has_work(weight_decay.lam(group, self.lam)):
-                chosen.append(PathOfGroup(i, *self._choose(group)))
-            else:
-                chosen.append(PathOfGroup(i, "plain", "its weight_decay is 0, so the base steps it alone"))
+            choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
+            decays = rule.has_work(weight_decay.lam(group, self.lam))
+            if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
+                taken = self._choose(group)
+                choice = taken if decays or taken.path == "one_pass" else choice
+            chosen.append(PathOfGroup(i, *choice))
         return chosen
 
     def add_param_group(self, param_group: Group) -> None:
@@ -264,7 +267,7 @@ class OptimizerWrapper(Contract):
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
-        if self.path is not None:
+        if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
             self._choose(group)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)

@@ -100,7 +100,8 @@ class CautiousDecay(OptimizerWrapper):
     def _rule(self) -> Rule:
         name = type(self).__name__
         if self.mask == "update":
-            return Rule(name, after=self._after, before=self._before, whole=self._whole)
+            rounds = self.rounding == "stochastic"
+            return Rule(name, after=self._after, before=self._before, whole=self._whole, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
         return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
 
