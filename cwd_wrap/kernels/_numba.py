@@ -146,7 +146,7 @@ def _put(line, i, value, random):
     """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
 
 
-@overload(_put, inline="always")
+@overload(_put)  # not inlined by numba: it warns about a choice inside
 def _(line, i, value, random):
     if line is types.none or value is types.none:
         return lambda line, i, value, random: None
@@ -170,7 +170,7 @@ def _(line, i, value, random):
             other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
             other = _wide(other_bits)
             chance = (value - nearest) / (other - nearest)
-            line[i] = other_bits if np.float32(random >> np.uint32(8)) * np.float32(2**-24) < chance else bits
+            line[i] = other_bits if np.float32(random) * np.float32(2**-16) < chance else bits
 
     return write
 
@@ -279,17 +279,19 @@ def _amsgrad(x, g, m, v, largest, n, strict):
 
 @register_jitable
 def _random(seed, tensor, place):
-    """Four random words for a place: Philox 4x32 with ten rounds (Salmon et al., 2011), keyed by the seed."""
-    a, b = np.uint64(place & 0xFFFFFFFF), np.uint64(place >> 32)
-    c, d = np.uint64(tensor), np.uint64(0)
-    low = np.uint64(0xFFFFFFFF)
-    key0, key1 = np.uint64(seed) & low, np.uint64(seed) >> np.uint64(32)
-    for _ in range(10):
-        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b = (second >> np.uint64(32)) ^ b ^ key0, second & low
-        c, d = (first >> np.uint64(32)) ^ d ^ key1, first & low
-        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
-    return np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
+    """Four words of 16 random bits for a place: SplitMix64 (Steele et al., 2014) at a counter, which runs in vectors."""
+    key = np.uint64(seed) + np.uint64(tensor) * np.uint64(0xD1342543DE82EF95)
+    word = key + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word ^= word >> np.uint64(31)
+    low = np.uint64(0xFFFF)
+    return (
+        np.uint32(word & low),
+        np.uint32((word >> np.uint64(16)) & low),
+        np.uint32((word >> np.uint64(32)) & low),
+        np.uint32(word >> np.uint64(48)),
+    )
 
 
 def _words(seed, tensor, place):
