@@ -94,8 +94,10 @@ def _why_not(
     compiled_on: tuple[str | None, torch.device] | None,
 ) -> str | None:
     """Why ``group`` cannot take ``path``; None if it can. One pass needs a compiled kernel ``compiled_on`` a device."""
-    if path in ("snapshot", "pieces"):
-        return pieces.why_not(base, group) if path == "pieces" else None
+    if path == "snapshot":
+        return None
+    if path == "pieces":
+        return "its step is compiled as a whole" if _is_compiled(base) else pieces.why_not(base, group)
     if rule.needs_copy is not None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
@@ -139,12 +141,23 @@ class Work:
         """Call ``act`` once for all buckets of a kind; count those that decay."""
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
+            self._check_devices(bucket)
             alike.setdefault((kind(bucket), self.rule.has_work(bucket.eta_lam)), []).append(bucket)
         for (_, decays), some in alike.items():
             count = self.count and decays
             self.active = self.active + act(self.on(some[0].w[0].device), some, count)
             if count:
                 self.total += sum(sum(map(Tensor.numel, bucket.w)) for bucket in some)
+
+    def _check_devices(self, bucket: Bucket) -> None:
+        """The kernels follow addresses: one on another device would end the process."""
+        device, *others = (column[0].device for column in bucket.columns)
+        if any(other != device for other in others):
+            msg = (
+                f"{type(self.base).__name__} has weights of shape {tuple(bucket.w[0].shape)} on {device}, but their "
+                f"gradient or state on {next(other for other in others if other != device)}: move them to one device"
+            )
+            raise ValueError(msg)
 
     def note(self, members: Sequence[Members]) -> None:
         """Note the gradients as they are now: who takes part in the step, and along which gradient."""
@@ -257,6 +270,11 @@ def _lent_only(base: Optimizer, members: Sequence[Members]) -> AbstractContextMa
 def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
     taken = {id(p) for some in members for p in some.parameters}
     return _lent(base, [[p for p in group["params"] if id(p) not in taken] for group in base.param_groups])
+
+
+def _is_compiled(base: Optimizer) -> bool:
+    """Has ``base.step`` been replaced by ``torch.compile(base.step)``?"""
+    return hasattr(vars(base).get("step"), "_torchdynamo_orig_callable")
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:

@@ -35,7 +35,7 @@ ARMS = {
     "bfloat16, stochastic": (torch.bfloat16, "stochastic"),
 }
 LAM = 0.1
-SETTINGS = {"optimizer": "AdamW", "lr": 3e-3, "width": 64, "layers": 2, "context": 64, "batch": 16, "threads": 1}
+SETTINGS = {"optimizer": "AdamW", "lr": 4e-3, "width": 64, "layers": 2, "context": 64, "batch": 16, "threads": 1}
 
 
 def train(arm: str, seed: int, steps: int) -> float:

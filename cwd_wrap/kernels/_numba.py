@@ -279,7 +279,7 @@ def _amsgrad(x, g, m, v, largest, n, strict):
 
 @register_jitable
 def _random(seed, tensor, place):
-    """Four words of 16 random bits for a place: SplitMix64 (Steele et al., 2014) at a counter, which runs in vectors."""
+    """Four words of 16 random bits for a place: SplitMix64 (Steele et al., 2014) at a counter, fit for vectors."""
     key = np.uint64(seed) + np.uint64(tensor) * np.uint64(0xD1342543DE82EF95)
     word = key + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
