@@ -306,10 +306,10 @@ def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object]
     parts.append([t.device for t in present[0]])
     if numbers is not None:
         parts.append(numbers)
+    if all(part.count(part[0]) == len(part) for part in parts):
+        return [list(range(len(present[0])))]
     keys = list(zip(*parts, strict=True))
     kinds = dict.fromkeys(keys)
-    if len(kinds) == 1:
-        return [list(range(len(keys)))]
     return [[i for i, key in enumerate(keys) if key == one] for one in kinds]
 
 
@@ -325,8 +325,9 @@ def _coming(base: Optimizer, members: Members) -> Iterator[Coming]:
         p = members.parameters if every else [members.parameters[i] for i in chosen]
         g = cast("list[Tensor]", members.gradients if every else [members.gradients[i] for i in chosen])
         m = cast("list[Tensor]", momenta if every else [momenta[i] for i in chosen]) if with_momentum else None
-        w, along = local_real_views(p), companions(g, p)
-        average = None if m is None else companions(m, p)
+        w = local_real_views(p)
+        along = companions(g, p, w)
+        average = None if m is None else companions(m, p, w)
         numbers = [found.numbers(states[i]) for i in chosen] if with_momentum and found.varying else None
         for some in _split((w, along, average), numbers):
             a, b = numbers[some[0]] if numbers else found.pair if with_momentum else (0.0, found.first)
@@ -339,8 +340,9 @@ def _whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     update = cast("updates.Update", updates.find(base, members.group))
     p = members.parameters
     states = [base.state[each] for each in p] if update.state_keys else []
-    w, g = local_real_views(p), companions(cast("list[Tensor]", members.gradients), p)
-    state = [companions([of_one[key] for of_one in states], p) for key in update.state_keys]
+    w = local_real_views(p)
+    g = companions(cast("list[Tensor]", members.gradients), p, w)
+    state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)

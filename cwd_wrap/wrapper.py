@@ -75,19 +75,27 @@ class OptimizerWrapper(Contract):
         self._warn_if_idle()
 
     @classmethod
-    def over(cls, base_class: type[Optimizer], **options: Any) -> "Callable[..., Self]":
+    def over(cls, base_class: Callable[..., Optimizer], **options: Any) -> "Callable[..., Self]":
         """A class that builds ``base_class`` from parameters and wraps it, for every place that asks for a class.
 
-        Its constructor is the base's: ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are this
-        wrapper's own keyword arguments. The class and its instances can be pickled and copied; asked for twice, it is
-        the same class. Raises TypeError for anything but an optimizer class, and for unknown options.
+        ``base_class`` is a class, or a function that returns an optimizer. The constructor takes its arguments:
+        ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are keyword arguments of this wrapper, checked
+        at once, as its constructor checks them. Called again with the same arguments it returns the same class. The
+        class and its instances can be copied, and pickled where ``base_class`` and the options can. Raises TypeError
+        for anything but a class of optimizers or a function, and for unknown or unhashable options.
         """
-        if not (isinstance(base_class, type) and issubclass(base_class, Optimizer)):
-            msg = f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, got {base_class!r:.80}"
+        if not (issubclass(base_class, Optimizer) if isinstance(base_class, type) else callable(base_class)):
+            msg = (
+                f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, "
+                f"or a function that returns an optimizer, got {base_class!r:.80}"
+            )
             raise TypeError(msg)
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "base_optimizer")]
         if unknown := sorted(set(options) - set(known)):
-            msg = f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}"
+            msg = (
+                f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}. "
+                "Arguments of the optimizer go to the class that over returns"
+            )
             raise TypeError(msg)
         return cast("Callable[..., Self]", make(cls, base_class, tuple(sorted(options.items()))))
 
@@ -256,7 +264,7 @@ class OptimizerWrapper(Contract):
         weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
         if self.path is not None:
             self._choose(group)
-        for device in {p.device for p in group["params"]}:
+        for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
 
     def _give_lam(self, lam: float | None) -> None:
