@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
         "buckets", "contract", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step", "tensors",
         "weight_decay",
     },
-    "wrappers": {"buckets", "kernels", "paths", "rules", "tensors", "weight_decay", "wrapper"},
+    "wrappers": {"buckets", "kernels", "notices", "paths", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip

@@ -457,7 +457,7 @@ def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
 
     # Gradients are copied as well, until a step has shown that the base leaves them alone.
     assert (24 if mask == "gradient" else 12) == opt.snapshot_bytes
-    assert "path='snapshot'" in repr(opt)
+    assert "path='pieces'" in repr(opt)
 
 
 @all_masks

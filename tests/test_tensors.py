@@ -239,7 +239,7 @@ def test_a_group_that_opted_out_does_not_decay(path: str) -> None:
 
 
 def test_groups_of_both_paths_in_one_base() -> None:
-    """The group with ``caution`` takes a snapshot, the other goes by direction: both decay just the same."""
+    """The group with ``caution`` goes in pieces, the other by direction: both decay just the same."""
     p, q = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
     base = SGD([{"params": [p]}, {"params": [q]}], lr=LR, weight_decay=LAM, momentum=0.5)
     base.param_groups[1]["caution"] = True
@@ -247,7 +247,7 @@ def test_groups_of_both_paths_in_one_base() -> None:
     opt.step()
 
     assert 4 == opt.snapshot_bytes
-    assert ["direction", "snapshot"] == [of_group.path for of_group in opt.paths()]
+    assert ["direction", "pieces"] == [of_group.path for of_group in opt.paths()]
     assert [0.8125, 0.8125] == [p.item(), q.item()]
 
 
