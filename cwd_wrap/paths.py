@@ -5,7 +5,6 @@ the time of its own code ``group["params"]`` holds the parameters that are left 
 held before.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, pieces, quirks, updates
+from cwd_wrap import directions, kernels, notices, pieces, quirks, updates
 from cwd_wrap.buckets import Bucket, Coming, Count, Members, Stepped, Whole, coming, kind, stepped, whole
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients
@@ -319,8 +318,7 @@ def _check_gradients(work: Work, members: Sequence[Members]) -> None:
     kept = [k for some in members for k in some.kept if k is not None]
     now = [p.grad for some in members for p, k in zip(some.parameters, some.kept, strict=True) if k is not None]
     if work.gradients.check(kept, now):
-        warnings.warn(
+        notices.warn(
             f"{type(work.base).__name__} modified gradients in place, so this step used modified ones. "
-            "They will be copied from the next step on",
-            stacklevel=2,
+            "They will be copied from the next step on"
         )

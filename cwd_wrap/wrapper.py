@@ -1,7 +1,6 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` carries a step out."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, quirks, weight_decay
+from cwd_wrap import kernels, notices, quirks, weight_decay
 from cwd_wrap.buckets import Report
 from cwd_wrap.contract import Contract, Group, with_hooks
 from cwd_wrap.params_first import make
@@ -72,7 +71,7 @@ class OptimizerWrapper(Contract):
         self._start()
         self._give_lam(lam)
         if (remark := quirks.warning(base_optimizer)) is not None:
-            warnings.warn(f"{type(self).__name__} over {self._owner}: {remark}", stacklevel=4)
+            notices.warn(f"{type(self).__name__} over {self._owner}: {remark}")
         self._warn_if_idle()
 
     @classmethod
@@ -125,11 +124,10 @@ class OptimizerWrapper(Contract):
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         if not step.begun:
-            warnings.warn(
+            notices.warn(
                 f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
                 f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
-                "original",
-                stacklevel=4,
+                "original"
             )
         elif self.observer is not None:
             self.observer(Report(work.active, work.total))
@@ -287,8 +285,7 @@ class OptimizerWrapper(Contract):
 
     def _warn_if_idle(self) -> None:
         if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):
-            warnings.warn(
+            notices.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
-                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups",
-                stacklevel=5,
+                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups"
             )

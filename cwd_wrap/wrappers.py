@@ -1,6 +1,5 @@
 """The methods: each checks its arguments and makes its rule."""
 
-import warnings
 from collections.abc import Sequence
 from itertools import chain
 from numbers import Real
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import rules
+from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.kernels import Backend
 from cwd_wrap.paths import Rule
@@ -128,10 +127,9 @@ class CautiousDecay(OptimizerWrapper):
         sizes = [bucket.eta_lam for bucket in buckets if not isinstance(bucket.eta_lam, Tensor)]
         if lost := [size for size in sizes if 0 < size < _HALF_ULP[dtype]]:
             self._warned = True
-            warnings.warn(
+            notices.warn(
                 f"eta*lam = {lost[0]:.1e} is lost when {dtype} weights are rounded to nearest: they need at least "
-                f'{_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights',
-                stacklevel=2,
+                f'{_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
             )
 
     def _start(self) -> None:

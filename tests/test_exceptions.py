@@ -63,17 +63,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
     "wrapped inside": (LookaheadLike(CautiousDecay(sgd())), {}, ValueError, ["CautiousDecay(SGD", "decay twice"]),
     "unknown mask": (sgd(), {"mask": "sign"}, ValueError, ["'sign'", "'update'"]),
     "unknown backend": (sgd(), {"backend": "cuda12"}, ValueError, ["'cuda12'", "'eager'", "None"]),
-    "snapshot=False": (
+    "no direction": (
         LBFGS([weight(1.0)]),
-        {"lam": 0.5, "snapshot": False},
+        {"lam": 0.5, "path": "direction"},
         ValueError,
-        ["snapshot=False", "LBFGS", "snapshot=None"],
+        ["path='direction'", "LBFGS", "path=None"],
     ),
-    "snapshot=False, momentum tensor": (
+    "no direction, momentum tensor": (
         with_key(sgd(momentum=0.9), "momentum", torch.tensor(0.9)),
-        {"snapshot": False},
+        {"path": "direction"},
         ValueError,
-        ["snapshot=False", "SGD", "tensors"],
+        ["path='direction'", "SGD", "tensors"],
     ),
     "lr None": (with_key(sgd(), "lr", None), {}, ValueError, ["group 1 of SGD", "lr=None", "step_size="]),
     "relative_step": (
@@ -201,10 +201,10 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 
 @both_paths
 @pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
-def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], snapshot: bool) -> None:
+def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], path: str) -> None:
     """A schedule that writes an impossible value into group 1 gets a ValueError naming it; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:
@@ -218,10 +218,10 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
 
 @both_paths
 @pytest.mark.parametrize("value", NOT_DECAYS)
-def test_an_unfit_step_size_stops_the_step(value: float, snapshot: bool) -> None:
+def test_an_unfit_step_size_stops_the_step(value: float, path: str) -> None:
     """step_size= that returns something negative, NaN or infinite is named, with the group; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, step_size=lambda group: value, snapshot=snapshot)
+    opt = CautiousDecay(base, step_size=lambda group: value, path=path)
     with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
         opt.step()
 
@@ -235,10 +235,10 @@ def broken(*_: object, **__: object) -> None:
 
 
 @both_paths
-def test_a_base_that_raises_gets_its_decay_back(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_raises_gets_its_decay_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the base's step raises comes through, and the groups and hooks are as before."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     before = contents(base)
     monkeypatch.setattr(SGD, "_init_group", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -249,10 +249,10 @@ def test_a_base_that_raises_gets_its_decay_back(snapshot: bool, monkeypatch: pyt
 
 
 @both_paths
-def test_a_base_goes_on_after_it_has_raised(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_goes_on_after_it_has_raised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after a failed one steps and decays by the group's own strength: p - 0.1*1 - 0.1*0.5*p."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(SGD, "_init_group", broken)
         opt.step()
@@ -265,10 +265,10 @@ def test_a_base_goes_on_after_it_has_raised(snapshot: bool, monkeypatch: pytest.
 
 @both_paths
 @pytest.mark.parametrize("where", ["closure", "wrapper's pre hook", "wrapper's post hook", "base's pre hook"])
-def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
+def test_what_a_user_raises_comes_through(where: str, path: str) -> None:
     """An error in a closure or a hook comes through, and the groups and the base's hooks are as before."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     if where.startswith("wrapper"):
         getattr(opt, f"register_step_{where.split()[1]}_hook")(broken)
     handle = base.register_step_pre_hook(broken) if where.startswith("base") else None
@@ -283,10 +283,10 @@ def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
 
 
 @both_paths
-def test_the_decay_is_off_while_the_base_steps(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decay_is_off_while_the_base_steps(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the base steps its decay is 0 and always_adapt is on; for its hooks, before and after, all is as it was."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt, seen, heard = CautiousDecay(base, snapshot=snapshot), [], []
+    opt, seen, heard = CautiousDecay(base, path=path), [], []
     module = sys.modules["torch.optim.sgd"]
     inner = module.sgd
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.kernels import _eager
-from cwd_wrap.kernels._eager import _lines, _write_back, copy, vector
+from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
 from cwd_wrap.updates import Adam, Lion
 
 __all__ = [
@@ -466,7 +466,8 @@ def _launch(
 ) -> np.ndarray:
     """Carry ``rule`` out on all tensors of the buckets. Returns the count of each chunk."""
     columns = _columns(buckets)
-    narrow = any(column[0].element_size() == 2 for column in columns)
+    written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
+    narrow = any(columns[i][0].element_size() == 2 for i in written)
     seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
     if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
         return _run(rule, columns, numbers, strict, seed)
@@ -474,9 +475,9 @@ def _launch(
         zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True)
     )
     counts = _run(rule, lines, numbers, strict, seed)
-    for column, of_column in zip(columns, lines, strict=True):
-        for t, line in zip(column, of_column, strict=True):
-            _write_back(t, line)
+    for i in written:
+        for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
+            _write_back(t, line, _order(weight))
     return counts
 
 
