@@ -50,6 +50,7 @@ lint: $(BIN)/.lint  ## format, lint and type checks
 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/import_time.py
 

@@ -94,7 +94,10 @@ def sgd(
 
 
 def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(direction, eta*u, m) of Lion (arXiv 2302.06675): u = sign(m + (1 - beta1)*(g - m)), m <- m + (1 - beta2)*(g - m)."""
+    """(direction, eta*u, m) of Lion (arXiv 2302.06675, Algorithm 2).
+
+    u = sign(m + (1 - beta1)*(g - m)),    m <- m + (1 - beta2)*(g - m)
+    """
     u = (m + (1 - beta1) * (g - m)).sign()
     return u, eta * u, m + (1 - beta2) * (g - m)
 

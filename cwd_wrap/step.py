@@ -1,16 +1,19 @@
 """One step: the base's own, with its decay off, and a rule carried out around it."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from cwd_wrap import paths
-from cwd_wrap.paths import Members, Work
+from cwd_wrap.buckets import Members, have_state
+from cwd_wrap.paths import Work
 from cwd_wrap.weight_decay import DecayOff
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
 
 Closure = Callable[[], float]
 
@@ -65,15 +68,15 @@ class Step:
         hooks.callback(before.remove)
         after = base.register_step_post_hook(self._after_base)
         hooks.callback(after.remove)
-        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)  # noqa: SLF001
+        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001 - a base whose step is compiled traces its hooks
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a base whose step is compiled traces its hooks
     def _before_base(self, *_: object) -> None:
         self._depth += 1
         if not self.begun:
             self._begin()
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _after_base(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
@@ -109,45 +112,48 @@ class Step:
 
     # ---- which parameters take which path
 
-    def _plan(self) -> Iterator[tuple[Any, list[Members]]] | list[tuple[Any, list[Members]]]:
-        """The paths of this step with their members."""
-        work = self._work
+    def _plan(self) -> list[tuple[paths.Path, list[Members]]]:
+        """The paths of this step with their members, in the order in which they are entered."""
         if self._closure is not None:
             self._members = list(self._walk(self._could_step))
             return [(paths.snapshot, [members for members, _ in self._members])]
-        taken: dict[Any, list[Members]] = {
-            path: [] for path in (paths.rows, paths.snapshot, paths.direction, paths.one_pass, paths.in_pieces)
-        }
-        ways = {
-            "snapshot": paths.snapshot,
-            "direction": paths.direction,
-            "one_pass": paths.one_pass,
-            "pieces": paths.in_pieces,
-        }
+        taken: dict[paths.Path, list[Members]] = {path: [] for path in paths.ORDER}
         for members, _ in self._walk(self._steps):
-            choice = paths.choose(work.rule, work.base, members.group, work.backend, self._path)
-            gradients = cast("list[Tensor]", members.gradients)
-            if any(map(_is_sparse, gradients)):
-                self._check_layouts(gradients)
-                taken[paths.rows].append(members.only([i for i, g in enumerate(gradients) if g.is_sparse]))
-                members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])  # noqa: PLW2901
-            if choice.path == "one_pass":
-                members, fresh = paths.have_state(work.base, members)  # noqa: PLW2901
-                taken[paths.direction].append(fresh)
-            taken[ways[choice.path]].append(members)
+            for path, some in self._paths_of(members):
+                if some.parameters:
+                    taken[path].append(some)
         if not taken[paths.snapshot]:
-            work.buffers.drop_whole()
-        plan = [(path, [some for some in members if some.parameters]) for path, members in taken.items()]
-        return [(path, members) for path, members in plan if members]
+            self._work.buffers.drop_whole()
+        return [(path, members) for path, members in taken.items() if members]
+
+    def _paths_of(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
+        """The path that a group takes, and the paths of members that cannot take it in this step."""
+        work = self._work
+        path = paths.choose(work.rule, work.base, members.group, work.backend, self._path).path
+        decays = work.rule.has_work(members.eta_lam)
+        if not decays and path != "one_pass":
+            return
+        gradients = cast("list[Tensor]", members.gradients)
+        sparse = [i for i, g in enumerate(gradients) if g.is_sparse]
+        if sparse:
+            self._check_layouts(gradients)
+            yield paths.rows, members.only(sparse)
+            members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
+        if path == "one_pass":
+            members, without_state = have_state(work.base, members)
+            if decays:
+                yield paths.direction, without_state
+        yield paths.NAMED[path], members
 
     def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int]]:
         """The members of each group and its index, each parameter once. Walked afresh: engines replace parameters."""
         eta_lams = self._eta_lams()
+        rule = self._work.rule
         seen: set[int] = set()
         for i, group in enumerate(self._work.base.param_groups):
-            if not self._work.rule.has_work(eta_lams[i]):
-                continue
             parameters = list(group["params"])
+            if not rule.has_work(eta_lams[i]) and not (rule.rounds and any(p.element_size() == 2 for p in parameters)):
+                continue
             gradients = [p.grad for p in parameters]
             ids = set(map(id, parameters))
             if len(ids) != len(parameters) or not seen.isdisjoint(ids) or any(g is None for g in gradients):
@@ -174,7 +180,3 @@ class Step:
         if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
             msg = f"{work.rule.name} reads gradients, and cannot read the sparse ones of {type(work.base).__name__}"
             raise ValueError(msg)
-
-
-def _is_sparse(gradient: Tensor) -> bool:
-    return gradient.is_sparse

@@ -38,9 +38,9 @@ def companion(t: Tensor, parameter: Tensor) -> Tensor:
     return torch.view_as_real(t.detach()) if t.is_complex() else t
 
 
-def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`companion` of each; nearly always the tensors themselves."""
-    if _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_complex, ts)) and not any(map(Tensor.is_neg, ts)):
+def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`companion` of each; nearly always the tensors themselves. ``views``: `local_real_views` of the parameters."""
+    if views is parameters and _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_neg, ts)):
         return ts
     return [companion(t, p) for t, p in zip(ts, parameters, strict=True)]
 

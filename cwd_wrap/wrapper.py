@@ -1,7 +1,6 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` carries a step out."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, quirks, weight_decay
+from cwd_wrap import kernels, notices, quirks, weight_decay
 from cwd_wrap.buckets import Report
 from cwd_wrap.contract import Contract, Group, with_hooks
 from cwd_wrap.params_first import make
@@ -72,23 +71,31 @@ class OptimizerWrapper(Contract):
         self._start()
         self._give_lam(lam)
         if (remark := quirks.warning(base_optimizer)) is not None:
-            warnings.warn(f"{type(self).__name__} over {self._owner}: {remark}", stacklevel=4)
+            notices.warn(f"{type(self).__name__} over {self._owner}: {remark}")
         self._warn_if_idle()
 
     @classmethod
-    def over(cls, base_class: type[Optimizer], **options: Any) -> "Callable[..., Self]":
+    def over(cls, base_class: Callable[..., Optimizer], **options: Any) -> "Callable[..., Self]":
         """A class that builds ``base_class`` from parameters and wraps it, for every place that asks for a class.
 
-        Its constructor is the base's: ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are this
-        wrapper's own keyword arguments. The class and its instances can be pickled and copied; asked for twice, it is
-        the same class. Raises TypeError for anything but an optimizer class, and for unknown options.
+        ``base_class`` is a class, or a function that returns an optimizer. The constructor takes its arguments:
+        ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are keyword arguments of this wrapper, checked
+        at once, as its constructor checks them. Called again with the same arguments it returns the same class. The
+        class and its instances can be copied, and pickled where ``base_class`` and the options can. Raises TypeError
+        for anything but a class of optimizers or a function, and for unknown or unhashable options.
         """
-        if not (isinstance(base_class, type) and issubclass(base_class, Optimizer)):
-            msg = f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, got {base_class!r:.80}"
+        if not (issubclass(base_class, Optimizer) if isinstance(base_class, type) else callable(base_class)):
+            msg = (
+                f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, "
+                f"or a function that returns an optimizer, got {base_class!r:.80}"
+            )
             raise TypeError(msg)
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "base_optimizer")]
         if unknown := sorted(set(options) - set(known)):
-            msg = f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}"
+            msg = (
+                f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}. "
+                "Arguments of the optimizer go to the class that over returns"
+            )
             raise TypeError(msg)
         return cast("Callable[..., Self]", make(cls, base_class, tuple(sorted(options.items()))))
 
@@ -104,7 +111,7 @@ class OptimizerWrapper(Contract):
 
     # ---- for users
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001 - compiled, the decay put back would be lost
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled, the decay put back would be lost
     @with_hooks
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One step of the base with its decay off, and the wrapper's own rule.
@@ -117,11 +124,10 @@ class OptimizerWrapper(Contract):
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         if not step.begun:
-            warnings.warn(
+            notices.warn(
                 f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
                 f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
-                "original",
-                stacklevel=4,
+                "original"
             )
         elif self.observer is not None:
             self.observer(Report(work.active, work.total))
@@ -143,12 +149,15 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why."""
+        rule = self._rule()
         chosen = []
         for i, group in enumerate(self.param_groups):
-            if self._rule().has_work(weight_decay.lam(group, self.lam)):
-                chosen.append(PathOfGroup(i, *self._choose(group)))
-            else:
-                chosen.append(PathOfGroup(i, "plain", "its weight_decay is 0, so the base steps it alone"))
+            choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
+            decays = rule.has_work(weight_decay.lam(group, self.lam))
+            if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
+                taken = self._choose(group)
+                choice = taken if decays or taken.path == "one_pass" else choice
+            chosen.append(PathOfGroup(i, *choice))
         return chosen
 
     def add_param_group(self, param_group: Group) -> None:
@@ -256,9 +265,9 @@ class OptimizerWrapper(Contract):
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
-        if self.path is not None:
+        if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
             self._choose(group)
-        for device in {p.device for p in group["params"]}:
+        for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
 
     def _give_lam(self, lam: float | None) -> None:
@@ -276,8 +285,7 @@ class OptimizerWrapper(Contract):
 
     def _warn_if_idle(self) -> None:
         if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):
-            warnings.warn(
+            notices.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
-                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups",
-                stacklevel=5,
+                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups"
             )

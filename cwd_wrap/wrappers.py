@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import rules
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap import notices, rules
+from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.kernels import Backend
 from cwd_wrap.paths import Rule
 from cwd_wrap.tensors import local_real_view, total, totals
@@ -20,6 +20,7 @@ from cwd_wrap.wrapper import OptimizerWrapper
 MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
+_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -36,27 +37,30 @@ class CautiousDecay(OptimizerWrapper):
             It may be scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
-        mask: which weights decay. ``"update"`` is the paper's; the others are its ablations, and always take the
-            copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn
-            from torch's default generator (seeded by ``torch.manual_seed``, resumed with its state; replicas on several
-            ranks must be seeded alike); ``"all"``, plain decoupled decay.
+        mask: which weights decay. ``"update"`` is the paper's. The others are its ablations, and compare with a copy:
+            ``"gradient"``, 1[g*x >= 0]; ``"random"``, each weight with the probability that the paper's mask is 1 in
+            its tensor, drawn from torch's default generator (replicas on several ranks must be seeded alike);
+            ``"all"``, plain decoupled decay.
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
             default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.weight_decay.eta`.
-        snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
-            copy of the weights (`snapshot_bytes`). True always copies. False never does.
-        rounding: how decayed bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that
-            decays too small for one step are kept on average; drawn from torch's default generator of the device
-            (seeded by ``torch.manual_seed``, resumed with its state). Other types draw nothing.
-        backend: None lets the library choose, for each device: ``"triton"``, one launch a step, or ``"eager"``, torch
-            operations.
+        path: None takes the cheapest path that each param group can take (see `paths`). ``"one_pass"``: one kernel
+            decays and makes the base's step. ``"direction"``: decay before the step, along the sign of the coming
+            update. ``"pieces"``: the base steps its parameters piece by piece, each compared with a copy of the piece.
+            ``"snapshot"``: the same with a copy of all decaying weights (`snapshot_bytes`). A path that cannot be
+            taken is refused with the reason.
+        rounding: how bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that decays
+            too small for one step are kept on average; on the path "one_pass" so is the whole step, weights and
+            state. Drawn from torch's default generator of the device. Other types draw nothing.
+        backend: None lets the library choose, for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU
+            where it is installed, else ``"eager"``, torch operations.
 
     Raises:
         TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
         ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask,
-            rounding or backend; a base that decays cautiously already or keeps its own copy of the weights; no known
-            learning rate; ``snapshot=False`` where the base needs one.
+            rounding, path or backend; a base that decays cautiously already or keeps its own copy of the weights; no
+            known learning rate; a path that the base cannot take; a backend that cannot run.
 
     Example:
         >>> import torch
@@ -70,6 +74,7 @@ class CautiousDecay(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding")
+    _warned: bool
 
     def __init__(
         self,
@@ -94,7 +99,8 @@ class CautiousDecay(OptimizerWrapper):
     def _rule(self) -> Rule:
         name = type(self).__name__
         if self.mask == "update":
-            return Rule(name, after=self._after, before=self._before, whole=self._whole)
+            rounds = self.rounding == "stochastic"
+            return Rule(name, after=self._after, before=self._before, whole=self._whole, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
         return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
 
@@ -102,16 +108,37 @@ class CautiousDecay(OptimizerWrapper):
         return {"strict": self.strict, "count": count, "stochastic": self.rounding == "stochastic"}
 
     def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Count:
+        self._warn_if_lost(buckets)
         return backend.decay_along(buckets, **self._flags(count))
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+        self._warn_if_lost(buckets)
         return backend.decay_from_snapshot(buckets, **self._flags(count))
 
     def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Count:
+        self._warn_if_lost(buckets)
         return backend.step_whole(buckets, **self._flags(count))
+
+    def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
+        """Warn once where a decay is below half a unit in the last place of every weight."""
+        dtype = buckets[0].w[0].dtype
+        if self._warned or self.rounding == "stochastic" or dtype not in _HALF_ULP:
+            return
+        sizes = [bucket.eta_lam for bucket in buckets if not isinstance(bucket.eta_lam, Tensor)]
+        if lost := [size for size in sizes if 0 < size < _HALF_ULP[dtype]]:
+            self._warned = True
+            notices.warn(
+                f"eta*lam = {lost[0]:.1e} is lost when {dtype} weights are rounded to nearest: they need at least "
+                f'{_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
+            )
+
+    def _start(self) -> None:
+        super()._start()
+        self._warned = False
 
     def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
         del backend  # an ablation need not be fast
+        self._warn_if_lost(buckets)
         active: Count = 0
         for bucket in buckets:
             for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):

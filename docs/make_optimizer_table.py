@@ -22,9 +22,10 @@ runs: for each step of each optimizer, the wrapped result must be the optimizer'
 rule in float64, to one rounding (four where the decay comes before the step). **{holds} optimizers hold**; {other} do
 not or cannot be run here, and the reason stands beside them.
 
-- *direction*: the mask is known before the step, no memory is needed. *snapshot*: a copy of the decaying weights is.
-- The path is that of the registered defaults. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's
-  turn *direction* into *snapshot*; `repr(optimizer)` tells.
+- [The paths](how_it_works.md#four-paths): *one_pass* and *direction* need no memory, *pieces* needs 64 MiB or the largest tensor,
+  *snapshot* a copy of the decaying weights.
+- The path is that of the registered defaults on the CPU with numba. `fused=True` turns *direction* into *one_pass* for torch's AdamW, Adam and SGD;
+  `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's turn *direction* into *pieces*; `opt.paths()` tells.
 - Where eta is not `lr`, it is what the optimizer multiplies its own decay by. *given*: there is no usable learning
   rate, pass `step_size=`.
 - *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own: decay acts weaker.
@@ -58,7 +59,7 @@ def row(case: Case) -> str:
         "only rows in the sparse gradient decay" if case.sparse else "",
         "matrices only" if case.dims == (2,) else "",
     ]
-    path = "snapshot" if wrapped.snapshot_bytes or case.sparse else "direction"
+    path = next(of_group.path for of_group in wrapped.paths() if of_group.path != "plain")
     return f"| {case.name} | {path} | yes | {'; '.join(filter(None, remarks))} |"
 
 

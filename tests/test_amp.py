@@ -54,10 +54,10 @@ def test_the_wrapper_does_not_claim_to_unscale(build: Any) -> None:
 @both_paths
 @bases
 @pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale-clip-step"])
-def test_training_with_a_scaler_equals_training_without(build: Any, clip: bool, snapshot: bool) -> None:
+def test_training_with_a_scaler_equals_training_without(build: Any, clip: bool, path: str) -> None:
     """Gradients scaled by 1024 and unscaled again give the same weights, bit for bit, clipped or not."""
     ours, plain = net(), net()
-    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    opt, other = (CautiousDecay(build(m.parameters()), path=path) for m in (ours, plain))
     scale = scaler()
     for step in range(3):
         scaled_step(ours, opt, scale, step, clip=clip)
@@ -69,10 +69,10 @@ def test_training_with_a_scaler_equals_training_without(build: Any, clip: bool, 
 @both_paths
 @bases
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_changes_nothing(build: Any, bad: float, snapshot: bool) -> None:
+def test_an_overflow_changes_nothing(build: Any, bad: float, path: str) -> None:
     """A step with an infinite gradient is skipped: weights and state stay bit-identical, nothing decays."""
     model, scale = net(), scaler()
-    opt = CautiousDecay(build(model.parameters()), snapshot=snapshot)
+    opt = CautiousDecay(build(model.parameters()), path=path)
     scaled_step(model, opt, scale, 0)
     before, state = values(model), opt.state_dict()
     state = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state)
@@ -89,10 +89,10 @@ def test_an_overflow_changes_nothing(build: Any, bad: float, snapshot: bool) -> 
 
 @both_paths
 @bases
-def test_training_goes_on_after_an_overflow(build: Any, snapshot: bool) -> None:
+def test_training_goes_on_after_an_overflow(build: Any, path: str) -> None:
     """The step after a skipped one is as if the skipped one had never been tried."""
     ours, plain = net(), net()
-    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    opt, other = (CautiousDecay(build(m.parameters()), path=path) for m in (ours, plain))
     scale = scaler()
     scale.scale(loss_of(ours, 0)).backward()
     next(ours.parameters()).grad[0, 0] = float("inf")
@@ -105,10 +105,10 @@ def test_training_goes_on_after_an_overflow(build: Any, snapshot: bool) -> None:
 
 
 @both_paths
-def test_a_disabled_scaler_steps_the_wrapper(snapshot: bool) -> None:
+def test_a_disabled_scaler_steps_the_wrapper(path: str) -> None:
     """GradScaler(enabled=False) is no scaler: the step is taken, with the decay."""
     ours, plain = net(), net()
-    opt, other = (CautiousDecay(BASES["AdamW"](m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    opt, other = (CautiousDecay(BASES["AdamW"](m.parameters()), path=path) for m in (ours, plain))
     scaled_step(ours, opt, GradScaler("cpu", enabled=False), 0)
     plain_step(plain, other, 0)
 

@@ -23,9 +23,9 @@ def closing(model: torch.nn.Module, opt: Optimizer, step: int) -> Callable[[], T
 
 
 @both_paths
-def test_the_closure_runs_once_with_gradients_enabled(snapshot: bool) -> None:
+def test_the_closure_runs_once_with_gradients_enabled(path: str) -> None:
     """Called under no_grad, the closure still runs with gradients enabled, and once."""
-    opt, enabled = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot), []
+    opt, enabled = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path), []
     with torch.no_grad():
         opt.step(lambda: enabled.append(torch.is_grad_enabled()) or 0.0)
 
@@ -33,9 +33,9 @@ def test_the_closure_runs_once_with_gradients_enabled(snapshot: bool) -> None:
 
 
 @both_paths
-def test_the_loss_is_returned(snapshot: bool) -> None:
+def test_the_loss_is_returned(path: str) -> None:
     """step(closure) returns what the closure returned, and step() returns None."""
-    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path)
 
     assert 7.0 == opt.step(lambda: 7.0)
     assert 7.0 == opt.step(closure=lambda: 7.0)
@@ -44,10 +44,10 @@ def test_the_loss_is_returned(snapshot: bool) -> None:
 
 @both_paths
 @all_bases
-def test_a_closure_changes_nothing_else(build: Any, snapshot: bool) -> None:
+def test_a_closure_changes_nothing_else(build: Any, path: str) -> None:
     """Training by closures gives, bit for bit, the weights of training by backward() and step()."""
     ours, plain = net(), net()
-    opt, other = (CautiousDecay(build(m.parameters()), snapshot=snapshot) for m in (ours, plain))
+    opt, other = (CautiousDecay(build(m.parameters()), path=path) for m in (ours, plain))
     for step in range(3):
         opt.step(closing(ours, opt, step))
     train(plain, other, range(3))
@@ -56,29 +56,29 @@ def test_a_closure_changes_nothing_else(build: Any, snapshot: bool) -> None:
 
 
 @both_paths
-def test_gradients_may_come_with_the_first_closure(snapshot: bool) -> None:
+def test_gradients_may_come_with_the_first_closure(path: str) -> None:
     """Lightning runs backward inside step: the first step decays like the second, 1 - 0.1*0.5."""
     p = weight(1.0)
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
     opt.step(lambda: setattr(p, "grad", torch.zeros(1)) or 0.0)
 
     assert pytest.approx(0.95) == p.item()
 
 
 @both_paths
-def test_gradients_may_go_with_the_closure(snapshot: bool) -> None:
+def test_gradients_may_go_with_the_closure(path: str) -> None:
     """A parameter whose gradient the closure takes away does not take part: it keeps its value."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5), path=path)
     opt.step(lambda: setattr(p, "grad", None) or 0.0)
 
     assert [1.0, pytest.approx(0.95)] == [p.item(), q.item()]
 
 
 @both_paths
-def test_the_closure_sees_the_decay_strength(snapshot: bool) -> None:
+def test_the_closure_sees_the_decay_strength(path: str) -> None:
     """Inside a closure the groups have the weight_decay that the user gave them, not 0."""
-    opt, seen = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), snapshot=snapshot), []
+    opt, seen = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path), []
     opt.step(lambda: seen.append(opt.param_groups[0]["weight_decay"]) or 0.0)
 
     assert [0.5] == seen
@@ -179,7 +179,7 @@ def test_frozen_weights_are_not_copied_before_a_closure() -> None:
     """A closure may bring gradients, but not to a frozen parameter."""
     frozen, p = weight(1.0, 1.0, 1.0), weight(1.0)
     frozen.requires_grad_(False)
-    opt = CautiousDecay(torch.optim.SGD([frozen, p], lr=0.1), lam=0.5, snapshot=True)
+    opt = CautiousDecay(torch.optim.SGD([frozen, p], lr=0.1), lam=0.5, path="snapshot")
 
     def closure() -> float:
         p.grad = torch.ones(1)
@@ -187,5 +187,5 @@ def test_frozen_weights_are_not_copied_before_a_closure() -> None:
 
     opt.step(closure)
 
-    assert sum(t.numel() for t in opt._snapshots._buffers.values()) == 1
+    assert sum(t.numel() for t in opt._buffers._whole.values()) == 1
     assert opt.snapshot_bytes == 4

@@ -19,10 +19,10 @@ def compiled(opt: CautiousDecay, compiler: str) -> Callable[[], object]:
     return torch.compile(lambda: opt.step(), backend=compiler)
 
 
-def run(build: Any, snapshot: bool, compiler: str | None) -> tuple[list[float], float]:
+def run(build: Any, path: str, compiler: str | None) -> tuple[list[float], float]:
     """Four weights after four steps under a schedule, and the strength that the group has then."""
     p = weight(1, -1, 2, 3)
-    opt = CautiousDecay(build([p]), snapshot=snapshot)
+    opt = CautiousDecay(build([p]), path=path)
     step = opt.step if compiler is None else compiled(opt, compiler)
     lr = opt.param_groups[0]["lr"]
     for factor, grad in zip(FACTORS, GRADIENTS, strict=True):
@@ -33,10 +33,10 @@ def run(build: Any, snapshot: bool, compiler: str | None) -> tuple[list[float], 
 
 
 @both_paths
-def test_each_compiled_step_decays(snapshot: bool) -> None:
+def test_each_compiled_step_decays(path: str) -> None:
     """With a zero gradient, three compiled steps take 0.95, 0.95^2, 0.95^3, and weight_decay is 0.5 after each."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
     step, seen = compiled(opt, "eager"), []
     for _ in range(3):
         step()
@@ -49,17 +49,17 @@ def test_each_compiled_step_decays(snapshot: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "compiler"), [("SGD-momentum", "aot_eager"), ("AdamW", "eager")], ids=["SGD-aot_eager", "AdamW-eager"]
 )
-def test_compiled_steps_equal_eager_ones(name: str, compiler: str, snapshot: bool) -> None:
+def test_compiled_steps_equal_eager_ones(name: str, compiler: str, path: str) -> None:
     """Four compiled steps under a schedule give the weights, and leave the strength, of four eager ones."""
-    weights, strength = run(BASES[name], snapshot, None)
+    weights, strength = run(BASES[name], path, None)
 
     # Compiled, Adam's bias corrections may be computed in another order.
-    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], snapshot, compiler)
+    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], path, compiler)
 
 
 def test_the_comparison_can_fail() -> None:
     """Weights that do not decay end elsewhere: the tests above compare something."""
-    weights, _ = run(BASES["AdamW"], snapshot=False, compiler=None)
-    others, _ = run(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=1e-9), snapshot=False, compiler=None)
+    weights, _ = run(BASES["AdamW"], path="direction", compiler=None)
+    others, _ = run(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=1e-9), path="direction", compiler=None)
 
     assert pytest.approx(weights, rel=1e-3) != others

@@ -111,10 +111,10 @@ def test_forwards_the_modes_of_the_base(name: str) -> None:
 
 @all_bases
 @both_paths
-def test_a_deepcopy_trains_on_like_the_original(build: Any, snapshot: bool) -> None:
+def test_a_deepcopy_trains_on_like_the_original(build: Any, path: str) -> None:
     """copy.deepcopy of a net with its optimizer gives a pair that goes on bit for bit as the original does."""
     model = net()
-    opt = CautiousDecay(build(model.parameters()), snapshot=snapshot)
+    opt = CautiousDecay(build(model.parameters()), path=path)
     train(model, opt, range(2))
     twin, twin_opt = copy.deepcopy((model, opt))
     train(model, opt, range(2, 4))
@@ -125,10 +125,10 @@ def test_a_deepcopy_trains_on_like_the_original(build: Any, snapshot: bool) -> N
 
 @all_bases
 @both_paths
-def test_a_pickled_optimizer_trains_on_like_the_original(build: Any, snapshot: bool) -> None:
+def test_a_pickled_optimizer_trains_on_like_the_original(build: Any, path: str) -> None:
     """What comes back from pickle goes on bit for bit as the original does."""
     model = net()
-    opt = CautiousDecay(build(model.parameters()), snapshot=snapshot)
+    opt = CautiousDecay(build(model.parameters()), path=path)
     train(model, opt, range(2))
     twin, twin_opt = pickle.loads(pickle.dumps((model, opt)))
     train(model, opt, range(2, 4))
@@ -138,10 +138,10 @@ def test_a_pickled_optimizer_trains_on_like_the_original(build: Any, snapshot: b
 
 
 def test_copies_keep_the_settings() -> None:
-    """lam, mask, strict, snapshot and backend survive pickling."""
-    opt = pickle.loads(pickle.dumps(wrapped(lam=0.25, strict=True, snapshot=True, backend="eager")))
+    """lam, mask, strict, path and backend survive pickling."""
+    opt = pickle.loads(pickle.dumps(wrapped(lam=0.25, strict=True, path="snapshot", backend="eager")))
 
-    assert (0.25, "update", True, True, "eager") == (opt.lam, opt.mask, opt.strict, opt.snapshot, opt.backend)
+    assert (0.25, "update", True, "snapshot", "eager") == (opt.lam, opt.mask, opt.strict, opt.path, opt.backend)
 
 
 def test_a_copy_takes_hooks() -> None:
@@ -168,10 +168,10 @@ def test_classes_from_over_are_copied_as_themselves(duplicate: Any) -> None:
 
 @all_bases
 @both_paths
-def test_state_dict_is_that_of_the_plain_optimizer(build: Any, snapshot: bool) -> None:
+def test_state_dict_is_that_of_the_plain_optimizer(build: Any, path: str) -> None:
     """After equal gradients, the wrapper's state dict has the plain optimizer's keys, types and values."""
     ours, theirs = net(), net()
-    opt, plain = CautiousDecay(build(ours.parameters()), snapshot=snapshot), build(theirs.parameters())
+    opt, plain = CautiousDecay(build(ours.parameters()), path=path), build(theirs.parameters())
     for group in plain.param_groups:
         group["weight_decay"] = 0.0  # a coupled decay would enter the state
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -228,7 +228,7 @@ def test_the_loaded_strength_is_used() -> None:
 
 def test_state_dict_does_not_hold_the_snapshot() -> None:
     """The snapshot path keeps its copies out of state, so a checkpoint is as large as the plain one."""
-    opt = wrapped(snapshot=True)
+    opt = wrapped(path="snapshot")
     opt.step()
 
     kept = {key for state in opt.state_dict()["state"].values() for key in state}
@@ -241,9 +241,9 @@ def test_state_dict_does_not_hold_the_snapshot() -> None:
 
 @both_paths
 @pytest.mark.parametrize("register", STEP_HOOKS)
-def test_a_step_hook_fires_once_with_the_wrapper(register: str, snapshot: bool) -> None:
+def test_a_step_hook_fires_once_with_the_wrapper(register: str, path: str) -> None:
     """A step hook on the wrapper fires once a step, and its first argument is the wrapper."""
-    opt, seen = wrapped(snapshot=snapshot), []
+    opt, seen = wrapped(path=path), []
     getattr(opt, register)(lambda optimizer, *_: seen.append(optimizer))
     opt.step()
 
@@ -308,9 +308,9 @@ def test_loading_leaves_the_callers_dict_alone() -> None:
 
 
 @both_paths
-def test_hooks_of_the_base_fire_too(snapshot: bool) -> None:
+def test_hooks_of_the_base_fire_too(path: str) -> None:
     """A hook that was on the base before it was wrapped still fires, with the base, once a step."""
-    opt, seen = wrapped(snapshot=snapshot), []
+    opt, seen = wrapped(path=path), []
     for register in STEP_HOOKS:
         getattr(opt.base_optimizer, register)(lambda optimizer, *_: seen.append(optimizer))
     opt.step()
@@ -320,9 +320,9 @@ def test_hooks_of_the_base_fire_too(snapshot: bool) -> None:
 
 @both_paths
 @pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
-def test_global_hooks_fire_once_a_step(register: Any, snapshot: bool) -> None:
+def test_global_hooks_fire_once_a_step(register: Any, path: str) -> None:
     """torch's profiler counts steps by a global hook: it counts one for a wrapped step."""
-    opt, seen = wrapped(snapshot=snapshot), []
+    opt, seen = wrapped(path=path), []
     handle = register(lambda *_: seen.append(1))
     try:
         opt.step()
@@ -344,9 +344,9 @@ def test_torch_does_not_patch_the_step_again() -> None:
 
 
 @both_paths
-def test_a_step_leaves_no_hook_behind(snapshot: bool) -> None:
+def test_a_step_leaves_no_hook_behind(path: str) -> None:
     """After a step, the base has the hooks that it had before it."""
-    opt = wrapped(snapshot=snapshot)
+    opt = wrapped(path=path)
     opt.step()
 
     assert 0 == len(opt.base_optimizer._optimizer_step_pre_hooks)
@@ -354,9 +354,9 @@ def test_a_step_leaves_no_hook_behind(snapshot: bool) -> None:
 
 
 @both_paths
-def test_a_base_hook_that_changes_the_gradient_changes_the_mask(snapshot: bool) -> None:
+def test_a_base_hook_that_changes_the_gradient_changes_the_mask(path: str) -> None:
     """Both paths see the gradient that the step sees: a base hook flips it, and the other weight decays."""
-    opt = wrapped(snapshot=snapshot)
+    opt = wrapped(path=path)
     p = opt.param_groups[0]["params"][0]
     opt.base_optimizer.register_step_pre_hook(lambda *_: setattr(p, "grad", -p.grad))
     opt.step()
@@ -368,9 +368,9 @@ def test_a_base_hook_that_changes_the_gradient_changes_the_mask(snapshot: bool) 
 
 
 @both_paths
-def test_an_added_group_is_trained_and_decayed(snapshot: bool) -> None:
+def test_an_added_group_is_trained_and_decayed(path: str) -> None:
     """A group added to the wrapper is the base's, steps and decays: 1 - 0.1*1 - 0.1*0.5*1."""
-    opt, p = wrapped(snapshot=snapshot), weight(1.0, grad=[1.0])
+    opt, p = wrapped(path=path), weight(1.0, grad=[1.0])
     opt.add_param_group({"params": [p]})
     opt.step()
 
@@ -409,6 +409,24 @@ def test_param_names_are_kept() -> None:
     assert [["w"], ["v"]] == [group["param_names"] for group in opt.state_dict()["param_groups"]]
 
 
+class ApexLike(SGD):
+    """Like apex's: whether to None is an option of the constructor."""
+
+    def zero_grad(self) -> None:
+        super().zero_grad(set_to_none=True)
+
+
+def test_zero_grad_of_a_base_that_takes_no_option() -> None:
+    """It is called without set_to_none. set_to_none=False, which it cannot do, raises the base's TypeError."""
+    p = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(ApexLike([p], weight_decay=0.5))
+    with pytest.raises(TypeError, match="set_to_none"):
+        opt.zero_grad(set_to_none=False)
+    opt.zero_grad()
+
+    assert p.grad is None
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none: bool) -> None:
     """zero_grad clears the gradients of the base, to None or to 0."""
@@ -421,7 +439,7 @@ def test_zero_grad(set_to_none: bool) -> None:
 
 def test_replaced_parameters_are_stepped_and_decayed() -> None:
     """accelerate and FSDP2 put other tensors into a group; the next step works on those."""
-    opt, p = wrapped(snapshot=True), weight(1.0, grad=[1.0])
+    opt, p = wrapped(path="snapshot"), weight(1.0, grad=[1.0])
     opt.step()
     opt.param_groups[0]["params"] = [p]
     opt.step()
@@ -430,10 +448,10 @@ def test_replaced_parameters_are_stepped_and_decayed() -> None:
 
 
 @both_paths
-def test_groups_stepped_one_at_a_time_are_stepped_once(snapshot: bool) -> None:
+def test_groups_stepped_one_at_a_time_are_stepped_once(path: str) -> None:
     """DeepSpeed assigns one group, steps, and goes on: every group takes one step in all."""
     p, q = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
-    opt = CautiousDecay(SGD([{"params": [p]}, {"params": [q]}], lr=0.1, weight_decay=0.5), snapshot=snapshot)
+    opt = CautiousDecay(SGD([{"params": [p]}, {"params": [q]}], lr=0.1, weight_decay=0.5), path=path)
     groups = opt.param_groups
     for group in groups:
         opt.param_groups = [group]
@@ -447,9 +465,9 @@ def test_groups_stepped_one_at_a_time_are_stepped_once(snapshot: bool) -> None:
 
 
 @both_paths
-def test_profiler_ranges(snapshot: bool) -> None:
+def test_profiler_ranges(path: str) -> None:
     """A profile shows one range for the wrapper's step, with the base's inside it, and one for zero_grad."""
-    opt = wrapped(snapshot=snapshot)
+    opt = wrapped(path=path)
     with torch.autograd.profiler.profile() as profile:
         opt.step()
         opt.zero_grad()
@@ -462,13 +480,13 @@ def test_profiler_ranges(snapshot: bool) -> None:
 def test_repr_tells_the_path_and_its_cost() -> None:
     """repr names the base, the strength, the path and the bytes of the snapshot: two float32 weights take 8."""
     assert "CautiousDecay(SGD, lam=0.5, path='snapshot', backend='eager', snapshot_bytes=8)" == repr(
-        wrapped(snapshot=True, backend="eager")
+        wrapped(path="snapshot", backend="eager")
     )
 
 
 def test_the_snapshot_costs_nothing_on_the_direction_path() -> None:
     """snapshot_bytes is 0 without a snapshot, and the decaying weights' size with one."""
-    assert (0, 8) == (wrapped().snapshot_bytes, wrapped(snapshot=True).snapshot_bytes)
+    assert (0, 8) == (wrapped().snapshot_bytes, wrapped(path="snapshot").snapshot_bytes)
 
 
 def test_the_table_of_bases_is_not_empty() -> None:

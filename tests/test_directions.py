@@ -96,8 +96,8 @@ def test_direction_and_snapshot_agree_where_the_weight_moved(
     """From the same weights, both paths give the same step to 4 roundings, wherever the plain step moved the weight."""
     generator = torch.Generator().manual_seed(1)
     ours, theirs, plain = (torch.nn.Parameter(torch.randn(SIZE, generator=generator)) for _ in range(3))
-    along = CautiousDecay(make(cls, ours, flags), lam=0.5, snapshot=False)
-    copied = CautiousDecay(make(cls, theirs, flags), lam=0.5, snapshot=True)
+    along = CautiousDecay(make(cls, ours, flags), lam=0.5, path="direction")
+    copied = CautiousDecay(make(cls, theirs, flags), lam=0.5, path="snapshot")
     base = make(cls, plain, flags)
     base.param_groups[0]["weight_decay"] = 0.0
     assert (along.snapshot_bytes, copied.snapshot_bytes) == (0, 4 * SIZE)
@@ -144,8 +144,8 @@ def test_bf16_direction_sees_what_rounds_away() -> None:
     p.grad = torch.randn(SIZE).bfloat16()
     x, wrapped = p.detach().clone(), CautiousDecay(opt, lam=0.1)
     counts = []
-    for snapshot in (False, True):
-        wrapped.snapshot = snapshot
+    for path in ("direction", "snapshot"):
+        wrapped.path = path
         wrapped.observer = counts.append
         wrapped.step()
         p.data.copy_(x)

@@ -34,21 +34,21 @@ def zero(params: Any, cls: Any) -> Any:
         return ZeroRedundancyOptimizer(params, optimizer_class=cls, **OPTIONS)
 
 
-def alone(snapshot: bool | None = None) -> torch.Tensor:
+def alone(path: str | None = None) -> torch.Tensor:
     """The weights after three steps of the wrapper without any of this."""
     model = net()
-    train(model, CautiousDecay(AdamW(model.parameters(), **OPTIONS), snapshot=snapshot), range(3))
+    train(model, CautiousDecay(AdamW(model.parameters(), **OPTIONS), path=path), range(3))
     return values(model)
 
 
 @both_paths
 @pytest.mark.usefixtures("one_process")
-def test_zero_around_the_wrapper(snapshot: bool) -> None:
+def test_zero_around_the_wrapper(path: str) -> None:
     """ZeRO builds a class from over() by itself; training is that of the wrapper alone, bit for bit."""
     model = net()
-    train(model, zero(model.parameters(), CautiousDecay.over(AdamW, snapshot=snapshot)), range(3))
+    train(model, zero(model.parameters(), CautiousDecay.over(AdamW, path=path)), range(3))
 
-    assert torch.equal(alone(snapshot), values(model))
+    assert torch.equal(alone(path), values(model))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -71,31 +71,31 @@ def test_the_wrapper_around_zero() -> None:
     model = net()
     train(model, CautiousDecay(zero(model.parameters(), AdamW)), range(3))
 
-    assert torch.equal(alone(snapshot=True), values(model))
+    assert torch.equal(alone(path="snapshot"), values(model))
 
 
 @both_paths
 @pytest.mark.filterwarnings("ignore")
-def test_steps_within_backward(snapshot: bool) -> None:
+def test_steps_within_backward(path: str) -> None:
     """torch builds one optimizer a parameter and steps it inside backward; training is the same, bit for bit."""
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     model = net()
-    cls = CautiousDecay.over(AdamW, snapshot=snapshot)
+    cls = CautiousDecay.over(AdamW, path=path)
     _apply_optimizer_in_backward(cls, model.parameters(), OPTIONS)
     for step in range(3):
         loss_of(model, step).backward()
 
-    assert torch.equal(alone(snapshot), values(model))
+    assert torch.equal(alone(path), values(model))
     assert [None] * 4 == [p.grad for p in model.parameters()]
 
 
 @both_paths
-def test_steps_within_gradient_hooks(snapshot: bool) -> None:
+def test_steps_within_gradient_hooks(path: str) -> None:
     """One wrapper a parameter, stepped by a hook as soon as the gradient is there, gives the same training."""
     model = net()
     for p in model.parameters():
-        each = CautiousDecay(AdamW([p], **OPTIONS), snapshot=snapshot)
+        each = CautiousDecay(AdamW([p], **OPTIONS), path=path)
 
         def release(_: torch.Tensor, opt: CautiousDecay = each) -> None:
             opt.step()
@@ -105,7 +105,7 @@ def test_steps_within_gradient_hooks(snapshot: bool) -> None:
     for step in range(3):
         loss_of(model, step).backward()
 
-    assert torch.equal(alone(snapshot), values(model))
+    assert torch.equal(alone(path), values(model))
 
 
 def test_over_takes_positional_parameters_and_groups() -> None:

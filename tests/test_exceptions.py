@@ -1,6 +1,7 @@
 """Errors: which, what their text says (the value, the place, the way out), and that nothing has been changed."""
 
 import copy
+import inspect
 import math
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from support import both_paths, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay
+from cwd_wrap import CautiousDecay, CautiousUpdate
 
 NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
 
@@ -37,25 +38,42 @@ class LookaheadLike(Optimizer):
 
 # ------------------------------------------------------------------------------------ what cannot be wrapped
 
+PARAMETERS = "Pass torch.optim.AdamW(params, ...), or use CautiousDecay.over(torch.optim.AdamW)(params, ...)"
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
     "a number": (3, {}, TypeError, ["CautiousDecay", "torch.optim.Optimizer", "int", "3"]),
-    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list"]),
+    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list", PARAMETERS]),
+    "parameters and options": (iter([weight(1.0)]), {"lr": 0.1}, TypeError, ["list_iterator", PARAMETERS]),
+    "a module": (torch.nn.Linear(1, 1), {}, TypeError, ["torch.optim.Optimizer", "Linear", PARAMETERS]),
+    "weight_decay=": (sgd(), {"weight_decay": 0.1}, TypeError, ["does not take weight_decay", "to SGD", "as lam="]),
+    "lr=": (
+        sgd(),
+        {"lr": 0.1, "lam": 0.1},
+        TypeError,
+        ["not take lr: pass that to SGD. It takes ['lam', 'mask',"],
+    ),
+    "lr of two elements": (
+        with_key(sgd(), "lr", torch.tensor([0.1, 0.2])),
+        {},
+        ValueError,
+        ["lr of param group 1 of SGD", "shape (2,)", "one element"],
+    ),
     "a class": (SGD, {}, TypeError, ["SGD(params, ...)", "CautiousDecay.over(SGD)"]),
     "wrapped": (CautiousDecay(sgd()), {}, ValueError, ["CautiousDecay(SGD", "decay twice", "base_optimizer"]),
     "wrapped inside": (LookaheadLike(CautiousDecay(sgd())), {}, ValueError, ["CautiousDecay(SGD", "decay twice"]),
     "unknown mask": (sgd(), {"mask": "sign"}, ValueError, ["'sign'", "'update'"]),
     "unknown backend": (sgd(), {"backend": "cuda12"}, ValueError, ["'cuda12'", "'eager'", "None"]),
-    "snapshot=False": (
+    "no direction": (
         LBFGS([weight(1.0)]),
-        {"lam": 0.5, "snapshot": False},
+        {"lam": 0.5, "path": "direction"},
         ValueError,
-        ["snapshot=False", "LBFGS", "snapshot=None"],
+        ["path='direction'", "LBFGS", "path=None"],
     ),
-    "snapshot=False, momentum tensor": (
+    "no direction, momentum tensor": (
         with_key(sgd(momentum=0.9), "momentum", torch.tensor(0.9)),
-        {"snapshot": False},
+        {"path": "direction"},
         ValueError,
-        ["snapshot=False", "SGD", "tensors"],
+        ["path='direction'", "SGD", "tensors"],
     ),
     "lr None": (with_key(sgd(), "lr", None), {}, ValueError, ["group 1 of SGD", "lr=None", "step_size="]),
     "relative_step": (
@@ -123,6 +141,26 @@ def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
     assert before == contents(base)
 
 
+@pytest.mark.parametrize("keywords", [{"params": [], "lr": 0.1}, {"base_optimizer": sgd(), "weight_decay": 0.1}])
+def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) -> None:
+    """Keywords alone are told the same, and a method without lam= does not speak of it."""
+    owner = "SGD" if "base_optimizer" in keywords else "the optimizer"
+    name = ", ".join(key for key in keywords if key != "base_optimizer")
+    with pytest.raises(TypeError, match=f"^CautiousUpdate does not take {name}: pass that to {owner}. It takes "):
+        CautiousUpdate(**keywords)
+
+
+def test_a_subclass_may_take_any_keyword() -> None:
+    """The check of the names is Python's own: a constructor with **kwargs passes."""
+
+    class Logged(CautiousDecay):
+        def __init__(self, base_optimizer: Optimizer, **kwargs: Any) -> None:
+            super().__init__(base_optimizer, kwargs["strength"])
+
+    assert 0.25 == Logged(sgd(), strength=0.25).lam
+    assert ["base_optimizer", "lam"] == list(inspect.signature(CautiousDecay).parameters)[:2]
+
+
 def test_a_refused_lam_is_not_written_into_any_group() -> None:
     """Group 1 has no learning rate, so group 0 does not get lam either."""
     base = with_key(sgd(), "lr", None)
@@ -140,13 +178,6 @@ def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
         CautiousDecay(inside)
 
     assert isinstance(CautiousDecay(timm.Lookahead(sgd())), Optimizer)
-
-
-def test_over_takes_classes_only() -> None:
-    """over() of an instance, or of a class that is no optimizer, says what it takes."""
-    for wrong in (sgd(), torch.nn.Linear, 3):
-        with pytest.raises(TypeError, match=r"over takes a class of optimizers, such as torch.optim.AdamW, got"):
-            CautiousDecay.over(wrong)
 
 
 def test_nothing_to_decay_is_warned_of_once() -> None:
@@ -170,10 +201,10 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 
 @both_paths
 @pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
-def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], snapshot: bool) -> None:
+def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], path: str) -> None:
     """A schedule that writes an impossible value into group 1 gets a ValueError naming it; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:
@@ -187,10 +218,10 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
 
 @both_paths
 @pytest.mark.parametrize("value", NOT_DECAYS)
-def test_an_unfit_step_size_stops_the_step(value: float, snapshot: bool) -> None:
+def test_an_unfit_step_size_stops_the_step(value: float, path: str) -> None:
     """step_size= that returns something negative, NaN or infinite is named, with the group; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, step_size=lambda group: value, snapshot=snapshot)
+    opt = CautiousDecay(base, step_size=lambda group: value, path=path)
     with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
         opt.step()
 
@@ -204,10 +235,10 @@ def broken(*_: object, **__: object) -> None:
 
 
 @both_paths
-def test_a_base_that_raises_gets_its_decay_back(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_raises_gets_its_decay_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the base's step raises comes through, and the groups and hooks are as before."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     before = contents(base)
     monkeypatch.setattr(SGD, "_init_group", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -218,10 +249,10 @@ def test_a_base_that_raises_gets_its_decay_back(snapshot: bool, monkeypatch: pyt
 
 
 @both_paths
-def test_a_base_goes_on_after_it_has_raised(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_goes_on_after_it_has_raised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after a failed one steps and decays by the group's own strength: p - 0.1*1 - 0.1*0.5*p."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(SGD, "_init_group", broken)
         opt.step()
@@ -234,10 +265,10 @@ def test_a_base_goes_on_after_it_has_raised(snapshot: bool, monkeypatch: pytest.
 
 @both_paths
 @pytest.mark.parametrize("where", ["closure", "wrapper's pre hook", "wrapper's post hook", "base's pre hook"])
-def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
+def test_what_a_user_raises_comes_through(where: str, path: str) -> None:
     """An error in a closure or a hook comes through, and the groups and the base's hooks are as before."""
     base = sgd()
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     if where.startswith("wrapper"):
         getattr(opt, f"register_step_{where.split()[1]}_hook")(broken)
     handle = base.register_step_pre_hook(broken) if where.startswith("base") else None
@@ -252,10 +283,10 @@ def test_what_a_user_raises_comes_through(where: str, snapshot: bool) -> None:
 
 
 @both_paths
-def test_the_decay_is_off_while_the_base_steps(snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decay_is_off_while_the_base_steps(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the base steps its decay is 0 and always_adapt is on; for its hooks, before and after, all is as it was."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt, seen, heard = CautiousDecay(base, snapshot=snapshot), [], []
+    opt, seen, heard = CautiousDecay(base, path=path), [], []
     module = sys.modules["torch.optim.sgd"]
     inner = module.sgd
 

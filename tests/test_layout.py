@@ -12,27 +12,42 @@ ROOT = Path(__file__).parents[1] / "cwd_wrap"
 # Each module with the modules of the package that it may import. Nothing else, and nothing the other way.
 ARROWS: dict[str, set[str]] = {
     "rules": set(),
-    "snapshot": set(),
+    "directions": set(),
+    "updates": set(),
+    "pieces": set(),
     "tensors": set(),
     "quirks": set(),
+    "notices": set(),
+    "contract": set(),
     "params_first": set(),
     "monitor": set(),
     "plot": set(),
-    "directions": set(),
+    "snapshot": {"tensors"},
     "weight_decay": {"quirks"},
-    "batch": {"tensors"},
-    "kernels._eager": {"rules"},
-    "kernels": {"kernels._eager", "kernels._triton"},
-    "kernels._triton": {"kernels._eager"},
-    "contract": set(),
+    "buckets": {"updates"},
+    "kernels._eager": {"buckets", "rules", "updates"},
+    "kernels._numba": {"buckets", "kernels._eager", "updates"},
+    "kernels._triton": {"buckets", "kernels._eager", "updates"},
+    "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
+    "paths": {"buckets", "directions", "kernels", "notices", "pieces", "quirks", "snapshot", "tensors", "updates"},
+    "step": {"paths", "weight_decay"},
     "wrapper": {
-        "batch", "contract", "directions", "kernels", "params_first", "quirks", "snapshot", "tensors", "weight_decay",
+        "buckets", "contract", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step", "tensors",
+        "weight_decay",
     },
-    "wrappers": {"batch", "contract", "directions", "rules", "tensors", "weight_decay", "wrapper"},
+    "wrappers": {"buckets", "kernels", "notices", "paths", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
-OUTSIDE = {"torch", "triton", "timm", "matplotlib"}
+# What is not torch, and the only module that may import it.
+OUTSIDE = {
+    "llvmlite": "kernels._numba",
+    "matplotlib": "plot",
+    "numba": "kernels._numba",
+    "numpy": "kernels._numba",
+    "timm": "timm",
+    "triton": "kernels._triton",
+}
 
 
 def imports(source: str) -> set[str]:
@@ -91,19 +106,44 @@ def test_the_check_can_fail() -> None:
 
 
 def test_only_torch_is_needed() -> None:
-    """Outside the package itself, only the standard library, torch and the named optional packages are imported."""
+    """Besides the standard library and torch, each optional package is imported by the one module that needs it."""
+    needed = {"cwd_wrap", "torch", "typing_extensions", *sys.stdlib_module_names}
     for name, source in modules().items():
-        for imported in imports(source):
-            top = imported.split(".")[0]
-            assert top in {"cwd_wrap", *OUTSIDE, *sys.stdlib_module_names, "typing_extensions"}, (name, imported)
+        for imported in {module.split(".")[0] for module in imports(source)} - needed:
+            assert OUTSIDE.get(imported) == name, (name, imported)
+
+
+LOADED = "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+
+
+def loaded(*program: str) -> str:
+    """The packages that the lines load on top of torch's own, in a process of its own."""
+    lines = ["import sys, torch; before = set(sys.modules)", *program, LOADED]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True, cwd=ROOT.parent
+    )
+    return done.stdout.strip()
 
 
 def test_import_loads_torch_and_nothing_else() -> None:
-    """`import cwd_wrap` brings in no triton, timm or matplotlib beyond what torch itself brings."""
-    program = (
-        "import sys, torch; before = set(sys.modules); import cwd_wrap; "
-        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT.parent)
+    """`import cwd_wrap` brings in no numba, triton, timm or matplotlib beyond what torch itself brings."""
+    assert loaded("import cwd_wrap") == "['cwd_wrap']"
 
-    assert done.stdout.strip() == "['cwd_wrap']"
+
+WRAPPED = (
+    "import cwd_wrap; p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)",
+    "base = torch.optim.AdamW([p], fused=True); before = set(sys.modules)",
+    "opt = cwd_wrap.CautiousDecay(base, lam=0.1); repr(opt), opt.paths(), opt.snapshot_bytes",
+)
+
+
+def test_a_wrapper_loads_nothing_before_its_first_step() -> None:
+    """Neither building nor asking a wrapper for its paths imports numba: that takes half a second."""
+    assert loaded(*WRAPPED) == "[]"
+
+
+def test_the_first_step_loads_numba() -> None:
+    """The first step does, where numba is installed."""
+    pytest.importorskip("numba")
+
+    assert "numba" in loaded(*WRAPPED, "opt.step()")

@@ -194,7 +194,7 @@ def test_sparse_gradients_are_refused_by_the_gradient_mask() -> None:
     for mask in MASKS:
         embedding = nn.Embedding(4, 2, sparse=True)
         x = embedding.weight.detach().clone()
-        opt = CautiousDecay(sgd(*embedding.parameters()), mask=mask, snapshot=True)
+        opt = CautiousDecay(sgd(*embedding.parameters()), mask=mask, path="snapshot")
         embedding(torch.tensor([1, 3])).sum().backward()
         if mask == "gradient":
             with pytest.raises(ValueError, match=r"CautiousDecay.*sparse.*SGD"):
@@ -340,7 +340,7 @@ def test_random_draws_for_groups_that_decay_only() -> None:
 def test_the_step_is_the_bases_and_part_of_the_decay(build: Any, mask: str) -> None:
     """Every weight ends where the base without decay takes it, or eta*lam*x from there; the decay is put back."""
     model = net().double()
-    opt = CautiousDecay(build(model.parameters()), mask=mask, snapshot=True)
+    opt = CautiousDecay(build(model.parameters()), mask=mask, path="snapshot")
     eta_lam = 0.5 * opt.param_groups[0]["lr"]
     x_in = torch.randn(4, 5, 3, dtype=F64)
     for step in range(4):
@@ -367,7 +367,7 @@ def test_shapes_and_tensor_lr(lr: Any, shape: tuple[int, ...], mask: str) -> Non
     """Tensors with one number or none decay as others do, whatever the learning rate is made of."""
     p = nn.Parameter(torch.ones(shape))
     p.grad = torch.ones(shape)
-    CautiousDecay(SGD([p], lr=lr, weight_decay=LAM), mask=mask, snapshot=True).step()
+    CautiousDecay(SGD([p], lr=lr, weight_decay=LAM), mask=mask, path="snapshot").step()
 
     assert torch.equal(torch.full(shape, 0.875 - 0.0625), p.detach())
 
@@ -409,12 +409,12 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize("snapshot", [None, True])
+@pytest.mark.parametrize("path", [None, "snapshot"])
 @pytest.mark.parametrize(("mask", "strict", "expected"), COUNTS)
-def test_the_observer_counts(mask: str, strict: bool, expected: int, snapshot: bool | None) -> None:
+def test_the_observer_counts(mask: str, strict: bool, expected: int, path: str | None) -> None:
     """The report counts the weights that the mask let decay, out of those that took part."""
     p, q = weight(1, 1, -1, -2, grad=[1, -1, 0, -1]), weight(1)
-    opt, reports = CautiousDecay(sgd(p, q), mask=mask, strict=strict, snapshot=snapshot), []
+    opt, reports = CautiousDecay(sgd(p, q), mask=mask, strict=strict, path=path), []
     opt.observer = reports.append
     opt.step()
 
@@ -442,10 +442,10 @@ def test_unknown_masks(mask: object) -> None:
 
 
 @ablations
-def test_snapshot_false_is_refused(mask: str) -> None:
-    """An ablation takes a copy; snapshot=False says which mask it is that wants it."""
-    with pytest.raises(ValueError, match="snapshot=False") as caught:
-        CautiousDecay(sgd(weight(1.0)), mask=mask, snapshot=False)
+def test_another_path_is_refused(mask: str) -> None:
+    """An ablation takes a copy: the error of another path names the mask."""
+    with pytest.raises(ValueError, match="path='direction'") as caught:
+        CautiousDecay(sgd(weight(1.0)), mask=mask, path="direction")
 
     assert f"mask={mask!r}" in str(caught.value)
 
@@ -457,7 +457,7 @@ def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
 
     # Gradients are copied as well, until a step has shown that the base leaves them alone.
     assert (24 if mask == "gradient" else 12) == opt.snapshot_bytes
-    assert "path='snapshot'" in repr(opt)
+    assert "path='pieces'" in repr(opt)
 
 
 @all_masks

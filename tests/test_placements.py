@@ -10,7 +10,7 @@ WEIGHTS, GRADIENTS = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
 EXPECTED = [0.85, 1.1, -1.1, -0.85]
 
 
-def work(rank: int, layout: str, snapshot: bool | None) -> None:
+def work(rank: int, layout: str, path: str | None) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -22,7 +22,7 @@ def work(rank: int, layout: str, snapshot: bool | None) -> None:
         p.grad = DTensor.from_local(gradient * (3.0, -2.0)[rank], mesh, [Partial()])
     else:
         p.grad = distribute_tensor(gradient, mesh, [placement])
-    CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.5, snapshot=snapshot).step()
+    CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.5, path=path).step()
     torch.testing.assert_close(p.full_tensor().tolist(), EXPECTED)
 
     q = torch.nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [placement]))
@@ -35,9 +35,9 @@ def work(rank: int, layout: str, snapshot: bool | None) -> None:
     )
 
 
-@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize("path", ["direction", "snapshot"])
 @pytest.mark.parametrize("layout", ["sharded", "replicated", "partial sums"])
-def test_two_ranks_are_one(layout: str, snapshot: bool) -> None:
+def test_two_ranks_are_one(layout: str, path: str) -> None:
     """The mask is that of the whole gradient on every rank, the mean of a cautious update that of the whole tensor."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
-    spawn(2, work, layout, snapshot)
+    spawn(2, work, layout, path)

@@ -22,23 +22,23 @@ def test_four_numbers() -> None:
     assert rules.decay(x - 0.1 * u, x, mask, 0.1 * 0.5).tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
 
 
-@pytest.mark.parametrize("snapshot", [False, True])
-def test_four_numbers_through_the_wrapper(snapshot: bool) -> None:
+@pytest.mark.parametrize("path", ["direction", "snapshot"])
+def test_four_numbers_through_the_wrapper(path: str) -> None:
     """The same four numbers come out of one step of SGD, whichever way the mask is known."""
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
     w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, snapshot=snapshot).step()
+    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, path=path).step()
 
     assert w.tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(False, [0.95, -0.95, 0.0]), (True, [1.0, -1.0, 0.0])])
-@pytest.mark.parametrize("snapshot", [False, True])
-def test_zero_update(strict: bool, expected: list[float], snapshot: bool) -> None:
+@pytest.mark.parametrize("path", ["direction", "snapshot"])
+def test_zero_update(strict: bool, expected: list[float], path: str) -> None:
     """A weight that the step leaves in place decays (the paper's >=), unless strict (>); a zero stays zero."""
     w = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
     w.grad = torch.zeros(3)
-    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, strict=strict, snapshot=snapshot).step()
+    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, strict=strict, path=path).step()
 
     assert w.tolist() == pytest.approx(expected)
 

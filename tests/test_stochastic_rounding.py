@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, rules
+from cwd_wrap.buckets import Coming, Stepped
 from cwd_wrap.kernels import _eager
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,7 @@ NARROW = [torch.bfloat16, torch.float16]
 both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
 MANY = 100_000
 STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
+ROUNDED = {"strict": False, "count": False, "stochastic": True}
 
 
 def all_finite(dtype: torch.dtype) -> Tensor:
@@ -56,6 +58,11 @@ def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> 
     for _ in range(steps):
         opt.step()
     return p.detach()
+
+
+def stepped(w: list[Tensor], eta_lam: float | Tensor) -> Stepped:
+    """Weights that a step left where they were."""
+    return Stepped(w, w, [t.clone() for t in w], None, eta_lam)
 
 
 # ---- the rule
@@ -109,11 +116,11 @@ def test_overflow_is_that_of_rounding_to_nearest() -> None:
 
 
 @both_paths
-def test_one_step_of_ones(snapshot: bool) -> None:
+def test_one_step_of_ones(path: str) -> None:
     """100,000 ones with eta*lam = 2**-10 land on 1 and 1 - 2**-8 only, and on average on 1 - 2**-10."""
     p = torch.nn.Parameter(torch.ones(MANY, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
-    CautiousDecay(SGD([p], lr=0.5), lam=2**-9, snapshot=snapshot, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=0.5), lam=2**-9, path=path, rounding="stochastic").step()
 
     assert set(p.tolist()) == {1.0, 1 - 2**-8}
     assert abs(sigmas(p.detach().float() - (1 - 2**-10))) < 5
@@ -125,15 +132,15 @@ def test_one_step_of_ones(snapshot: bool) -> None:
     [(torch.bfloat16, "normal"), (torch.float16, "normal"), (torch.float16, "subnormal")],
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
-def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, snapshot: bool) -> None:
+def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, path: str) -> None:
     """Where rounding to nearest changes 0 of 100,000 weights, the stochastic mean is the float32 decay.
 
     The same check rejects rounding to nearest, and a decay that is a tenth off.
     """
     x = weights(kind, dtype)
-    wide = decayed(x.float(), "stochastic", snapshot=snapshot)
-    narrow = decayed(x, "stochastic", snapshot=snapshot).float()
-    plain = decayed(x, "nearest", snapshot=snapshot)
+    wide = decayed(x.float(), "stochastic", path=path)
+    narrow = decayed(x, "stochastic", path=path).float()
+    plain = decayed(x, "nearest", path=path)
     error = (narrow - wide) * x.sign()
 
     assert torch.equal(plain, x)
@@ -154,7 +161,7 @@ def test_the_ablations_too(mask: str) -> None:
 def test_a_tensor_learning_rate() -> None:
     """eta*lam as a tensor decays by the same on average."""
     x = torch.ones(MANY, dtype=torch.bfloat16)
-    _eager.decay_from_snapshot([x], [x.clone()], [torch.tensor(1e-3)], strict=False, count=False, stochastic=True)
+    _eager.decay_from_snapshot([stepped([x], torch.tensor(1e-3))], **ROUNDED)
 
     assert abs(sigmas(x.float() - (1 - 1e-3))) < 5
 
@@ -164,11 +171,11 @@ def test_a_tensor_learning_rate() -> None:
 
 @both_types
 @both_paths
-def test_only_the_two_neighbours_occur(snapshot: bool, dtype: torch.dtype) -> None:
+def test_only_the_two_neighbours_occur(path: str, dtype: torch.dtype) -> None:
     """Each weight is one of the two numbers around its float32 value, which lie on either side of it for some."""
     x = weights("normal", dtype)
-    low, high = neighbours(decayed(x.float(), "nearest", 1, snapshot=snapshot), dtype)
-    one = decayed(x, "stochastic", 1, snapshot=snapshot).float()
+    low, high = neighbours(decayed(x.float(), "nearest", 1, path=path), dtype)
+    one = decayed(x, "stochastic", 1, path=path).float()
 
     assert ((one == low) | (one == high)).all()
     assert (one == low).any()
@@ -177,14 +184,14 @@ def test_only_the_two_neighbours_occur(snapshot: bool, dtype: torch.dtype) -> No
 
 @both_types
 @both_paths
-def test_masked_weights_keep_their_bits(snapshot: bool, dtype: torch.dtype) -> None:
+def test_masked_weights_keep_their_bits(path: str, dtype: torch.dtype) -> None:
     """A weight that the step grows is, bit for bit, what the base makes of it."""
     x = weights("normal", dtype)
     p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
     p.grad = alone.grad = torch.randn(MANY).to(dtype)
     SGD([alone], lr=1.0).step()
     grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # and not rounded away: the snapshot would see no step
-    CautiousDecay(SGD([p], lr=1.0), lam=0.01, snapshot=snapshot, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=1.0), lam=0.01, path=path, rounding="stochastic").step()
 
     assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
     assert (p != alone)[~grown].float().mean() > 0.1
@@ -195,15 +202,14 @@ def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> 
     """Zeros, infinities and NaN, in every pair, come out with the bits that rounding to nearest gives them."""
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype)
     w, x = (t.reshape(-1) for t in torch.meshgrid(special, special, indexing="ij"))
-    for decay, companion in ((_eager.decay_from_snapshot, {}), (_eager.decay_along, {"m": [None], "a": [0.0]})):
+    for along in (False, True):
         results = []
         for stochastic in (False, True):
-            out = w.clone()
-            flags = {"strict": False, "count": False, "stochastic": stochastic}
-            if companion:
-                decay(w=[out], g=[x], b=[1.0], eta_lam=[0.5], **companion, **flags)
+            out, flags = w.clone(), ROUNDED | {"stochastic": stochastic}
+            if along:
+                _eager.decay_along([Coming([out], [x], None, 0.0, 1.0, 0.5)], **flags)
             else:
-                decay([out], [x], [0.5], **flags)
+                _eager.decay_from_snapshot([Stepped([out], [out], [x], None, 0.5)], **flags)
             results.append(out.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16))
 
         assert torch.equal(*results)
@@ -211,23 +217,23 @@ def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> 
 
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_weights_draw_nothing(dtype: torch.dtype, snapshot: bool) -> None:
+def test_wide_weights_draw_nothing(dtype: torch.dtype, path: str) -> None:
     """float32 and float64 weights decay as ever, and the generator does not move."""
     x = weights("normal", dtype)
     before = torch.get_rng_state()
-    one = decayed(x, "stochastic", 1, snapshot=snapshot)
+    one = decayed(x, "stochastic", 1, path=path)
 
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one, decayed(x, "nearest", 1, snapshot=snapshot))
+    assert torch.equal(one, decayed(x, "nearest", 1, path=path))
 
 
 @both_paths
-def test_rounding_to_nearest_draws_nothing(snapshot: bool) -> None:
+def test_rounding_to_nearest_draws_nothing(path: str) -> None:
     """The default leaves the generator alone; the stochastic one moves it."""
     x = weights("normal", torch.bfloat16)
     states = [torch.get_rng_state()]
     for rounding in ("nearest", "stochastic"):
-        decayed(x, rounding, 1, snapshot=snapshot)
+        decayed(x, rounding, 1, path=path)
         states.append(torch.get_rng_state())
 
     assert torch.equal(states[0], states[1])
@@ -238,7 +244,7 @@ def test_equal_tensors_are_rounded_apart() -> None:
     """Two tensors of the same weights, packed together or not, and two blocks of one, get numbers of their own."""
     sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
     w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
-    _eager.decay_from_snapshot(w, [t.clone() for t in w], [2**-9] * len(w), strict=False, count=False, stochastic=True)
+    _eager.decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
     for one, other in ((w[0], w[1]), (w[2], w[3]), w[4].chunk(2)):
         assert 0.45 < (one == other).float().mean() < 0.55
 
@@ -247,12 +253,12 @@ def test_equal_tensors_are_rounded_apart() -> None:
 
 
 @both_paths
-def test_the_seed_decides(snapshot: bool) -> None:
+def test_the_seed_decides(path: str) -> None:
     """torch.manual_seed makes a run reproducible, and another seed makes another."""
     x, runs = weights("normal", torch.bfloat16), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        runs.append(decayed(x, "stochastic", 3, snapshot=snapshot))
+        runs.append(decayed(x, "stochastic", 3, path=path))
 
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -264,9 +270,9 @@ from support import train, values
 from test_stochastic_rounding import narrow_net
 torch.set_num_threads(1)
 saved, resumed = torch.load(sys.argv[1]), []
-for snapshot, states in saved.items():
+for path, states in saved.items():
     for restored in (True, False):
-        model, opt = narrow_net(snapshot)
+        model, opt = narrow_net(path)
         model.load_state_dict(states["model"])
         opt.load_state_dict(states["optimizer"])
         if restored:
@@ -277,22 +283,22 @@ torch.save(resumed, sys.argv[1])
 """
 
 
-def narrow_net(snapshot: bool) -> tuple[torch.nn.Module, CautiousDecay]:
+def narrow_net(path: str) -> tuple[torch.nn.Module, CautiousDecay]:
     """A bfloat16 net that takes float32 batches through ``float_in``, and its optimizer."""
     model = net().to(torch.bfloat16)
     base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
     model.float_in = lambda x: model(x.to(torch.bfloat16)).float()
-    return model, CautiousDecay(base, snapshot=snapshot, rounding="stochastic")
+    return model, CautiousDecay(base, path=path, rounding="stochastic")
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
     """Four steps, a checkpoint, and four more in another process are eight steps, if the generator is restored."""
     file, saved, expected = tmp_path / "checkpoint.pt", {}, []
-    for snapshot in (False, True):
-        model, opt = narrow_net(snapshot)
+    for path in ("direction", "snapshot"):
+        model, opt = narrow_net(path)
         train(model.float_in, opt, range(4))
         states = {"model": model.state_dict(), "optimizer": opt.state_dict(), "random": torch.get_rng_state()}
-        saved[snapshot] = copy.deepcopy(states)
+        saved[path] = copy.deepcopy(states)
         train(model.float_in, opt, range(4, 8))
         expected += [values(model)] * 2
     torch.save(saved, file)
@@ -306,7 +312,7 @@ def test_the_state_dict_is_the_plain_optimizers() -> None:
     """Nothing of it is saved: after training, the state dict has the plain optimizer's keys, group for group."""
     dicts = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
-        model, _ = narrow_net(False)
+        model, _ = narrow_net("direction")
         opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
         train(model.float_in, opt, range(2))
         dicts.append(opt.state_dict())
@@ -345,7 +351,7 @@ def test_on_a_card(dtype: torch.dtype) -> None:
 
     def work() -> None:
         w.copy_(x)
-        kernel.decay_from_snapshot([w], [x], [1e-4], strict=False, count=False, stochastic=True)
+        kernel.decay_from_snapshot([Stepped([w], [w], [x], None, 1e-4)], **ROUNDED)
 
     work()
     graph = torch.cuda.CUDAGraph()

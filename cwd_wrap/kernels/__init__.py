@@ -3,13 +3,13 @@
 import importlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from cwd_wrap import notices
 from cwd_wrap.buckets import Coming, Count, Stepped, Whole
 
 BACKENDS = ("eager", "numba", "triton")
@@ -72,7 +72,7 @@ def check(backend: str | None) -> None:
 
 
 def choose(backend: str | None, device: torch.device) -> Backend:
-    """The module that carries the rules out on ``device``: a compiled one where it can run, unless ``backend`` is given."""
+    """The module that carries the rules out on ``device``: ``backend``, or a compiled one where it can run."""
     chosen = name(backend, device)
     if chosen == "triton":
         from cwd_wrap.kernels import _triton
@@ -84,7 +84,7 @@ def choose(backend: str | None, device: torch.device) -> Backend:
         except ImportError as error:  # installed, but broken: only now is it known, since importing it is slow
             _obstacles["numba", device] = f"numba cannot be imported ({error})"
             if backend is None:
-                warnings.warn(f"cwd_wrap steps without numba, which cannot be imported: {error}", stacklevel=2)
+                notices.warn(f"cwd_wrap steps without numba, which cannot be imported: {error}")
             return choose(backend, device)
         return _numba
     from cwd_wrap.kernels import _eager

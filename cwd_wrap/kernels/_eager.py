@@ -226,9 +226,9 @@ def _lines(*tensors: Tensor) -> list[Tensor]:
     return [t.permute(order).reshape(-1) for t in tensors]
 
 
-def _write_back(weight: Tensor, line: Tensor) -> None:
-    if line.data_ptr() != weight.data_ptr():
-        in_order = weight.permute(_order(weight))
+def _write_back(t: Tensor, line: Tensor, order: list[int] | None = None) -> None:
+    if line.data_ptr() != t.data_ptr():
+        in_order = t.permute(_order(t) if order is None else order)
         in_order.copy_(line.view_as(in_order))
 
 

@@ -1,0 +1,14 @@
+"""Warnings that name the user's own line."""
+
+import inspect
+import warnings
+
+_NOT_THE_USERS = ("cwd_wrap", "torch", "contextlib")
+
+
+def warn(text: str) -> None:
+    """Warn at the first line up the stack that is neither this package's nor torch's, however many lie between."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
