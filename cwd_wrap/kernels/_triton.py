@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cwd_wrap.buckets import Coming, Count, Stepped, Whole
-from cwd_wrap.kernels._eager import _order
+from cwd_wrap.kernels._eager import _order, _write_back
 from cwd_wrap.updates import SGD, Adam, Update
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
@@ -46,6 +46,7 @@ ROW = (
     4 + NUMBERS
 )  # before them: eta*lam and the learning rate, as an address on the device (or 0) or as numbers (or 0.0)
 
+_COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
 _DTYPE = attrgetter("dtype")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -506,28 +507,26 @@ def _launch(
     sizes = list(map(Tensor.numel, columns[0])) if columns else []
     if not any(sizes):
         return None
-    contiguous = all(map(Tensor.is_contiguous, chain.from_iterable(columns)))
-    lines = columns if contiguous else _lines(columns)
+    lines = _in_order(columns)
     types = [line[0].dtype for line in lines]
     wide = torch.float64 if types[0] == torch.float64 else torch.float32
     written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
     addresses = _bytes(list(map(Tensor.data_ptr, chain.from_iterable(lines))))
-    device = columns[0][0].device
-    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {columns[0][0].get_device(), torch.float32}:
-        steps = [step.to(device, torch.float32) for step in steps]
     row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
+    first = columns[0][0]
+    device = first.device
+    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {first.get_device(), torch.float32}:
+        steps = [step.to(device, torch.float32) for step in steps]
+    counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
-        scalars = [[_on_device(scalar, device, wide) for scalar in (eta_lam, lr)] for eta_lam, lr, _ in rows]
-        packed = b"".join(_packed(pair, numbers) for pair, (_, _, numbers) in zip(scalars, rows, strict=True))
-        table = _table(_plain, device, packed)
+        rows = [(_on_device(eta_lam, device, wide), _on_device(lr, device, wide), more) for eta_lam, lr, more in rows]
+        table = _table(_plain, device, b"".join(map(_packed, rows)))
         chunks = _table(_chunks, device, _bytes(sizes), _bytes(row_of))
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
         seeds = None
         if stochastic and any(types[column].itemsize == 2 for column in written):
             # Drawn on the device: nothing waits, and a graph draws anew.
             seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
-        first, second, third, fourth, fifth = ([_TYPES[t] for t in types] + [None] * 4)[:5]
-        counters = _bytes(list(map(Tensor.data_ptr, steps)))
         _sweep[(len(chunks),)](
             _table(_plain, device, addresses).view(torch.int64),
             len(sizes),
@@ -541,11 +540,7 @@ def _launch(
             RULE=rule,
             UPDATE=update,
             WRITE=write,
-            FIRST=first,
-            SECOND=second,
-            THIRD=third,
-            FOURTH=fourth,
-            FIFTH=fifth,
+            **dict(zip(_COLUMNS, [*map(_TYPES.get, types), None, None, None, None], strict=False)),
             ROW=ROW,
             WIDE=_TYPES[wide],
             ALIGNED=_aligned_all(addresses),
@@ -555,9 +550,24 @@ def _launch(
             num_warps=THREADS // (64 if torch.version.hip else 32),
             enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
         )
-    if not contiguous:
-        _write_back(columns, lines, written)
+    for column in written if lines is not columns else ():
+        for t, line, first in zip(columns[column], lines[column], columns[0], strict=True):
+            if line is not t:
+                _write_back(t, line, _order(first))
     return counts
+
+
+def _in_order(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """The columns, each row contiguous and in one order of its elements: views of what is dense, copies of the rest."""
+    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        return columns
+    lines = [list(column) for column in columns]
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if not all(map(Tensor.is_contiguous, row)):
+            order = _order(row[0])
+            for line, t in zip(lines, row, strict=True):
+                line[i] = t.permute(order).contiguous()
+    return lines
 
 
 def _guard(device: torch.device) -> AbstractContextManager[object]:
@@ -575,35 +585,13 @@ def _on_device(scalar: float | Tensor, device: torch.device, wide: torch.dtype) 
     return float(scalar)
 
 
-def _packed(scalars: Sequence[float | Tensor], numbers: Sequence[float]) -> bytes:
-    """A row of the table of buckets."""
+def _packed(row: _Row) -> bytes:
+    """A row as it is in the table, see `ROW`."""
+    *scalars, numbers = row
     addresses = array("q", (scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars))
     values = array("d", (0.0 if isinstance(scalar, Tensor) else scalar for scalar in scalars))
-    values.extend(numbers)
-    values.extend([0.0] * (NUMBERS - len(numbers)))
+    values.extend([*numbers, *[0.0] * (NUMBERS - len(numbers))])
     return addresses.tobytes() + values.tobytes()
-
-
-# ---- tensors that are not contiguous
-
-
-def _lines(columns: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """The columns with the tensors of each row as lines of one order: views where they are dense, else copies."""
-    lines = [list(column) for column in columns]
-    for i, row in enumerate(zip(*columns, strict=True)):
-        if not all(map(Tensor.is_contiguous, row)):
-            order = _order(row[0])
-            for line, t in zip(lines, row, strict=True):
-                line[i] = t.permute(order).contiguous()
-    return lines
-
-
-def _write_back(columns: Sequence[Sequence[Tensor]], lines: Sequence[Sequence[Tensor]], written: Sequence[int]) -> None:
-    """Copy what was written to copies to the tensors that these stand for."""
-    for column in written:
-        for t, line, first in zip(columns[column], lines[column], columns[0], strict=True):
-            if line.data_ptr() != t.data_ptr():
-                t.permute(_order(first)).copy_(line)
 
 
 # ---- the tables
