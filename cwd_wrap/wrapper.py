@@ -144,7 +144,12 @@ class OptimizerWrapper(Contract):
         named = "weight_decay" in param_group
         self._check_snapshot(self._reason(self.defaults | param_group))
         weight_decay.check_group(
-            self.defaults | param_group, len(self.param_groups), self.lam, self.step_size, self._owner, self._way_out
+            self.defaults | param_group,
+            len(self.param_groups),
+            self.lam,
+            self.step_size,
+            self.base_optimizer,
+            self._way_out,
         )
         super().add_param_group(param_group)
         added = self.param_groups[-1]
@@ -245,7 +250,7 @@ class OptimizerWrapper(Contract):
         chosen = [self.lam is not None and (has or not any(has_decay)) for has in has_decay]
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
             given = group | {"weight_decay": self.lam} if take else group
-            weight_decay.check_group(given, i, self.lam, self.step_size, self._owner, self._way_out)
+            weight_decay.check_group(given, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             self._check_snapshot(self._reason(group))
         for group, take in zip(self.param_groups, chosen, strict=True):
             if take and "weight_decay" in group:
@@ -263,9 +268,8 @@ class OptimizerWrapper(Contract):
             )
 
     def _eta_lams(self) -> list[float | Tensor]:
-        step_size = self.step_size or quirks.step_size(self.base_optimizer)
         return [
-            weight_decay.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
+            weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
 

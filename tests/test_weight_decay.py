@@ -10,6 +10,8 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from cwd_wrap import CautiousDecay, weight_decay
 
+BASE = SGD([weight(1.0)], lr=1.0)  # gives its name, and options by name that it has none of
+
 LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
     "lr": ({"lr": 0.25, "weight_decay": 0.5}, 0.125),
     "lr = 0": ({"lr": 0.0, "weight_decay": 0.5}, 0.0),
@@ -57,7 +59,7 @@ LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
 @pytest.mark.parametrize(("group", "expected"), LR_AND_LAM.values(), ids=list(LR_AND_LAM))
 def test_the_table_of_eta(group: dict[str, Any], expected: float) -> None:
     """eta * lam, for each kind of group."""
-    assert pytest.approx(expected) == weight_decay.eta_lam(group, 0, None, None, "Base")
+    assert pytest.approx(expected) == weight_decay.eta_lam(group, 0, None, None, BASE)
 
 
 @both_paths
@@ -77,19 +79,19 @@ def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, snap
 def test_a_tensor_learning_rate_stays_a_tensor() -> None:
     """A tensor lr gives a tensor on its own device, unread: reading one on "meta" would raise."""
     group = {"lr": torch.tensor(0.25, device="meta"), "weight_decay": 0.5}
-    eta_lam = weight_decay.eta_lam(group, 0, None, None, "Base")
+    eta_lam = weight_decay.eta_lam(group, 0, None, None, BASE)
 
     assert isinstance(eta_lam, Tensor)
     assert "meta" == eta_lam.device.type
-    assert 0.125 == weight_decay.eta_lam({"lr": torch.tensor(0.25), "weight_decay": 0.5}, 0, None, None, "Base").item()
+    assert 0.125 == weight_decay.eta_lam({"lr": torch.tensor(0.25), "weight_decay": 0.5}, 0, None, None, BASE).item()
 
 
 def test_a_tensor_weight_decay_stays_a_tensor() -> None:
     """So does a tensor weight_decay."""
     group = {"lr": 0.25, "weight_decay": torch.tensor(0.5, device="meta")}
 
-    assert "meta" == weight_decay.eta_lam(group, 0, None, None, "Base").device.type
-    assert 0.125 == weight_decay.eta_lam({"lr": 0.25, "weight_decay": torch.tensor(0.5)}, 0, None, None, "Base").item()
+    assert "meta" == weight_decay.eta_lam(group, 0, None, None, BASE).device.type
+    assert 0.125 == weight_decay.eta_lam({"lr": 0.25, "weight_decay": torch.tensor(0.5)}, 0, None, None, BASE).item()
 
 
 @both_paths
