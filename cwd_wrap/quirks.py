@@ -22,6 +22,7 @@ _REFUSED: Mapping[str, str] = {
     "Nero": _ANEW,
     "DAdaptAdaGrad": _ANEW,
     "dadaptation.DAdaptSGD": _ANEW,
+    "MSAMLaProp": _ANEW,
     "BSAM": "its weight_decay is the precision of a prior and multiplies the gradient: at 0 it does not train",
     "SafeFP16Optimizer": "it keeps the weights in a flat float32 copy. Wrap the optimizer inside it",
     "LOMO": "it steps inside backward, where a wrapper's step cannot see it",
@@ -54,14 +55,14 @@ _WARNED: Mapping[str, str] = {
 ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
 
 
-def refusal(optimizer: Optimizer) -> str | None:
-    """Why ``optimizer`` cannot be wrapped; None if it can."""
+def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
+    """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can."""
     if any("ScheduleFree" in name for name in _names(optimizer)):
         return _ANEW
-    if any(_has_master_bits(group) for group in optimizer.param_groups):
+    if rounding != "stochastic" and any(map(_has_master_bits, getattr(optimizer, "param_groups", ()))):
         return (
-            "it keeps further bits of its 16-bit weights apart from them, and a decay below half a unit in the last "
-            "place would be lost. Switch that off (master_weight_bits=None, param_ecc=None), or keep float32 weights"
+            "it keeps further bits of its 16-bit weights apart from them, so that its own decay counts where one of "
+            "the weights alone is rounded away. Pass rounding='stochastic', or keep float32 weights"
         )
     return next((_REFUSED[name] for name in _names(optimizer) if name in _REFUSED), None)
 
@@ -153,6 +154,14 @@ def _kron(_: Any, group: Group) -> Any:
     return "it draws a factor for each tensor: pass stochastic_weight_decay=False" if drawn else None
 
 
+def _timm_muon(_: Any, group: Group) -> Any:
+    """Vectors, and what a group says, are left to AdamW."""
+    scale = group.get("fallback_lr_scale", 1.0)
+    if scale != 1 and not group.get("use_fallback"):
+        return f"what it leaves to AdamW has fallback_lr_scale={scale:g} of it: pass fallback_lr_scale=1"
+    return group["lr"] * scale
+
+
 def _timm_adafactor(_: Any, group: Group) -> Any:
     """Its ``scale_parameter`` acts on the relative step alone."""
     return None if group["relative_step"] else group["lr"]
@@ -218,6 +227,7 @@ _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
     "SGDP": _sgdp,
     "timm.Adafactor": _timm_adafactor,
     "timm.Kron": _kron,
+    "timm.Muon": _timm_muon,
     "ROSE": _rose,
     "rose_opt.Rose": _rose,
     "StableAdamW": _differs("it divides the learning rate by a size of each tensor's update"),

@@ -214,7 +214,7 @@ class OptimizerWrapper(Contract):
             if self._reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
                 msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
-            if (reason := quirks.refusal(layer)) is not None:
+            if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
 

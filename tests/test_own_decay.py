@@ -32,6 +32,7 @@ FURTHER = ("optimi", "rose_opt")
 
 SWITCHES = re.compile(r"decay|decoupl|wd|fixed|corrected|scale_parameter|bias_correction|no_prox")
 VALUES: dict[str, tuple[Any, ...]] = {
+    "fallback_lr_scale": (0.5,),
     "momentum": (0.9,),
     "wd_ratio": (1.0,),
     "wd_schedule": (True, 2e-3),

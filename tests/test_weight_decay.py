@@ -1,5 +1,6 @@
 """How much is eta * lam? One row for each kind of optimizer, with numbers that can be checked by eye."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -27,6 +28,37 @@ LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
         {"lr": 0.25, "weight_decay": 0.5, "corrected_weight_decay": False, "max_lr_snapshot": 0.5},
         0.125,
     ),
+    "fixed_decay of a coupled decay": (
+        {"lr": 0.25, "weight_decay": 0.5, "fixed_decay": True, "weight_decouple": False},
+        0.125,
+    ),
+    "corrected_weight_decay of a coupled decay": (
+        {
+            "lr": 0.25,
+            "weight_decay": 0.5,
+            "corrected_weight_decay": True,
+            "max_lr_snapshot": 0.5,
+            "decoupled_decay": False,
+        },
+        0.125,
+    ),
+    "corrected_weight_decay before timm 1.0.23": (
+        {"lr": 0.25, "weight_decay": 0.5, "corrected_weight_decay": True},
+        0.03125,  # the default lr of the base is 1
+    ),
+    "unscaled_wd": ({"lr": 0.25, "weight_decay": 0.5, "unscaled_wd": True}, 0.5),
+    "unscaled_wd, corrected": (
+        {
+            "lr": 0.25,
+            "weight_decay": 0.5,
+            "unscaled_wd": True,
+            "corrected_weight_decay": True,
+            "max_lr_snapshot": 0.5,
+        },
+        0.25,
+    ),
+    "lr that a schedule's rounding left of 0": ({"lr": -1.85e-20, "weight_decay": 0.5}, 0.0),
+    "the same on the other side": ({"lr": 1.85e-20, "weight_decay": 0.5, "fixed_decay": True}, 0.0),
     "d of Prodigy": ({"lr": 1.0, "weight_decay": 0.5, "d": 0.25, "growth_rate": 2.0, "k": 0}, 0.125),
     "d of Prodigy, bias correction, step 1": (
         {
@@ -74,6 +106,95 @@ def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, snap
     opt.step()
 
     torch.testing.assert_close(torch.full((2,), 1 - expected), p.detach())
+
+
+def named(name: str, **attributes: Any) -> Optimizer:
+    """An optimizer with the name "library.Class"."""
+    library, _, cls = name.rpartition(".")
+    optimizer = type(cls, (SGD,), {"__module__": f"{library}.of_that"})([weight(1.0)], lr=1.0)
+    vars(optimizer).update(attributes)
+    return optimizer
+
+
+BY_NAME: dict[str, tuple[Optimizer, dict[str, Any], float]] = {
+    "SGDP": (named("timm.SGDP"), {"lr": 0.25, "wd_ratio": 1.0, "momentum": 0.75}, 1.0),
+    "SGDP with fixed_decay": (
+        named("any.SGDP"),
+        {"lr": 0.25, "wd_ratio": 1, "momentum": 0.75, "fixed_decay": True},
+        4.0,
+    ),
+    "AdamP": (named("timm.AdamP"), {"lr": 0.25, "wd_ratio": 1.0}, 0.25),
+    "Muon's fallback": (named("timm.Muon"), {"lr": 0.25, "fallback_lr_scale": 0.5, "use_fallback": True}, 0.125),
+    "optimi, decouple_lr": (
+        named("optimi.OptimiOptimizer"),
+        {"lr": 0.25, "decouple_lr": True, "max_lr": 0.5, "initial_lr": 0.125},  # initial_lr is a scheduler's
+        0.5,
+    ),
+    "optimi": (named("optimi.OptimiOptimizer"), {"lr": 0.25, "decouple_lr": False, "max_lr": 0.5}, 0.25),
+    "FlashAdamW, decouple_lr": (
+        named("pytorch_optimizer.FlashAdamW"),
+        {"lr": 0.25, "decouple_lr": True, "initial_lr": 0.5, "max_lr": 0.125},  # max_lr is OneCycleLR's
+        0.5,
+    ),
+    "flashoptim, decouple_lr": (
+        named("flashoptim.FlashOptimizer", _decouple_lr=True),
+        {"lr": 0.25, "initial_lr": 0.5},
+        0.5,
+    ),
+    "flashoptim": (named("flashoptim.FlashOptimizer", _decouple_lr=False), {"lr": 0.25, "initial_lr": 0.5}, 0.25),
+    "ROSE, reference given": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": 0.5}, 0.5),
+    "ROSE, from a schedule": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": True, "initial_lr": 0.5}, 0.5),
+    "ROSE, no schedule yet": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": True}, 1.0),
+    "ROSE without": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": False}, 0.25),
+    "heavyball": (named("heavyball.ChainOpt"), {"lr": 0.25, "warmup_steps": 0}, 0.25),
+    "heavyball, first step of warm-up": (named("heavyball.ChainOpt"), {"lr": 0.25, "warmup_steps": 1}, 0.125),
+    "heavyball, after warm-up": (
+        named("heavyball.ChainOpt"),
+        {"lr": 0.25, "warmup_steps": 1, "step_count": torch.tensor(1)},
+        0.25,
+    ),
+}
+
+
+@pytest.mark.parametrize(("base", "group", "expected"), BY_NAME.values(), ids=list(BY_NAME))
+def test_the_table_of_eta_by_name(base: Optimizer, group: dict[str, Any], expected: float) -> None:
+    """eta of optimizers whose group does not tell it, from their names. (test_own_decay.py measures it.)"""
+    assert pytest.approx(expected) == float(weight_decay.eta(group, "here", base))
+
+
+def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
+    """AdamC decays by lr**2 / max_lr, lr being that of the warm-up."""
+    adamc = type("AdamC", (type(named("heavyball.ChainOpt")),), {"__module__": "heavyball"})([weight(1.0)], lr=1.0)
+    group = {"lr": 0.5, "max_lr": 0.5, "warmup_steps": 1}
+
+    assert 0.125 == float(weight_decay.eta(group, "here", adamc))
+
+
+NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
+    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1 of it: give the group wd_ratio=1"),
+    "Kron": (named("timm.Kron"), {"stochastic_weight_decay": True}, "pass stochastic_weight_decay=False"),
+    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5 of it: pass fallback_lr_scale=1"),
+    "Adafactor": (named("transformers.Adafactor"), {"scale_parameter": True}, "pass scale_parameter=False"),
+    "Apollo": (
+        named("pytorch_optimizer.ApolloDQN"),
+        {"weight_decay_type": "stable"},
+        "pass another weight_decay_type",
+    ),
+    "SPlus": (named("pytorch_optimizer.SPlus"), {}, "the shape of each tensor: give the group weight_decay=0"),
+    "Magma": (named("pytorch_optimizer.Magma"), {}, "wrap the optimizer inside it"),
+}
+
+
+@pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
+def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options: dict[str, Any], text: str) -> None:
+    """The error names the group and the optimizer, says why, and what to do; so does that of a group added later."""
+    name = type(base).__name__
+    base.param_groups[0] |= options
+    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no one step size for its decay: .*{text}"):
+        CautiousDecay(base).add_param_group({"params": [weight(1.0)], "weight_decay": 0.5, **options})
+    base.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match=rf"param group 0 of {name} .*{text}, or pass step_size=, a function"):
+        CautiousDecay(base)
 
 
 def test_a_tensor_learning_rate_stays_a_tensor() -> None:
@@ -224,6 +345,150 @@ def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
 
     assert 100 * ds[0] < ds[-1]
     torch.testing.assert_close(q, p, rtol=1e-12, atol=0)
+
+
+def test_a_linear_schedule_to_zero_ends_without_an_error() -> None:
+    """torch's LinearLR misses 0 by a rounding, to the negative side: no step, no decay, as with AdamW alone."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(AdamW([p], lr=1e-3, weight_decay=0.5))
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=4)
+    for _ in range(4):
+        opt.step()
+        schedule.step()
+    before = p.item()
+    opt.step()
+
+    assert -1e-12 < opt.param_groups[0]["lr"] < 0
+    assert before == p.item() < 1
+
+
+def test_a_negative_learning_rate_is_still_an_error() -> None:
+    """Above a rounding's size a negative learning rate is refused."""
+    opt = CautiousDecay(SGD([weight(1.0, grad=[0.0])], lr=0.1, weight_decay=0.5))
+    opt.param_groups[0]["lr"] = -1e-11
+    with pytest.raises(ValueError, match=r"lr of param group 0 of SGD is -1e-11: pass a finite number, zero or above"):
+        opt.step()
+
+
+def test_a_decay_of_more_than_the_whole_weight_warns_once() -> None:
+    """eta*lam above 1 turns weights around: said once for each group, with the numbers; tensors are not read."""
+    groups = [{"params": [weight(1.0, grad=[0.0])], "lr": lr} for lr in (0.5, 1.5, torch.tensor(1.5), 2.0)]
+    opt = CautiousDecay(SGD(groups, lr=1.0, weight_decay=1.0, foreach=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+        opt.step()
+
+    assert [
+        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step takes more than "
+        "the whole weight and turns its sign. Choose a smaller weight_decay"
+        for i, lr in ((1, 1.5), (3, 2.0))
+    ] == [str(w.message) for w in caught]
+
+
+class Fading(SGD):
+    """Rewrites its own weight_decay in the course of its step."""
+
+    def step(self, closure: Any = None) -> Any:
+        """SGD's, and less decay from then on."""
+        for group in self.param_groups:
+            group["weight_decay"] = self.fade(group["weight_decay"])
+        return super().step(closure)
+
+
+def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
+    """What is computed from the 0 that stands there during the step is no new value: the old one stays."""
+    p = weight(1.0, grad=[0.0])
+    base = Fading([p], lr=0.5, weight_decay=0.5)
+    base.fade = lambda decay: decay * 0.99
+    opt = CautiousDecay(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+        opt.step()
+
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+    assert 0.75**2 == p.item()
+    assert [
+        "weight_decay of param group 0 of Fading was set to 0.0 while the base stepped with its decay off; it is kept "
+        "at 0.5. To change it, set it from a hook of the wrapper, or between steps"
+    ] == [str(w.message) for w in caught]
+
+
+def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
+    """Lookahead's inner optimizer runs its hooks while the decay is off, around the whole of Lookahead's step."""
+    library = pytest.importorskip("pytorch_optimizer")
+    base = SGD([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
+    base.register_step_post_hook(
+        lambda opt, *_: opt.param_groups[0].update(weight_decay=opt.param_groups[0]["weight_decay"] * 0.99)
+    )
+    opt = CautiousDecay(library.Lookahead(base))
+    with pytest.warns(UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* kept at 0.5"):
+        opt.step()
+
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+
+
+def test_a_decay_set_while_it_is_off_wins() -> None:
+    """A number other than 0 was not computed from ours: it is a schedule's, and stays."""
+    base = Fading([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
+    base.fade = lambda _: 0.25
+    opt = CautiousDecay(base)
+    opt.step()
+
+    assert 0.25 == opt.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pytorch_optimizer.SaRA", "it trains only the weights below its threshold"),
+        ("pytorch_optimizer.GSAM", "it makes the gradients inside its own step.* Wrap the optimizer inside it"),
+        ("torchao.CPUOffloadOptimizer", r"optimizer_class=CautiousDecay.over\(AdamW\)"),
+        ("torch.PostLocalSGDOptimizer", "Wrap the optimizer inside it"),
+        ("heavyball.MSAMLaProp", "it computes the weights anew at each step"),
+    ],
+)
+def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) -> None:
+    """The error says why and, where there is one, names the way."""
+    with pytest.raises(ValueError, match=f"CautiousDecay cannot be put around {name.split('.')[1]}: .*{text}"):
+        CautiousDecay(named(name), lam=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flashoptim.FlashAdamW", {"master_bytewidth": 3}),
+        ("pytorch_optimizer.FlashAdamW", {"master_byte_width": 3}),
+        ("heavyball.ChainOpt", {"param_ecc": "bf16+8"}),
+    ],
+)
+def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: str, options: dict[str, Any]) -> None:
+    """Rounded to nearest, a small decay would be lost where the optimizer's own counts; float32 weights are whole."""
+    base = named(name)
+    base.param_groups[0] |= options
+    base.param_groups[0]["params"] = [weight(1.0, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match=r"further bits of its 16-bit weights .*rounding='stochastic'"):
+        CautiousDecay(base, lam=0.5)
+    CautiousDecay(base, lam=0.5, rounding="stochastic")
+    base.param_groups[0] |= {"params": [weight(1.0)], "param_ecc": None}
+    CautiousDecay(base, lam=0.5)
+
+
+def test_stochastic_rounding_decays_weights_whose_further_bits_are_kept_apart() -> None:
+    """FlashAdamW with 24 master bits: 100 steps of 1e-3 leave 0.999**100, as its own decay does, to half a percent."""
+    library = pytest.importorskip("pytorch_optimizer")
+    means = []
+    for wrapped in (False, True):
+        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+        opt = library.FlashAdamW([p], lr=1e-3, weight_decay=1.0, master_weight_bits=24)
+        opt = CautiousDecay(opt, rounding="stochastic") if wrapped else opt
+        for _ in range(100):
+            p.grad = torch.zeros_like(p)
+            opt.step()
+        means.append(p.detach().float().mean().item())
+
+    assert [pytest.approx(0.999**100, rel=5e-3)] * 2 == means
 
 
 # ------------------------------------------------------------------------------------ where lam goes
