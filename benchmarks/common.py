@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -43,6 +44,22 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> 
     return seconds
 
 
+def interleaved_steps(optimizers: Mapping[str, torch.optim.Optimizer], rounds: int) -> dict[str, list[float]]:
+    """`interleaved` for the steps of optimizers. Raises unless each of them has moved its weights."""
+    before = {name: _sample(optimizer) for name, optimizer in optimizers.items()}
+    seconds = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, rounds)
+    for name, optimizer in optimizers.items():
+        if not (_sample(optimizer) != before[name]).float().mean() > 0.9:
+            raise SystemExit(f"{name} has not moved its weights: its times mean nothing")
+    return seconds
+
+
+def _sample(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The first weights of each tensor, copied."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.detach().flatten()[:16] for p in parameters]).clone()
+
+
 def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> None:
     """Median milliseconds, and the median over the rounds of the ratio to the baseline's time in the same round."""
     print(f"{'':48}{'ms':>9}{'ratio':>8}{'quartiles':>16}")
@@ -59,4 +76,11 @@ def where() -> str:
         platform.processor(),
     )
     machine = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{machine}; torch {torch.__version__}; {date.today()}"
+    return f"{machine}; torch {torch.__version__}, {_version('numba')}; {date.today()}"
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"

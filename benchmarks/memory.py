@@ -5,14 +5,40 @@ python benchmarks/memory.py
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from common import gpt2_small, where
+from torch.optim import Adafactor, AdamW, Muon, Optimizer, RMSprop, Rprop
 
 from cwd_wrap import CautiousDecay
 
-CASES = {"plain AdamW": None, "direction": None, "snapshot": True, "snapshot, then dropped": True}
+MEBI = 2**20
+
+
+def matrices() -> list[torch.nn.Parameter]:
+    """Eight matrices of 16 MiB: two pieces, and quick for Muon."""
+    parameters = [torch.nn.Parameter(torch.randn(1024, 4096) * 0.02) for _ in range(8)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    return parameters
+
+
+# What is built, and the path that is forced.
+CASES: dict[str, tuple[Callable[[], Optimizer], str | None]] = {
+    "AdamW, plain": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "plain"),
+    "AdamW, one_pass": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "one_pass"),
+    "AdamW, direction": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "direction"),
+    "AdamW, pieces": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "pieces"),
+    "AdamW, snapshot": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "snapshot"),
+    "AdamW, snapshot, then dropped": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "snapshot"),
+    "RMSprop with momentum": (lambda: RMSprop(gpt2_small(), lr=1e-4, momentum=0.9, weight_decay=0.1), None),
+    "Rprop": (lambda: Rprop(gpt2_small(), lr=1e-4), None),
+    "ASGD": (lambda: torch.optim.ASGD(gpt2_small(), lr=1e-4, weight_decay=0.1), None),
+    "Adafactor, 8 matrices": (lambda: Adafactor(matrices(), lr=1e-4, weight_decay=0.1), None),
+    "Muon, 8 matrices": (lambda: Muon(matrices(), lr=1e-4, weight_decay=0.1), None),
+}
 
 
 def resident(field: str) -> int:
@@ -23,22 +49,33 @@ def resident(field: str) -> int:
     raise KeyError(field)
 
 
-def reset_peak() -> None:
+def peak_of(optimizer: Optimizer) -> int:
+    """Bytes above what is held now, at the peak of one step."""
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
+    optimizer.step()
+    return resident("VmHWM") - before
 
 
 def measure(case: str) -> None:
-    """Print the peak of one step above what is held before it, what stays after it, and the bytes announced."""
-    optimizer = torch.optim.AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True)
+    """Print the peak of one step above that of the plain optimizer's step, what stays, and the bytes announced."""
+    build, path = CASES[case]
+    optimizer = build()
+    lam = None if "weight_decay" in optimizer.param_groups[0] else 0.1
     optimizer.step()  # the base's own state is not what is asked for
-    wrapped = optimizer if case == "plain AdamW" else CautiousDecay(optimizer, snapshot=CASES[case])
+    plain = peak_of(optimizer)
+    if path == "plain":
+        print(plain, 0, 0)
+        return
+    wrapped = CautiousDecay(optimizer, lam, path=path)
+    small = torch.nn.Parameter(torch.ones(1000))
+    small.grad = torch.ones(1000)
+    CautiousDecay(AdamW([small], fused=True), 0.1, path="direction").step()  # numba and its code are loaded
     before = resident("VmRSS")
-    reset_peak()
-    wrapped.step()
-    peak = resident("VmHWM") - before
-    if case == "snapshot, then dropped":
+    peak = peak_of(wrapped)
+    if "dropped" in case:
         wrapped.drop_snapshot()
-    print(peak, resident("VmRSS") - before, getattr(wrapped, "snapshot_bytes", 0))
+    print(peak - plain, resident("VmRSS") - before, wrapped.snapshot_bytes)
 
 
 def main() -> None:
@@ -47,11 +84,11 @@ def main() -> None:
         return
     weights = sum(p.numel() for p in gpt2_small())
     print(where())
-    print(f"GPT-2 small: {weights:,} float32 weights, {4 * weights / 2**20:.1f} MiB\n")
-    print(f"{'':28}{'peak of a step':>16}{'left after it':>16}{'snapshot_bytes':>16}   (MiB above the plain state)")
+    print(f"GPT-2 small: {weights:,} float32 weights, {4 * weights / MEBI:.1f} MiB, the largest tensor 147.2 MiB\n")
+    print(f"{'MiB above the plain step':32}{'peak of a step':>16}{'left after it':>16}{'snapshot_bytes':>16}")
     for case in CASES:
         run = subprocess.run([sys.executable, __file__, case], check=True, capture_output=True, text=True)
-        print(f"{case:28}" + "".join(f"{int(n) / 2**20:16.1f}" for n in run.stdout.split()))
+        print(f"{case:32}" + "".join(f"{int(n) / MEBI:16.1f}" for n in run.stdout.split()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""What torch and its users require of an optimizer, for one that is put around another. All of it but the step.
+"""The interface of torch.optim.Optimizer for an optimizer that wraps another: all of it but the step.
 
 It owns no parameter, no group and no state: ``param_groups``, ``state`` and ``defaults`` are the base's own objects,
-looked up each time, since schedulers, checkpoints and engines replace them. What is forwarded is forwarded by name;
-there is no ``__getattr__``, so that GradScaler meets a plain optimizer, unscales for it and skips for it.
+looked up each time, since schedulers, checkpoints and engines replace them. Everything forwarded is forwarded by name.
+There is no ``__getattr__``, so GradScaler sees a plain optimizer: it unscales the gradients itself and skips the step.
 """
 
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Group = dict[str, Any]
 StepFunction = TypeVar("StepFunction", bound=Callable[..., Any])
@@ -50,11 +54,44 @@ def with_hooks(step: StepFunction) -> StepFunction:
     return cast("StepFunction", hooked)
 
 
+def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for parameters in place of an optimizer, and for arguments that belong to the optimizer."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if "base_optimizer" not in parameters:  # it builds the optimizer itself, as the classes from `over` do
+        return
+    base = args[0] if args else kwargs.get("base_optimizer")
+    if base is not None and not isinstance(base, Optimizer | type):
+        msg = (
+            f"{cls.__name__} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}. Pass "
+            f"torch.optim.AdamW(params, ...), or use {cls.__name__}.over(torch.optim.AdamW)(params, ...)"
+        )
+        raise TypeError(msg)
+    unknown = [name for name in kwargs if name not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        takes = [name for name in parameters if name not in {"self", "base_optimizer"}]
+        lam = ", or the strength of the decay as lam=" if "weight_decay" in unknown and "lam" in takes else ""
+        owner = "the optimizer" if base is None else getattr(base, "__name__", type(base).__name__)
+        msg = f"{cls.__name__} does not take {', '.join(unknown)}: pass that to {owner}{lam}. It takes {takes}"
+        raise TypeError(msg)
+
+
+@functools.lru_cache(maxsize=32)
+def _takes_set_to_none(zero_grad: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(zero_grad).parameters.values()
+    return any(p.name == "set_to_none" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 class Contract(Optimizer):
-    """torch.optim.Optimizer around ``base_optimizer``; what a subclass wants pickled it names in ``_settings``."""
+    """torch.optim.Optimizer around ``base_optimizer``. A subclass names the attributes to pickle in ``_settings``."""
 
     base_optimizer: Optimizer
     _settings: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
+        """Check the constructor's arguments here: Python's own error gives no way out."""
+        if args or kwargs:  # neither: copy or pickle
+            _check_call(cls, args, kwargs)
+        return super().__new__(cls)
 
     def _start(self) -> None:
         """Make what is neither a setting nor the base's: at construction and after unpickling."""
@@ -94,8 +131,11 @@ class Contract(Optimizer):
         self.base_optimizer.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the base does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        """Reset the gradients, as the base does. A base without ``set_to_none`` (apex) is called without it."""
+        if set_to_none and not _takes_set_to_none(type(self.base_optimizer).zero_grad):
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the base."""
@@ -125,13 +165,13 @@ class Contract(Optimizer):
         return {name: self.__dict__[name] for name in ("base_optimizer", *self._settings)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base_optimizer" not in state:  # what Optimizer.load_state_dict hands over: state and param_groups
+        if "base_optimizer" not in state:  # Optimizer.load_state_dict passes state and param_groups
             self.base_optimizer.__setstate__(state)
             return
         self.__dict__.update(state)
         self._start()
 
-    # Trainer and accelerate ask for train and eval, timm's train.py for the others; each exists where the base has it.
+    # Trainer and accelerate use train and eval, timm's train.py the others. Each exists only where the base has it.
     train = _forwarded("train")
     eval = _forwarded("eval")
     is_second_order = _forwarded("is_second_order")

@@ -17,52 +17,57 @@ from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
-_TENSORS = "its coefficients are tensors"
 
 
 class Direction(NamedTuple):
-    """``sign(u) = sign(a*m + b*g)`` for the parameters of one group; ``m`` is None while there is no momentum."""
+    """``sign(u) = sign(a*m + b*g)`` for the parameters of one group, m the state's entry ``state_key``.
+
+    Without that entry (None, or not made yet) the sign is that of ``first * g``.
+    """
 
     state_key: str | None
-    coefficients: Callable[[State], tuple[float, float]]
+    first: float
+    pair: tuple[float, float] = (0.0, 0.0)
+    varying: Callable[[State], tuple[float, float]] | None = None
+    """(a, b) from a parameter's state, where they change from step to step; otherwise they are ``pair``."""
+
+    def numbers(self, state: State) -> tuple[float, float]:
+        """(a, b) for a parameter with this state."""
+        return self.pair if self.varying is None else self.varying(state)
 
     def of(self, state: State) -> tuple[Tensor | None, float, float]:
         """``(m, a, b)`` for a parameter with this state (empty before its first step)."""
         m = None if self.state_key is None else state.get(self.state_key)
-        a, b = self.coefficients(state)
-        return (m, a, b) if a > 0 else (None, a, b)
+        return (None, 0.0, self.first) if m is None else (m, *self.numbers(state))
 
 
 def find(optimizer: Optimizer, group: Group) -> Direction | str:
     """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is not known beforehand."""
     cls = type(optimizer)
     name = f"{cls.__module__}.{cls.__qualname__}"
-    if name not in _TABLE:
+    if name not in TABLE:
         return f"the sign of {cls.__name__}'s coming update is not known from its gradient and state alone"
     if group.get("caution"):
         return f"{cls.__name__} masks its own update in a group with caution=True"
-    return _TABLE[name](group)
+    return TABLE[name](group)
+
+
+def _sign(group: Group) -> float:
+    return -1.0 if group.get("maximize") else 1.0
 
 
 def _gradient(group: Group) -> Direction | str:
-    return _linear(group, None, 0.0, 1.0)
+    return Direction(None, _sign(group))
 
 
 def _momentum_buffer(group: Group) -> Direction | str:
-    """u = buf, or g + mu*buf with Nesterov, where buf <- mu*buf + (1 - dampening)*g."""
+    """u = buf, or g + mu*buf with Nesterov, where buf <- mu*buf + (1 - dampening)*g; the first buf is g, undampened."""
     mu, dampening = group["momentum"], group["dampening"]
     if mu == 0:
         return _gradient(group)
-    a, b = (mu * mu, 1 + mu * (1 - dampening)) if group["nesterov"] else (mu, 1 - dampening)
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return _TENSORS
-    sign = -1.0 if group.get("maximize") else 1.0
-
-    def coefficients(state: State) -> tuple[float, float]:
-        # The first buffer is the gradient itself, undampened.
-        return (0.0, sign) if state.get("momentum_buffer") is None else (a, sign * b)
-
-    return Direction("momentum_buffer", coefficients)
+    return _linear(
+        group, "momentum_buffer", *((mu * mu, 1 + mu * (1 - dampening)) if group["nesterov"] else (mu, 1 - dampening))
+    )
 
 
 def _moving_average(group: Group) -> Direction | str:
@@ -82,17 +87,16 @@ def _nadam(group: Group) -> Direction | str:
     if group.get("capturable"):
         return "NAdam with capturable=True keeps the coefficients of its update on the device"
     beta1, momentum_decay = group["betas"][0], group["momentum_decay"]
-    sign = -1.0 if group.get("maximize") else 1.0
+    sign = _sign(group)
 
     def coefficients(state: State) -> tuple[float, float]:
-        t = float(state["step"]) + 1 if state else 1.0
-        product = float(state["mu_product"]) if state else 1.0
+        t, product = float(state["step"]) + 1, float(state["mu_product"])
         mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * momentum_decay)) for s in (t, t + 1))
         of_g = (1 - mu) / (1 - product * mu)
         of_m = mu_next / (1 - product * mu * mu_next)
         return of_m * beta1, sign * (of_g + of_m * (1 - beta1))
 
-    return Direction("exp_avg", coefficients)
+    return Direction("exp_avg", sign, varying=coefficients)
 
 
 def _unscaled_only(group: Group) -> Direction | str:
@@ -101,14 +105,13 @@ def _unscaled_only(group: Group) -> Direction | str:
     return _gradient(group)
 
 
-def _linear(group: Group, state_key: str | None, a: float, b: float) -> Direction | str:
+def _linear(group: Group, state_key: str, a: float, b: float) -> Direction | str:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return _TENSORS
-    pair = (a, -b if group.get("maximize") else b)
-    return Direction(state_key, lambda _: pair)
+        return "its coefficients are tensors"
+    return Direction(state_key, _sign(group), (a, _sign(group) * b)) if a > 0 else _gradient(group)
 
 
-_TABLE: Mapping[str, Callable[[Group], Direction | str]] = {
+TABLE: Mapping[str, Callable[[Group], Direction | str]] = {
     "torch.optim.adadelta.Adadelta": _gradient,
     "torch.optim.adagrad.Adagrad": _gradient,
     "torch.optim.adam.Adam": _moving_average,

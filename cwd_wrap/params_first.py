@@ -1,49 +1,74 @@
-"""Classes that build an optimizer from parameters and wrap it: what `OptimizerWrapper.over` hands out."""
+"""Classes that build an optimizer from parameters and wrap it: what `OptimizerWrapper.over` returns."""
 
 import copyreg
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakValueDictionary
 
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
-Recipe = tuple[type[Optimizer], type[Optimizer], tuple[tuple[str, object], ...]]  # wrapper, base, the wrapper's options
+Options = tuple[tuple[str, object], ...]
 
 
 class _Over(type):
-    """The type of these classes. They stand in no module, so pickle is told how they were made instead."""
+    """The type of these classes. No module contains them, so pickle stores how they are made instead."""
 
 
-_made: dict[Recipe, Any] = {}
+# Weak: a class goes when nothing uses it, and takes its options (lambdas, say) with it.
+_made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 
-def make(*recipe: Any) -> Any:
-    """The one class for this `Recipe`, so that what comes back from a pickle has the type of what went in."""
-    wrapper, base, options = recipe
-    if recipe not in _made:
-        names = {
-            "__init__": _constructor(wrapper, base, dict(options)),
-            "__doc__": f"`{wrapper.__name__}` over `{base.__module__}.{base.__qualname__}`, built from parameters.",
-            "__module__": wrapper.__module__,
-            "__signature__": inspect.signature(base),
-            "_recipe": recipe,
-        }
-        _made[recipe] = _Over(wrapper.__name__ + base.__name__, (wrapper,), names)
-    return _made[recipe]
+def make(wrapper: Any, base: Callable[..., Optimizer], options: Options) -> Any:
+    """The class for this wrapper, base and options. While it is in use there is one, so pickles return to it."""
+    _check_options(wrapper, options)
+    key = wrapper, base, tuple((name, type(value), value) for name, value in options)  # 1 and 1.0 are equal
+    if (made := _made.get(key)) is not None:
+        return made
+    signature = inspect.signature(base)
+    called: Any = getattr(base, "func", base)  # a functools.partial has the name of its function,
+    called = called if hasattr(called, "__qualname__") else type(called)  # and any other callable object its class's
+    names = {
+        "__init__": _constructor(wrapper, base, dict(options), signature),
+        "__doc__": f"`{wrapper.__name__}` over `{called.__module__}.{called.__qualname__}`, built from parameters.",
+        "__module__": wrapper.__module__,
+        "__signature__": signature,
+        "_recipe": (wrapper, base, options),
+    }
+    return _made.setdefault(key, _Over(wrapper.__name__ + called.__name__, (wrapper,), names))
 
 
-def _constructor(wrapper: Any, base: type[Optimizer], options: dict[str, Any]) -> Callable[..., None]:
+def _check_options(wrapper: Any, options: Options) -> None:
+    """Raise what the constructor would, before there are parameters; and where an option cannot be part of a key."""
+    if options:
+        takes_every_path = SGD([{"params": []}], lr=1.0, weight_decay=0.5, fused=True)
+        wrapper(takes_every_path, **dict(options))
+    for name, value in options:
+        if not isinstance(value, Hashable):
+            msg = (
+                f"{wrapper.__name__}.over got {name}={value!r:.80}, a {type(value).__name__}, which is not hashable: "
+                f"pass a function, or use {wrapper.__name__}(optimizer, {name}=...), which takes it"
+            )
+            raise TypeError(msg)
+
+
+def _constructor(
+    wrapper: Any, base: Callable[..., Optimizer], options: dict[str, Any], signature: inspect.Signature
+) -> Callable[..., None]:
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         wrapper.__init__(self, base(*args, **kwargs), **options)
 
-    # jsonargparse (LightningCLI) reads this one, others the class's.
-    __init__.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
+    # jsonargparse (LightningCLI) reads this one, other libraries read the class's.
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[itself, *signature.parameters.values()]
+    )
     return __init__
 
 
 def _reduce(cls: type) -> Any:
     recipe = cls.__dict__.get("_recipe")
-    return cls.__qualname__ if recipe is None else (make, recipe)  # a subclass of one is found by its name, as usual
+    return cls.__qualname__ if recipe is None else (make, recipe)  # a subclass is found by its name, as usual
 
 
 copyreg.pickle(_Over, _reduce)

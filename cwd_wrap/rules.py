@@ -4,6 +4,8 @@
     x <- x - eta * u * alpha(u*g) * 1[u*g > 0]      cautious update, arXiv 2411.16085, Algorithm 1
     w <- w / (1 + p*eta*lam * |x|**(p-2))           decoupled p-norm decay, arXiv 2404.10824
 
+and, for the kernels that make the base's update too, the updates of Adam, SGD and Lion.
+
 ``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update: w = x - eta*u.
 ``g`` is the gradient. The functions take tensors of one shape and return new ones; 16-bit weights are worked on in
 float32 and rounded once.
@@ -57,6 +59,47 @@ def stochastic_rounding(wide: Tensor, dtype: torch.dtype, random: Tensor) -> Ten
     other = (nearest.view(torch.int16) + (2 * outwards - 1)).view(dtype)
     chance = (wide - nearest) / (other.to(wide.dtype) - nearest)  # NaN, and so never, where there is nothing to choose
     return torch.where(random < chance, other, nearest)
+
+
+def adam(
+    g: Tensor, m: Tensor, v: Tensor, largest: Tensor | None, t: float, *, eta: float | Tensor, beta1: float,
+    beta2: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(direction, eta*u, m, v, largest) of step ``t`` of Adam (arXiv 1412.6980, Algorithm 1) and of AdamW.
+
+        m <- m + (1 - beta1) * (g - m),    v <- beta2*v + (1 - beta2) * g * g
+        u = m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + eps)
+
+    With amsgrad the ``largest`` v so far takes the place of v in u; otherwise it is None. u has the sign of m.
+    """
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    largest = None if largest is None else torch.maximum(largest, v)
+    root = (v if largest is None else largest).sqrt() / (1 - beta2**t) ** 0.5
+    return m, eta / (1 - beta1**t) * m / (root + eps), m, v, largest
+
+
+def sgd(
+    g: Tensor, m: Tensor | None, *, eta: float | Tensor, momentum: float, dampening: float, nesterov: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(direction, eta*u, m) of SGD: u = g, or m <- momentum*m + (1 - dampening)*g and u = m, as torch has it.
+
+    With ``nesterov``, u = g + momentum*m.
+    """
+    if m is None:
+        return g, eta * g, None
+    m = momentum * m + (1 - dampening) * g
+    u = g + momentum * m if nesterov else m
+    return u, eta * u, m
+
+
+def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(direction, eta*u, m) of Lion (arXiv 2302.06675, Algorithm 2).
+
+    u = sign(m + (1 - beta1)*(g - m)),    m <- m + (1 - beta2)*(g - m)
+    """
+    u = (m + (1 - beta1) * (g - m)).sign()
+    return u, eta * u, m + (1 - beta2) * (g - m)
 
 
 def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:

@@ -1,51 +1,128 @@
-"""Copies of weights from before a step: taken, reused from step to step, dropped. Knows no rule."""
+"""Copies from before a step: of weights, in buffers that are used again, and of gradients. Knows no rule."""
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KernelOf = Callable[[torch.device], ModuleType]
+from cwd_wrap.tensors import local_real_view
+
+Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
+CopyOn = Callable[[torch.device], Copy]
 
 
-class Snapshots:
-    """Buffers for `take`, one a tensor, kept until the tensor is no longer asked for or `drop` is called.
+class Buffers:
+    """Memory for copies of weights, kept from step to step until it is not used in one or `drop` is called.
 
-    They live here and never in an optimizer's ``state``: many optimizers take a parameter with any state at all for
-    one that is already initialised.
+    It is here and never in an optimizer's ``state``: many optimizers take a parameter with any state at all for one
+    that is already initialised.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[int, Tensor] = {}
+        self._whole: dict[int, Tensor] = {}
+        self._piece: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], kernel: KernelOf) -> list[Tensor]:
+    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
         """Copies of ``tensors``, equal in shape, type and device, and dense; valid until the next call.
 
-        ``owners`` are the parameters that the tensors belong to (the tensors may be new views at each step); ``kernel``
-        gives the module that copies on a device.
+        ``owners``: the parameters that the tensors belong to (the tensors may be new views at each step). ``copy_on``
+        gives the function that copies on a device.
         """
-        kept = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
-        self._buffers = kept
-        copies = list(kept.values())
-        batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for copy, t in zip(copies, tensors, strict=True):
-            to, source = batches.setdefault((t.device, t.dtype), ([], []))
-            to.append(copy)
-            source.append(t)
-        for (device, _), (to, source) in batches.items():
-            kernel(device).copy(to, source)
-        return copies
+        self._whole = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
+        return _filled(list(self._whole.values()), tensors, copy_on)
+
+    def take_piece(self, tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
+        """The same in one buffer for each device and type, which the next call overwrites."""
+        needed: dict[tuple[torch.device, torch.dtype], int] = {}
+        for t in tensors:
+            needed[t.device, t.dtype] = needed.get((t.device, t.dtype), 0) + _aligned(t)
+        for key, numel in needed.items():
+            if key not in self._piece or self._piece[key].numel() < numel:
+                self._piece.pop(key, None)  # before the larger one is made
+                with torch.inference_mode(mode=False):
+                    self._piece[key] = torch.empty(numel, dtype=key[1], device=key[0])
+        used = dict.fromkeys(needed, 0)
+        copies = []
+        for t in tensors:
+            key = t.device, t.dtype
+            copies.append(self._piece[key].as_strided(t.shape, _dense_stride(t), used[key]))
+            used[key] += _aligned(t)
+        return _filled(copies, tensors, copy_on)
 
     def drop(self) -> None:
-        """Give the memory back; the next `take` allocates anew."""
-        self._buffers = {}
+        """Give all memory back; the next `take` allocates anew."""
+        self.drop_whole()
+        self._piece = {}
+
+    def drop_whole(self) -> None:
+        """Give back what `take` allocated."""
+        self._whole = {}
 
     def _buffer(self, owner: Tensor, t: Tensor) -> Tensor:
-        old = self._buffers.get(id(owner))
+        old = self._whole.get(id(owner))
         alike = old is not None and (old.shape, old.dtype, old.device) == (t.shape, t.dtype, t.device)
         # A buffer is dense, even where the tensor is a view with gaps.
-        if old is not None and alike and old.stride() in (t.stride(), torch.empty_like(t, device="meta").stride()):
+        if old is not None and alike and (old.stride() == t.stride() or old.stride() == _dense_stride(t)):
             return old
         with torch.inference_mode(mode=False):  # one made in inference mode could not be written outside of it
             return torch.empty_like(t)
+
+
+def _aligned(t: Tensor) -> int:
+    """Room for ``t`` that leaves the next tensor on a boundary of 64 bytes."""
+    return (t.numel() + 31) // 32 * 32
+
+
+def _dense_stride(t: Tensor) -> tuple[int, ...]:
+    return t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride()
+
+
+def _filled(copies: list[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
+    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, t in zip(copies, tensors, strict=True):
+        to, source = alike.setdefault((t.device, t.dtype), ([], []))
+        to.append(copy)
+        source.append(t)
+    for (device, _), (to, source) in alike.items():
+        copy_on(device)(to, source)
+    return copies
+
+
+class Kept(NamedTuple):
+    """A gradient as it was just before the step, and its version then."""
+
+    gradient: Tensor
+    version: int
+
+
+class Gradients:
+    """Keeps the gradients that a rule reads after the step, copied as long as the base may modify them in place."""
+
+    def __init__(self) -> None:
+        self.copied = True
+
+    def keep(self, gradients: Sequence[Tensor | None]) -> list[Kept | None]:
+        """The gradients, copied if need be; None where there is none."""
+        return list(self._each(gradients))
+
+    def check(self, kept: Sequence[Kept], now: Sequence[Tensor | None]) -> bool:
+        """Compare what was kept with the gradients after the step; were modified ones read?
+
+        Copies end once a step shows that the base leaves its gradients as they are, and begin again if it does not.
+        """
+        left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
+        if self.copied:
+            compared = [(local_real_view(k.gradient), local_real_view(g)) for k, g in left if k.gradient.any()]
+            self.copied = not compared or not all(torch.equal(before, after) for before, after in compared)
+            return False
+        self.copied = any(g._version != k.version for k, g in left)
+        return self.copied
+
+    def _each(self, gradients: Sequence[Tensor | None]) -> Iterator[Kept | None]:
+        for g in gradients:
+            if g is None:
+                yield None
+            else:
+                kept = g.detach().clone() if self.copied else g
+                yield Kept(kept, kept._version)

@@ -8,22 +8,41 @@ import torch
 from torch import Tensor
 
 _DISTRIBUTED = ("torch.distributed.tensor", "torch.distributed._tensor")  # the second up to torch 2.4
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def plain(t: Tensor, companion_of: Tensor | None = None) -> Tensor:
-    """``t`` without autograd, as real numbers, and only this rank's shard of it.
+def local_real_view(t: Tensor) -> Tensor:
+    """A view of ``t`` as real numbers, and only of this rank's shard of it."""
+    if _is_distributed(t):
+        t = _arrived(t.to_local())  # type: ignore[attr-defined]
+    return torch.view_as_real(t.detach()) if t.is_complex() else t
 
-    A parameter comes as a view. A gradient or state, the ``companion_of`` a parameter, is first laid out over the ranks
-    as that is: gradients of replicated weights may come as a partial sum on each rank.
+
+def local_real_views(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`local_real_view` of each; nearly always the ``parameters`` themselves, since a step has thousands of them."""
+    if _PLAIN.issuperset(map(type, parameters)) and not any(map(Tensor.is_complex, parameters)):
+        return parameters
+    return [local_real_view(p) for p in parameters]
+
+
+def companion(t: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient or state of ``parameter``, as real numbers laid out over the ranks as the parameter is.
+
+    Gradients of replicated weights may come as a partial sum on each rank.
     """
     if _is_distributed(t):
-        if companion_of is not None and t.placements != companion_of.placements:  # type: ignore[attr-defined]
-            t = t.redistribute(companion_of.device_mesh, companion_of.placements)  # type: ignore[attr-defined]
+        if t.placements != parameter.placements:  # type: ignore[attr-defined]
+            t = t.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
         t = t.to_local()  # type: ignore[attr-defined]
-    t = t.detach()
-    if companion_of is not None:
-        t = t.resolve_conj().resolve_neg()
-    return torch.view_as_real(t) if t.is_complex() else t
+    t = _arrived(t).resolve_conj().resolve_neg()
+    return torch.view_as_real(t.detach()) if t.is_complex() else t
+
+
+def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`companion` of each; nearly always the tensors themselves. ``views``: `local_real_views` of the parameters."""
+    if views is parameters and _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_neg, ts)):
+        return ts
+    return [companion(t, p) for t, p in zip(ts, parameters, strict=True)]
 
 
 def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:
@@ -50,10 +69,16 @@ def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
 
 
 def _is_distributed(t: Tensor) -> bool:
-    if type(t) in (Tensor, torch.nn.Parameter):  # nearly always, and this is asked three times a parameter and step
+    if type(t) in _PLAIN:
         return False
     module = _distributed()
     return module is not None and isinstance(t, module.DTensor)
+
+
+def _arrived(t: Tensor) -> Tensor:
+    """A tensor that a collective is still filling has no address yet: wait for it."""
+    wait = getattr(t, "wait", None) if type(t) not in _PLAIN else None
+    return t if wait is None else wait()
 
 
 def _distributed() -> Any:

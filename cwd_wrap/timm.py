@@ -1,21 +1,22 @@
-"""timm by name: ``import cwd_wrap.timm``, and every optimizer that timm knows is there as ``cautious_<name>`` too.
+"""Names for timm: after ``import cwd_wrap.timm``, every optimizer that timm knows exists as ``cautious_<name>`` too.
 
     import cwd_wrap.timm
     optimizer = timm.optim.create_optimizer_v2(model, "cautious_adamw", lr=1e-3, weight_decay=0.05)
 
-A training script that knows nothing of this is run, unchanged, by
+A training script without this import runs unchanged with
 
     python -m cwd_wrap.timm train.py --opt cautious_adamw ...
 
-The decay is each group's own ``weight_decay``, as timm's group builders set it, so biases and norms stay out. Not to be
-confused with timm's own ``cadamw`` and the like: those mask the update (arXiv 2411.16085), not the decay.
+Processes that multiprocessing starts after the import, or under the launcher, know the names too. The decay is each
+group's own ``weight_decay``, as timm's group builders set it, so biases and norms stay out. timm's own ``cadamw`` and
+the like are another method: they mask the update (arXiv 2411.16085), not the decay.
 """
 
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import inspect
+import multiprocessing
 import runpy
 import sys
 from pathlib import Path
@@ -26,19 +27,20 @@ from torch.optim import Optimizer
 
 from cwd_wrap.wrappers import CautiousDecay
 
-# timm is imported in `register` only: as a launcher, this file must let a timm in the script's folder go first.
+# timm is imported in `register` only: under the launcher, a timm in the script's folder takes precedence.
 if TYPE_CHECKING:
     from timm.optim._optim_factory import OptimInfo
 
-_Registry: Any = object  # `register` puts timm's own class behind
+_Registry: Any = object  # `register` makes a subclass of `CautiousNames` and timm's own class
 
 PREFIX = "cautious_"
+LOOKAHEAD = "lookahead_"
 
 _OPTIONS = [p.name for p in inspect.signature(CautiousDecay).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 class CautiousNames(_Registry):  # type: ignore[misc]
-    """What `register` puts before timm's registry: names with ``cautious_``, made from the others when asked for."""
+    """Added to timm's registry by `register`: names with ``cautious_``, made from the others on request."""
 
     plain_class: Any
     """The registry's class without this."""
@@ -55,6 +57,10 @@ class CautiousNames(_Registry):  # type: ignore[misc]
     def get_optimizer_info(self, name: str) -> "OptimInfo":
         """The entry of ``name``; timm's own error for ``cautious_`` of a name that it does not know."""
         base = name.lower().removeprefix(PREFIX)
+        if base != name.lower() and base.startswith(LOOKAHEAD):
+            swapped = base.replace(LOOKAHEAD, LOOKAHEAD + PREFIX, 1)
+            msg = f"{PREFIX}{base}: Lookahead goes around the cautious optimizer, not inside it: use {swapped}"
+            raise ValueError(msg)
         info: OptimInfo = super().get_optimizer_info(base)
         return info if base == name.lower() else _cautious(info, base)
 
@@ -62,24 +68,25 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         """The class of ``name_or_info``, params first, its defaults bound if asked for."""
         info = self.get_optimizer_info(name_or_info) if isinstance(name_or_info, str) else name_or_info
         if isinstance(info.opt_class, str) and info.name.startswith(PREFIX):  # apex, bitsandbytes: imported on demand
-            info = dataclasses.replace(info, opt_class=_over(super().get_optimizer_class(info, bind_defaults=False)))
+            base = super().get_optimizer_class(info, bind_defaults=False)
+            info = dataclasses.replace(info, opt_class=CautiousDecay.over(base))
         return super().get_optimizer_class(info, bind_defaults)
 
     def create_optimizer(self, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
         """timm's own, for all names; one with ``cautious_`` takes the keyword-only arguments of `CautiousDecay` too."""
         optimizer: Optimizer
-        lookahead = "lookahead_" if opt.lower().startswith("lookahead_") else ""
+        lookahead = LOOKAHEAD if opt.lower().startswith(LOOKAHEAD) else ""
         name = opt.lower().removeprefix(lookahead)
         if "cautious" not in name.split("_")[:-1]:
             optimizer = super().create_optimizer(model_or_params, opt, *args, **kwargs)
             return optimizer
         info = self.get_optimizer_info(name)
         options = {option: kwargs.pop(option) for option in _OPTIONS if option in kwargs}
-        # timm takes what stands before the last "_" for prefixes and drops those it does not know: ask by a bare name.
+        # timm treats all before the last "_" as prefixes and drops those it does not know: use a name without "_".
         only_one = self.plain_class()
         try:
             base = super().get_optimizer_class(name.removeprefix(PREFIX), bind_defaults=False)
-            only_one.register(dataclasses.replace(info, name="cautious", opt_class=_over(base, **options)))
+            only_one.register(dataclasses.replace(info, name="cautious", opt_class=CautiousDecay.over(base, **options)))
             optimizer = only_one.create_optimizer(model_or_params, f"{lookahead}cautious", *args, **kwargs)
         except (AssertionError, ImportError, ValueError) as error:
             msg = f"{opt}: {error}"
@@ -88,7 +95,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Teach timm's registry the names; done on import. Done twice, it changes nothing."""
+    """Add the names to timm's registry; done on import. Doing it twice changes nothing."""
     try:
         registry = importlib.import_module("timm.optim._optim_factory").default_registry
     except ImportError as error:
@@ -103,6 +110,9 @@ def register() -> None:
         raise ImportError(msg) from error
     plain = getattr(registry, "plain_class", type(registry))
     registry.__class__ = type(f"Cautious{plain.__name__}", (CautiousNames, plain), {"plain_class": plain})
+    # Child processes inherit this dict. Where it is pickled (spawn, forkserver), unpickling the function imports this
+    # module in the child, after the child has the parent's sys.path and main module, and before it runs its target.
+    multiprocessing.current_process()._config[__name__] = register  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _cautious(info: "OptimInfo", name: str) -> "OptimInfo":
@@ -111,24 +121,13 @@ def _cautious(info: "OptimInfo", name: str) -> "OptimInfo":
     return dataclasses.replace(
         info,
         name=PREFIX + name,
-        opt_class=info.opt_class if isinstance(info.opt_class, str) else _over(info.opt_class),
+        opt_class=info.opt_class if isinstance(info.opt_class, str) else CautiousDecay.over(info.opt_class),
         description=f"Cautious weight decay (arXiv 2510.12402) over {name}{its_own}: {info.description}",
     )
 
 
-def _over(base: Any, **options: Any) -> Any:
-    """``base`` wrapped: a class if it is one, else, as timm allows, a function of params."""
-    if isinstance(base, type):
-        return CautiousDecay.over(base, **options)
-    return functools.partial(_build, base, options)
-
-
-def _build(base: Any, options: dict[str, Any], params: Any, **kwargs: Any) -> CautiousDecay:
-    return CautiousDecay(base(params, **kwargs), **options)
-
-
 def run_script(argv: list[str]) -> None:
-    """Run the script ``argv[0]`` with the names registered, as ``python argv[0] ...`` would run it without."""
+    """Run the script ``argv[0]`` as ``python argv[0] ...`` does, but with the names registered."""
     usage = "usage: python -m cwd_wrap.timm SCRIPT [its arguments], such as train.py --opt cautious_adamw"
     if argv[:1] in (["-h"], ["--help"]):
         print(usage)  # noqa: T201
@@ -142,15 +141,15 @@ def run_script(argv: list[str]) -> None:
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(script.resolve().parent)
     try:
-        importlib.import_module("cwd_wrap.timm")  # registers; this run of the file is called __main__ and makes way
+        importlib.import_module("cwd_wrap.timm")  # registers; this copy of the file is __main__, and replaced below
     except ImportError as error:
         _stop(str(error))
     sys.excepthook = _show_from_script
     main = ModuleType("__main__")
     main.__file__ = str(script.absolute())
     sys.modules["__main__"] = main
-    # runpy.run_path is not it: it sets sys.argv[0] to the full path, and takes __main__ away before threads and exit
-    # handlers have ended.
+    # Not runpy.run_path: it sets sys.argv[0] to the full path, and removes __main__ before threads and exit handlers
+    # have ended.
     exec(compile(script.read_bytes(), main.__file__, "exec"), vars(main))  # noqa: S102
 
 
@@ -161,7 +160,7 @@ def _stop(message: str) -> NoReturn:
 
 
 def _show_from_script(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Show the traceback as it were without a launcher: from the script on."""
+    """Show the traceback without the launcher's own frames."""
     launcher = (run_script.__code__.co_filename, "<frozen runpy>", runpy.__file__)  # runpy: python -m
     while traceback is not None and traceback.tb_frame.f_code.co_filename in launcher:
         traceback = traceback.tb_next

@@ -1,24 +1,27 @@
-"""The methods: each checks its arguments and names its rule."""
+"""The methods: each checks its arguments and makes its rule."""
 
+import warnings
+from collections.abc import Sequence
+from itertools import chain
 from numbers import Real
-from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, rules
-from cwd_wrap.batch import Batch
-from cwd_wrap.contract import Group
-from cwd_wrap.directions import Direction
-from cwd_wrap.tensors import plain, total, totals
+from cwd_wrap import rules
+from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.kernels import Backend
+from cwd_wrap.paths import Rule
+from cwd_wrap.tensors import local_real_view, total, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
+_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -35,27 +38,30 @@ class CautiousDecay(OptimizerWrapper):
             It may be scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
             ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
-        mask: which weights decay. ``"update"`` is the paper's; the others are its ablations, and always take the
-            copy: ``"gradient"``, 1[g*x >= 0]; ``"random"``, as many of each tensor as the paper's mask would, drawn
-            from torch's default generator (seeded by ``torch.manual_seed``, resumed with its state; replicas on several
-            ranks must be seeded alike); ``"all"``, plain decoupled decay.
+        mask: which weights decay. ``"update"`` is the paper's. The others are its ablations, and compare with a copy:
+            ``"gradient"``, 1[g*x >= 0]; ``"random"``, each weight with the probability that the paper's mask is 1 in
+            its tensor, drawn from torch's default generator (replicas on several ranks must be seeded alike);
+            ``"all"``, plain decoupled decay.
         strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
             were not looked up) stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
             default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.weight_decay.eta`.
-        snapshot: None knows the mask from gradient and state where that is possible, and otherwise compares with a
-            copy of the weights (`snapshot_bytes`). True always copies. False never does.
-        rounding: how decayed bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that
-            decays too small for one step are kept on average; drawn from torch's default generator of the device
-            (seeded by ``torch.manual_seed``, resumed with its state). Other types draw nothing.
-        backend: None lets the library choose, for each device: ``"triton"``, one launch a step, or ``"eager"``, torch
-            operations.
+        path: None takes the cheapest path that each param group can take (see `paths`). ``"one_pass"``: one kernel
+            decays and makes the base's step. ``"direction"``: decay before the step, along the sign of the coming
+            update. ``"pieces"``: the base steps its parameters piece by piece, each compared with a copy of the piece.
+            ``"snapshot"``: the same with a copy of all decaying weights (`snapshot_bytes`). A path that cannot be
+            taken is refused with the reason.
+        rounding: how bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that decays
+            too small for one step are kept on average; on the path "one_pass" so is the whole step, weights and
+            state. Drawn from torch's default generator of the device. Other types draw nothing.
+        backend: None lets the library choose, for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU
+            where it is installed, else ``"eager"``, torch operations.
 
     Raises:
         TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
         ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask,
-            rounding or backend; a base that decays cautiously already or keeps its own copy of the weights; no known
-            learning rate; ``snapshot=False`` where the base needs one.
+            rounding, path or backend; a base that decays cautiously already or keeps its own copy of the weights; no
+            known learning rate; a path that the base cannot take; a backend that cannot run.
 
     Example:
         >>> import torch
@@ -68,7 +74,8 @@ class CautiousDecay(OptimizerWrapper):
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "snapshot", "rounding")
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding")
+    _warned: bool
 
     def __init__(
         self,
@@ -78,81 +85,75 @@ class CautiousDecay(OptimizerWrapper):
         mask: str = "update",
         strict: bool = False,
         step_size: StepSize | None = None,
-        snapshot: bool | None = None,
+        path: str | None = None,
         rounding: str = "nearest",
         backend: str | None = None,
     ) -> None:
         _check_known("mask", mask, MASKS)
         _check_known("rounding", rounding, ROUNDINGS)
+        _check_flag("strict", strict, (True, False))
         self.mask = mask
         self.strict = strict
-        _check_flag("snapshot", snapshot, (None, True, False))
-        _check_flag("strict", strict, (True, False))
-        self.snapshot = snapshot
         self.rounding = rounding
-        super().__init__(base_optimizer, lam, step_size, backend)
+        super().__init__(base_optimizer, lam, step_size, path, backend)
 
-    def _direction(self, group: Group) -> Direction | str:
-        if self.snapshot is True:
-            return "snapshot=True asks for one"
-        direction = directions.find(self.base_optimizer, group)
-        if self.mask != "update":
-            direction = f"mask={self.mask!r} is an ablation, and always compares with one"
-        return direction
+    def _rule(self) -> Rule:
+        name = type(self).__name__
+        if self.mask == "update":
+            return Rule(name, after=self._after, before=self._before, whole=self._whole)
+        why = f"mask={self.mask!r} is an ablation, and compares with a copy"
+        return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
 
-    def _check_snapshot(self, reason: str | None) -> None:
-        if self.snapshot is False and reason is not None:
-            msg = (
-                f"snapshot=False, but {type(self.base_optimizer).__name__} needs one: {reason}. "
-                "Pass snapshot=None and have a copy of the weights taken at each step"
+    def _flags(self, count: bool) -> dict[str, bool]:
+        return {"strict": self.strict, "count": count, "stochastic": self.rounding == "stochastic"}
+
+    def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Count:
+        self._warn_if_lost(buckets)
+        return backend.decay_along(buckets, **self._flags(count))
+
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+        self._warn_if_lost(buckets)
+        return backend.decay_from_snapshot(buckets, **self._flags(count))
+
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Count:
+        self._warn_if_lost(buckets)
+        return backend.step_whole(buckets, **self._flags(count))
+
+    def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
+        """Warn once where a decay is below half a unit in the last place of every weight."""
+        dtype = buckets[0].w[0].dtype
+        if self._warned or self.rounding == "stochastic" or dtype not in _HALF_ULP:
+            return
+        sizes = [bucket.eta_lam for bucket in buckets if not isinstance(bucket.eta_lam, Tensor)]
+        if lost := [size for size in sizes if 0 < size < _HALF_ULP[dtype]]:
+            self._warned = True
+            warnings.warn(
+                f"eta*lam = {lost[0]:.1e} is lost when {dtype} weights are rounded to nearest: they need at least "
+                f'{_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights',
+                stacklevel=2,
             )
-            raise ValueError(msg)
 
-    def _before_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        active: int | Tensor = kernel.decay_along(
-            batch.w,
-            batch.m,
-            batch.g,
-            batch.a,
-            batch.b,
-            batch.eta_lam,
-            strict=self.strict,
-            count=self.observer is not None,
-            stochastic=self.rounding == "stochastic",
-        )
-        return active
+    def _start(self) -> None:
+        super()._start()
+        self._warned = False
 
-    def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        if self.mask != "update":
-            return self._ablate(batch)
-        active: int | Tensor = kernel.decay_from_snapshot(
-            batch.w,
-            batch.x,
-            batch.eta_lam,
-            strict=self.strict,
-            count=self.observer is not None,
-            stochastic=self.rounding == "stochastic",
-        )
-        return active
-
-    @property
-    def _reads_gradient(self) -> bool:  # type: ignore[override]
-        return self.mask == "gradient"
-
-    def _ablate(self, batch: Batch) -> int | Tensor:
-        active: int | Tensor = 0
-        for i, (w, x, eta_lam) in enumerate(zip(batch.w, batch.x, batch.eta_lam, strict=True)):
-            if self.mask == "gradient":
-                mask = rules.aligned(batch.g[i], x, self.strict)
-            elif self.mask == "random":
-                cautious = rules.moved_towards_zero(x, w, self.strict)
-                mask = torch.rand(x.shape, device=x.device) < cautious.float().mean()
-            else:
-                mask = torch.ones_like(x, dtype=torch.bool)
-            active = active + mask.sum() if self.observer is not None else 0
-            chosen = self.rounding == "stochastic" and w.element_size() == 2
-            random = torch.rand(w.shape, device=w.device) if chosen else None
-            w.copy_(rules.decay(w, x, mask, eta_lam, random))
+    def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+        del backend  # an ablation need not be fast
+        self._warn_if_lost(buckets)
+        active: Count = 0
+        for bucket in buckets:
+            for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
+                if self.mask == "gradient" and bucket.g is not None:
+                    mask = rules.aligned(bucket.g[i], x, self.strict)
+                elif self.mask == "random":
+                    cautious = rules.moved_towards_zero(x, w, self.strict)
+                    mask = torch.rand(x.shape, device=x.device) < cautious.float().mean()
+                else:
+                    mask = torch.ones_like(x, dtype=torch.bool)
+                active = active + mask.sum() if count else 0
+                chosen = self.rounding == "stochastic" and w.element_size() == 2
+                random = torch.rand(w.shape, device=w.device) if chosen else None
+                w.copy_(rules.decay(w, x, mask, bucket.eta_lam, random))
         return active
 
 
@@ -190,37 +191,37 @@ class CautiousUpdate(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "scale")
-    _reads_gradient = True
     _way_out = ""
     _what = "mask"
 
-    def __init__(self, base_optimizer: Optimizer, *, scale: str | None = "mean", backend: str | None = None) -> None:
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        scale: str | None = "mean",
+        path: str | None = None,
+        backend: str | None = None,
+    ) -> None:
         _check_known("scale", scale, SCALES)
         self.scale = scale
-        super().__init__(base_optimizer, None, None, backend)
+        super().__init__(base_optimizer, None, None, path, backend)
 
     def _clash(self, inner: OptimizerWrapper) -> str | None:
         if isinstance(inner, CautiousUpdate):
             return super()._clash(inner)
         return "its decay would be masked along with the update. Put the decay around this instead"
 
-    def _takes(self, eta_lam: float | Tensor) -> bool:
-        del eta_lam  # updates are masked in every group, whether it decays or not
-        return True
+    def _rule(self) -> Rule:
+        why = "the size of the update is known only from a copy"
+        return Rule(type(self).__name__, after=self._after, needs_copy=why, reads_gradient=True, every_group=True)
 
-    def _warn_if_idle(self) -> None:
-        pass
-
-    def _direction(self, group: Group) -> str:
-        del group
-        return "the size of the update is known only from a copy"
-
-    def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        here: Tensor = kernel.count_agreeing(batch.w, batch.x, batch.g)
-        kept = totals(batch.p, here).to(torch.promote_types(batch.w[0].dtype, torch.float32))
-        numel = kernel.vector([p.numel() * (2 if p.is_complex() else 1) for p in batch.p], here.device)
-        kernel.cautious_update(batch.w, batch.x, batch.g, rules.alpha(kept, numel, self.scale), batch.eta_lam)
-        return here.sum() if self.observer is not None else 0
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+        p = [each for bucket in buckets for each in bucket.p]
+        here = backend.count_agreeing(buckets)
+        kept = totals(p, here).to(torch.promote_types(buckets[0].w[0].dtype, torch.float32))
+        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
+        backend.cautious_update(buckets, rules.alpha(kept, numel, self.scale))
+        return here.sum() if count else 0
 
 
 class PNormDecay(OptimizerWrapper):
@@ -265,36 +266,40 @@ class PNormDecay(OptimizerWrapper):
         *,
         p: float = 0.8,
         step_size: StepSize | None = None,
+        path: str | None = None,
         backend: str | None = None,
     ) -> None:
         if not isinstance(p, Real) or not 0 < p <= 2:
             msg = f"p of {type(self).__name__} is {p!r}: pass a number above 0, up to 2"
             raise ValueError(msg) if isinstance(p, Real) else TypeError(msg)
         self.p = p
-        super().__init__(base_optimizer, lam, step_size, backend)
+        super().__init__(base_optimizer, lam, step_size, path, backend)
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:
         """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one."""
         shares = []
         for group in self.param_groups:
-            small = sum(int(total(p, (plain(p).abs() < threshold).sum())) for p in group["params"])
+            small = sum(int(total(p, (local_real_view(p).abs() < threshold).sum())) for p in group["params"])
             count = sum(p.numel() * (2 if p.is_complex() else 1) for p in group["params"])
             shares.append(small / count if count else float("nan"))
         return shares
 
-    def _direction(self, group: Group) -> str:
-        del group
-        return "the decay depends on the weights from before the step and acts on those from after it"
+    def _rule(self) -> Rule:
+        why = "the decay depends on the weights from before the step and acts on those from after it"
+        return Rule(type(self).__name__, after=self._after, needs_copy=why)
 
-    def _after_step(self, kernel: ModuleType, batch: Batch) -> int | Tensor:
-        nonzero: Tensor = kernel.count_nonzero(batch.x)
-        whole = [plain(p) for p in batch.p]
-        if any(w.numel() != p.numel() for w, p in zip(batch.w, whole, strict=True)):
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+        p, w, x = (
+            list(chain.from_iterable(column)) for column in zip(*((b.p, b.w, b.x) for b in buckets), strict=True)
+        )
+        nonzero = backend.count_nonzero(x)
+        whole = [local_real_view(each) for each in p]
+        if any(some.numel() != every.numel() for some, every in zip(w, whole, strict=True)):
             # Rows that a sparse gradient touches: the others count too.
-            nonzero = nonzero + kernel.count_nonzero(whole) - kernel.count_nonzero(batch.w)
-        kernel.p_norm_decay(batch.w, batch.x, self.p, batch.eta_lam, totals(batch.p, nonzero))
-        return sum(w.numel() for w in batch.w)
+            nonzero = nonzero + backend.count_nonzero(whole) - backend.count_nonzero(w)
+        backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
+        return sum(map(Tensor.numel, w)) if count else 0
 
 
 def _check_flag(what: str, value: object, known: tuple[object, ...]) -> None:

@@ -409,6 +409,24 @@ def test_param_names_are_kept() -> None:
     assert [["w"], ["v"]] == [group["param_names"] for group in opt.state_dict()["param_groups"]]
 
 
+class ApexLike(SGD):
+    """Like apex's: whether to None is an option of the constructor."""
+
+    def zero_grad(self) -> None:
+        super().zero_grad(set_to_none=True)
+
+
+def test_zero_grad_of_a_base_that_takes_no_option() -> None:
+    """It is called without set_to_none. set_to_none=False, which it cannot do, raises the base's TypeError."""
+    p = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(ApexLike([p], weight_decay=0.5))
+    with pytest.raises(TypeError, match="set_to_none"):
+        opt.zero_grad(set_to_none=False)
+    opt.zero_grad()
+
+    assert p.grad is None
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(set_to_none: bool) -> None:
     """zero_grad clears the gradients of the base, to None or to 0."""

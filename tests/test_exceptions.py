@@ -1,6 +1,7 @@
 """Errors: which, what their text says (the value, the place, the way out), and that nothing has been changed."""
 
 import copy
+import inspect
 import math
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from support import both_paths, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay
+from cwd_wrap import CautiousDecay, CautiousUpdate
 
 NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
 
@@ -37,9 +38,26 @@ class LookaheadLike(Optimizer):
 
 # ------------------------------------------------------------------------------------ what cannot be wrapped
 
+PARAMETERS = "Pass torch.optim.AdamW(params, ...), or use CautiousDecay.over(torch.optim.AdamW)(params, ...)"
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
     "a number": (3, {}, TypeError, ["CautiousDecay", "torch.optim.Optimizer", "int", "3"]),
-    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list"]),
+    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list", PARAMETERS]),
+    "parameters and options": (iter([weight(1.0)]), {"lr": 0.1}, TypeError, ["list_iterator", PARAMETERS]),
+    "a module": (torch.nn.Linear(1, 1), {}, TypeError, ["torch.optim.Optimizer", "Linear", PARAMETERS]),
+    "weight_decay=": (sgd(), {"weight_decay": 0.1}, TypeError, ["does not take weight_decay", "to SGD", "as lam="]),
+    "lr=": (
+        sgd(),
+        {"lr": 0.1, "lam": 0.1},
+        TypeError,
+        ["not take lr: pass that to SGD. It takes ['lam', 'mask',"],
+    ),
+    "lr of two elements": (
+        with_key(sgd(), "lr", torch.tensor([0.1, 0.2])),
+        {},
+        ValueError,
+        ["lr of param group 1 of SGD", "shape (2,)", "one element"],
+    ),
     "a class": (SGD, {}, TypeError, ["SGD(params, ...)", "CautiousDecay.over(SGD)"]),
     "wrapped": (CautiousDecay(sgd()), {}, ValueError, ["CautiousDecay(SGD", "decay twice", "base_optimizer"]),
     "wrapped inside": (LookaheadLike(CautiousDecay(sgd())), {}, ValueError, ["CautiousDecay(SGD", "decay twice"]),
@@ -123,6 +141,26 @@ def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
     assert before == contents(base)
 
 
+@pytest.mark.parametrize("keywords", [{"params": [], "lr": 0.1}, {"base_optimizer": sgd(), "weight_decay": 0.1}])
+def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) -> None:
+    """Keywords alone are told the same, and a method without lam= does not speak of it."""
+    owner = "SGD" if "base_optimizer" in keywords else "the optimizer"
+    name = ", ".join(key for key in keywords if key != "base_optimizer")
+    with pytest.raises(TypeError, match=f"^CautiousUpdate does not take {name}: pass that to {owner}. It takes "):
+        CautiousUpdate(**keywords)
+
+
+def test_a_subclass_may_take_any_keyword() -> None:
+    """The check of the names is Python's own: a constructor with **kwargs passes."""
+
+    class Logged(CautiousDecay):
+        def __init__(self, base_optimizer: Optimizer, **kwargs: Any) -> None:
+            super().__init__(base_optimizer, kwargs["strength"])
+
+    assert 0.25 == Logged(sgd(), strength=0.25).lam
+    assert ["base_optimizer", "lam"] == list(inspect.signature(CautiousDecay).parameters)[:2]
+
+
 def test_a_refused_lam_is_not_written_into_any_group() -> None:
     """Group 1 has no learning rate, so group 0 does not get lam either."""
     base = with_key(sgd(), "lr", None)
@@ -140,13 +178,6 @@ def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
         CautiousDecay(inside)
 
     assert isinstance(CautiousDecay(timm.Lookahead(sgd())), Optimizer)
-
-
-def test_over_takes_classes_only() -> None:
-    """over() of an instance, or of a class that is no optimizer, says what it takes."""
-    for wrong in (sgd(), torch.nn.Linear, 3):
-        with pytest.raises(TypeError, match=r"over takes a class of optimizers, such as torch.optim.AdamW, got"):
-            CautiousDecay.over(wrong)
 
 
 def test_nothing_to_decay_is_warned_of_once() -> None:

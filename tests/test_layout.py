@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "monitor": set(),
     "plot": set(),
     "directions": set(),
+    "pieces": set(),
     "weight_decay": {"quirks"},
     "batch": {"tensors"},
     "kernels._eager": {"rules"},

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -232,7 +233,6 @@ def test_lookahead_goes_around_the_wrapper() -> None:
     ("name", "unknown"),
     [
         ("cautious_nope", "nope"),
-        ("cautious_lookahead_adamw", "lookahead_adamw"),
         ("cautious_cautious_adamw", "cautious_adamw"),
         ("my_cautious_adamw", "my_cautious_adamw"),
         ("lookahead_cautious_nope", "nope"),
@@ -242,6 +242,16 @@ def test_an_unknown_name_is_timms_own_error(name: str, unknown: str) -> None:
     """No name with `cautious_` in it falls back to an optimizer that is not cautious."""
     with pytest.raises(ValueError, match=f"^Optimizer {unknown} not found in registry$"):
         create_optimizer_v2(model(), name, lr=LR)
+
+
+@pytest.mark.parametrize(
+    "ask", [make, lambda _, name: get_optimizer_class(name), lambda _, name: get_optimizer_info(name)]
+)
+@pytest.mark.parametrize("name", ["cautious_lookahead_adamw", "Cautious_Lookahead_AdamW"])
+def test_lookahead_inside_is_refused_with_the_name_to_use(ask: Callable[[Any, str], object], name: str) -> None:
+    """The prefixes in the wrong order are an error, which says the right one."""
+    with pytest.raises(ValueError, match=f"^{name.lower()}: Lookahead goes around .*: use lookahead_cautious_adamw$"):
+        ask(model(), name)
 
 
 def test_names_without_the_prefix_are_as_before() -> None:
@@ -296,8 +306,8 @@ def test_what_foreach_is_given_reaches_the_base() -> None:
     assert make(model(), "cautious_adamw", foreach=True).defaults["foreach"] is True
 
 
-def test_train_py_is_told_of_second_order() -> None:
-    """timm's train.py asks the optimizer whether it needs the gradients' graph: an answer where the base has one."""
+def test_train_py_finds_second_order() -> None:
+    """timm's train.py reads is_second_order: the wrapper has it where the base has it."""
     assert make(model(), "cautious_adahessian").is_second_order is True
     for lookahead in make(model(), "lookahead_adahessian"), make(model(), "lookahead_cautious_adahessian"):
         assert getattr(lookahead, "is_second_order", None) in {True, None}  # the oldest timm's has no answer
@@ -328,7 +338,7 @@ def test_layer_decay_and_timms_scheduler() -> None:
 
 
 def test_adafactor_without_lr_says_what_to_give() -> None:
-    """Adafactor that makes its own step size needs to be told one, and takes `step_size=` right there."""
+    """Adafactor that makes its own step size needs one, and takes `step_size=` right there."""
     with pytest.raises(
         ValueError, match=r"^cautious_adafactor: .*is unknown: give the group a learning rate, or pass "
     ):
@@ -367,7 +377,7 @@ def test_what_cannot_be_wrapped_says_why(registry: Any) -> None:
 
 
 def test_timm_without_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older timm, and none, are told the version that is needed."""
+    """The error for an older timm, and for none, names the version that is needed."""
     monkeypatch.setitem(sys.modules, "timm.optim._optim_factory", None)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.0.11")
 
@@ -502,7 +512,7 @@ def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> 
 
 
 def test_the_scripts_own_timm_goes_first(tmp_path: Path) -> None:
-    """A timm beside the script is the one that the script would import, so it is the one that learns the names."""
+    """A timm beside the script is the one that the script would import, so it is the one that gets the names."""
     (tmp_path / "clone" / "timm").mkdir(parents=True)
     (tmp_path / "clone" / "timm" / "__init__.py").write_text("")
     (tmp_path / "clone" / "train.py").write_text("")
@@ -516,6 +526,57 @@ def test_the_scripts_own_timm_goes_first(tmp_path: Path) -> None:
 
     assert done.returncode == 2
     assert done.stderr.startswith("python -m cwd_wrap.timm: cwd_wrap.timm needs timm 1.0.12 or newer")
+
+
+CHILDREN = """
+import sys
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch.utils.data import DataLoader, Dataset
+
+def made():
+    return type(create_optimizer_v2([torch.ones(1, requires_grad=True)], "cautious_adamw", weight_decay=0.1)).__name__
+
+class Made(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return made()
+
+def work(rank, start_method):
+    print(made(), *DataLoader(Made(), batch_size=None, num_workers=1, multiprocessing_context=start_method), __name__)
+
+if __name__ == "__main__":
+    if "import" in sys.argv:
+        import cwd_wrap.timm
+    torch.multiprocessing.start_processes(work, (sys.argv[1],), start_method=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "argv", "expected"),
+    [
+        (["-m", "cwd_wrap.timm"], ["fork"], "CautiousDecayAdamW CautiousDecayAdamW __main__"),
+        (["-m", "cwd_wrap.timm"], ["forkserver"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
+        (["-m", "cwd_wrap.timm"], ["spawn"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
+        ([], ["spawn", "import"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
+    ],
+)
+def test_child_processes_know_the_names(tmp_path: Path, launcher: list[str], argv: list[str], expected: str) -> None:
+    """Each start method, with the launcher or an import in the parent only; so do their own children (a loader's)."""
+    (tmp_path / "script.py").write_text(CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *launcher, "script.py", *argv],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        timeout=120,
+    )
+
+    assert done.stdout.splitlines() == [expected], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,66 @@
 """Chooses who carries the rules out."""
 
 import importlib
+import importlib.util
 import os
-from types import ModuleType
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("eager", "triton")
-_obstacles: dict[torch.device, str | None] = {}  # what `_obstacle` said; torch.compile sees through no functools.cache
+from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+
+BACKENDS = ("eager", "numba", "triton")
+_obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile sees through no functools.cache
+
+
+class Backend(Protocol):
+    """What carries the rules out: a module for each way. All buckets of a call are of one `buckets.kind`."""
+
+    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+        """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.
+
+        `rules.aligned` and `rules.decay`. Returns how many weights were decayed if ``count``, else 0.
+        ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
+        """
+
+    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+        """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
+
+        `rules.moved_towards_zero` and `rules.decay`; the rest as in `decay_along`.
+        """
+
+    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+        """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the state of the update ``u``.
+
+        `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
+        """
+
+    def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+        """to <- source; one entry a tensor, all of one device and type."""
+
+    def count_nonzero(self, x: Sequence[Tensor]) -> Tensor:
+        """How many elements of each tensor are not 0; all of one device and type."""
+
+    def count_agreeing(self, buckets: Sequence[Stepped]) -> Tensor:
+        """In how many places of each tensor the step went down the gradient: `rules.agrees`."""
+
+    def vector(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """``numbers`` as a tensor on ``device``, without a host sync; not to be written to."""
+
+    def cautious_update(self, buckets: Sequence[Stepped], alpha: Tensor) -> None:
+        """w <- v - eta*lam*v with v = x + alpha * 1[u*g > 0] * (w - x) in place; ``alpha``: one number a tensor.
+
+        `rules.agrees` and `rules.cautious_update`.
+        """
+
+    def p_norm_decay(self, buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
+        """w <- w / (1 + p*eta*lam * |x|**(p-2)) in place, but w where a tensor's ``nonzero`` is 0.
+
+        `rules.p_norm_decay`.
+        """
 
 
 def check(backend: str | None) -> None:
@@ -18,28 +71,57 @@ def check(backend: str | None) -> None:
         raise ValueError(msg)
 
 
-def choose(backend: str | None, device: torch.device) -> ModuleType:
-    """The module that carries the rules out on ``device``: Triton's where it can run, unless ``backend`` names one."""
-    return importlib.import_module(f"cwd_wrap.kernels._{name(backend, device)}")
+def choose(backend: str | None, device: torch.device) -> Backend:
+    """The module that carries the rules out on ``device``: ``backend``, or a compiled one where it can run."""
+    chosen = name(backend, device)
+    if chosen == "triton":
+        from cwd_wrap.kernels import _triton
+
+        return _triton
+    if chosen == "numba":
+        try:
+            from cwd_wrap.kernels import _numba
+        except ImportError as error:  # installed, but broken: only now is it known, since importing it is slow
+            _obstacles["numba", device] = f"numba cannot be imported ({error})"
+            if backend is None:
+                warnings.warn(f"cwd_wrap steps without numba, which cannot be imported: {error}", stacklevel=2)
+            return choose(backend, device)
+        return _numba
+    from cwd_wrap.kernels import _eager
+
+    return _eager
 
 
 def name(backend: str | None, device: torch.device) -> str:
     """The name of what `choose` returns. Raises ValueError where ``backend`` cannot run on ``device``."""
-    if backend == "eager":
-        return backend
-    if device not in _obstacles:
-        _obstacles[device] = _obstacle(device)
-    obstacle = _obstacles[device]
-    if obstacle is None:
-        return "triton"
     if backend is None:
-        return "eager"
-    msg = f"backend={backend!r} cannot run on {device}: {obstacle}. What can run there: 'eager'"
-    raise ValueError(msg)
+        return next((name for name in ("triton", "numba") if obstacle(name, device) is None), "eager")
+    if (reason := obstacle(backend, device)) is not None:
+        can = ", ".join(repr(name) for name in BACKENDS if obstacle(name, device) is None)
+        msg = f"backend={backend!r} cannot run on {device}: {reason}. What can run there: {can}"
+        raise ValueError(msg)
+    return backend
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on ``device``; None if it can. Imports Triton only where it could."""
+def obstacle(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on ``device``; None if it can."""
+    if backend == "eager":
+        return None
+    if (backend, device) not in _obstacles:
+        _obstacles[backend, device] = _triton_obstacle(device) if backend == "triton" else _numba_obstacle(device)
+    return _obstacles[backend, device]
+
+
+def _numba_obstacle(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "numba's kernels run on the CPU"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install cwd-wrap[cpu])"
+    return None
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Imports Triton only where it could run."""
     # The interpreter follows the addresses in our tables, and in this process they lead to the CPU's memory only.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     if device.type != ("cpu" if interpreted else "cuda"):

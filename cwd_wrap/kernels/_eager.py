@@ -1,15 +1,18 @@
 """The rules in torch operations, in blocks that stay in cache between the first read and the last write.
 
 Masks are kept as 0.0 and 1.0 in the weight's own (wide) type: on CPU a comparison into a bool tensor, or `torch.where`,
-takes four to six times as long.
+takes four to six times as long. `kernels.Backend` says what each function does.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from cwd_wrap import rules
+from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.updates import Adam, Lion, Update
 
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
 BLOCK_ELSEWHERE = 1 << 24
@@ -18,117 +21,122 @@ PACK = 1 << 18
 _SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}
 
 
-def decay_along(
-    w: Sequence[Tensor],
-    m: Sequence[Tensor | None],
-    g: Sequence[Tensor],
-    a: Sequence[float],
-    b: Sequence[float],
-    eta_lam: Sequence[float | Tensor],
-    *,
-    strict: bool,
-    count: bool,
-    stochastic: bool = False,
-) -> int | Tensor:
-    """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step (a > 0 where m is not None).
-
-    `rules.aligned` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns how many
-    weights were decayed if ``count``, else 0. ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
-    """
-    active: int | Tensor = 0
-    keys = [(mi is None, ai, bi, id(ci)) for mi, ai, bi, ci in zip(m, a, b, eta_lam, strict=True)]
-    first = [gi if mi is None else mi for mi, gi in zip(m, g, strict=True)]
-    d_all, x_all = _scratch(w, 2)
-    for i, (x, m_or_g, grad) in _blocks(keys, w, first, g):
-        d = d_all[: x.numel()]
-        if m[i] is None:
-            torch.mul(grad, 1.0 if b[i] > 0 else -1.0, out=d)
-        else:
-            average, step = (
-                (m_or_g, grad) if m_or_g.dtype == grad.dtype == d.dtype else (d.copy_(m_or_g), grad.to(d.dtype))
-            )
-            if b[i] == 1 - a[i]:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
-                torch.lerp(average, step, b[i], out=d)
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_along`."""
+    active: Count = 0
+    d_all, x_all = _scratch(buckets, 2)
+    for bucket in buckets:
+        a, b = bucket.a, bucket.b
+        for x, m_or_g, grad in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
+            d = d_all[: x.numel()]
+            if bucket.m is None:
+                torch.mul(grad, 1.0 if b > 0 else -1.0, out=d)
             else:
-                torch.add(average, step, alpha=b[i] / a[i], out=d)
-        wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
-        active = active + _decay_unless_opposed(wide, wide, d, -1.0, eta_lam[i], strict, count, stochastic, out=x)
+                alike = m_or_g.dtype == grad.dtype == d.dtype
+                average, step = (m_or_g, grad) if alike else (d.copy_(m_or_g), grad.to(d.dtype))
+                if b == 1 - a:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
+                    torch.lerp(average, step, b, out=d)
+                else:
+                    torch.add(average, step, alpha=b / a, out=d)
+            wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
+            active = active + _decay_unless_opposed(
+                wide, wide, d, -1.0, bucket.eta_lam, strict, count, stochastic, out=x
+            )
     return active
 
 
-def decay_from_snapshot(
-    w: Sequence[Tensor],
-    x: Sequence[Tensor],
-    eta_lam: Sequence[float | Tensor],
-    *,
-    strict: bool,
-    count: bool,
-    stochastic: bool = False,
-) -> int | Tensor:
-    """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_from_snapshot`."""
+    active: Count = 0
+    d_all, x_all = _scratch(buckets, 2)
+    for bucket in buckets:
+        for after, before in _blocks(bucket.w, bucket.x):
+            d = d_all[: after.numel()]
+            w_wide, x_wide = after, before
+            if after.dtype != d.dtype:
+                w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
+            torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
+            active = active + _decay_unless_opposed(
+                w_wide, x_wide, d, 1.0, bucket.eta_lam, strict, count, stochastic, out=after
+            )
+    return active
 
-    `rules.moved_towards_zero` and `rules.decay`; one entry a tensor, all of one device and of the same types. Returns
-    how many weights were decayed if ``count``, else 0. ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
-    """
-    active: int | Tensor = 0
-    d_all, x_all = _scratch(w, 2)
-    for i, (after, before) in _blocks([id(ci) for ci in eta_lam], w, x):
-        d = d_all[: after.numel()]
-        w_wide, x_wide = after, before
-        if after.dtype != d.dtype:
-            w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
-        torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
-        active = active + _decay_unless_opposed(
-            w_wide, x_wide, d, 1.0, eta_lam[i], strict, count, stochastic, out=after
-        )
+
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
+    active: Count = 0
+    for bucket in buckets:
+        if bucket.steps:
+            torch._foreach_add_(list(bucket.steps), 1)
+        for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
+            x = w.to(torch.promote_types(w.dtype, torch.float32))
+            t = float(bucket.steps[i]) if bucket.steps else 0.0
+            direction, step, *new = _update(bucket.update, g.to(x.dtype), [s.to(x.dtype) for s in state], bucket.lr, t)
+            mask = rules.aligned(direction, x, strict)
+            active = active + _count(mask) if count else 0
+            for old, value in zip((w, *state), (rules.decay(x - step, x, mask, bucket.eta_lam), *new), strict=True):
+                random = torch.rand_like(value) if stochastic and old.element_size() == 2 else None
+                old.copy_(value if random is None else rules.stochastic_rounding(value, old.dtype, random))
     return active
 
 
 def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """to <- source; one entry a tensor, all of one device and type."""
+    """`kernels.Backend.copy`."""
     torch._foreach_copy_(list(to), list(source))
 
 
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:
-    """How many elements of each tensor are not 0; all of one device and type."""
+    """`kernels.Backend.count_nonzero`."""
     return torch.stack([t.count_nonzero() for t in x])
 
 
-def count_agreeing(w: Sequence[Tensor], x: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
-    """In how many places of each tensor the step went down the gradient: `rules.agrees`; one entry a tensor."""
-    return torch.stack([rules.agrees(*row).sum() for row in zip(w, x, g, strict=True)])
+def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.count_agreeing`."""
+    rows = chain.from_iterable(zip(*bucket.columns, strict=True) for bucket in buckets)
+    return torch.stack([rules.agrees(*row).sum() for row in rows])
 
 
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The ``numbers`` on ``device``, for which nothing waits."""
+    """`kernels.Backend.vector`."""
     return torch.cat([torch.full((1,), number, device=device) for number in numbers])
 
 
-def cautious_update(
-    w: Sequence[Tensor],
-    x: Sequence[Tensor],
-    g: Sequence[Tensor],
-    alpha: Tensor,
-    eta_lam: Sequence[float | Tensor],
-) -> None:
-    """w <- v - eta*lam*v with v = x + alpha * 1[u*g > 0] * (w - x) in place, after the step.
-
-    `rules.agrees` and `rules.cautious_update`; one entry a tensor, all of one device and of the same types.
-    """
-    for after, before, gradient, factor, strength in zip(w, x, g, alpha, eta_lam, strict=True):
-        mask = rules.agrees(after, before, gradient)
-        after.copy_(rules.cautious_update(after, before, mask, factor, strength))
+def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
+    """`kernels.Backend.cautious_update`."""
+    factors = iter(alpha)
+    for bucket in buckets:
+        for after, before, gradient in zip(*bucket.columns, strict=True):
+            mask = rules.agrees(after, before, gradient)
+            after.copy_(rules.cautious_update(after, before, mask, next(factors), bucket.eta_lam))
 
 
-def p_norm_decay(
-    w: Sequence[Tensor], x: Sequence[Tensor], p: float, eta_lam: Sequence[float | Tensor], nonzero: Tensor
-) -> None:
-    """w <- w / (1 + p*eta*lam * |x|**(p-2)) in place, after the step, but w where all of x was 0.
+def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
+    """`kernels.Backend.p_norm_decay`."""
+    zeros = iter(nonzero == 0)
+    for bucket in buckets:
+        for after, before in zip(bucket.w, bucket.x, strict=True):
+            after.copy_(rules.p_norm_decay(after, before, p, bucket.eta_lam, next(zeros)))
 
-    `rules.p_norm_decay`; one entry a tensor, all of one device and of the same types.
-    """
-    for after, before, strength, zero in zip(w, x, eta_lam, nonzero == 0, strict=True):
-        after.copy_(rules.p_norm_decay(after, before, p, strength, zero))
+
+def _update(update: Update, g: Tensor, state: list[Tensor], eta: float | Tensor, t: float) -> tuple[Tensor, ...]:
+    """(direction, eta*u, new state ...) of the update, from `rules`."""
+    g = -g if update.maximize else g
+    if isinstance(update, Adam):
+        m, v, *largest = state
+        numbers = {"beta1": update.beta1, "beta2": update.beta2, "eps": update.eps}
+        *every, most = rules.adam(g, m, v, largest[0] if largest else None, t, eta=eta, **numbers)
+        return (*every, most) if most is not None else tuple(every)
+    if isinstance(update, Lion):
+        return rules.lion(g, state[0], eta=eta, beta1=update.beta1, beta2=update.beta2)
+    direction, step, momentum = rules.sgd(
+        g,
+        state[0] if state else None,
+        eta=eta,
+        momentum=update.momentum,
+        dampening=update.dampening,
+        nesterov=update.nesterov,
+    )
+    return (direction, step) if momentum is None else (direction, step, momentum)
 
 
 def _decay_unless_opposed(
@@ -141,7 +149,7 @@ def _decay_unless_opposed(
     count: bool,
     stochastic: bool,
     out: Tensor,
-) -> int | Tensor:
+) -> Count:
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
 
     ``d`` is used up; ``w`` is ``out`` or a wider copy of it.
@@ -161,7 +169,7 @@ def _decay_unless_opposed(
     return active
 
 
-def _count(mask: Tensor) -> int | Tensor:
+def _count(mask: Tensor) -> Count:
     total = mask.sum()  # exact: a block has at most 2**24 elements
     return int(total) if mask.device.type == "cpu" else total.long()
 
@@ -170,42 +178,40 @@ def _block_size(device: torch.device) -> int:
     return BLOCK_ON_CPU if device.type == "cpu" else BLOCK_ELSEWHERE
 
 
-def _scratch(w: Sequence[Tensor], rows: int) -> list[Tensor]:
+def _scratch(buckets: Sequence[Coming | Stepped], rows: int) -> list[Tensor]:
     """``rows`` flat buffers, each as long as the longest piece, in float32 or wider; an unused one costs nothing."""
-    longest = min(max(PACK, *(t.numel() for t in w)), _block_size(w[0].device))
-    wide = torch.promote_types(w[0].dtype, torch.float32)
-    return [torch.empty(longest, dtype=wide, device=w[0].device) for _ in range(rows)]
+    w = buckets[0].w[0]
+    longest = min(max(PACK, *(t.numel() for bucket in buckets for t in bucket.w)), _block_size(w.device))
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return [torch.empty(longest, dtype=wide, device=w.device) for _ in range(rows)]
 
 
-def _blocks(
-    keys: Sequence[Hashable], w: Sequence[Tensor], *others: Sequence[Tensor]
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Flat, aligned pieces of each entry's tensors, and the entry's index; what is written to the first lands in ``w``.
+def _blocks(w: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Flat, aligned pieces of each entry's tensors; what is written to the first lands in ``w``.
 
-    Small tensors in a row with equal keys come packed into one piece, under the index of the first of them.
+    Small tensors in a row come packed into one piece.
     """
     run: list[int] = []
     length = 0
     for i, weight in enumerate(w):
         if weight.numel() < SMALL:
             length += weight.numel()
-            if run and (keys[i] != keys[run[0]] or length > PACK):
+            if length > PACK:
                 yield from _packed(run, w, *others)
                 run, length = [], weight.numel()
             run.append(i)
             continue
         lines = _lines(weight, *(other[i] for other in others))
-        for piece in zip(*(torch.split(line, _block_size(weight.device)) for line in lines), strict=True):
-            yield i, piece
+        yield from zip(*(torch.split(line, _block_size(weight.device)) for line in lines), strict=True)
         _write_back(weight, lines[0])
     if run:
         yield from _packed(run, w, *others)
 
 
-def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     columns = list(zip(*(_lines(*(tensors[j] for tensors in lists)) for j in run), strict=True))
     piece = tuple(torch.cat(column) for column in columns)
-    yield run[0], piece
+    yield piece
     weights = columns[0]
     torch._foreach_copy_(weights, torch.split(piece[0], [line.numel() for line in weights]))
     for j, line in zip(run, weights, strict=True):

@@ -1,0 +1,536 @@
+# Functions under register_jitable are compiled, not run: their arguments have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
+"""The rules in numba, on the CPU: one pass over memory, for all tensors of the same types in one call.
+
+A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` is the
+walk, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eight
+numbers; it returns what to write into each of the five (None: nothing), and whether to count the place.
+
+The threads are our own, as many as `torch.get_num_threads` says: the compiled code holds no lock of Python's, so it can
+be called from several threads and after a fork, whichever threading library numba finds. `kernels.Backend` says what
+each function does.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload, register_jitable
+from torch import Tensor
+
+from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.kernels import _eager
+from cwd_wrap.kernels._eager import _lines, _write_back, copy, vector
+from cwd_wrap.updates import Adam, Lion
+
+__all__ = [
+    "cautious_update", "copy", "count_agreeing", "count_nonzero", "decay_along", "decay_from_snapshot", "p_norm_decay",
+    "step_whole", "vector",
+]  # fmt: skip
+
+CHUNK = 1 << 16  # elements
+ALONE = 1 << 17  # elements below which a second thread costs more than it brings
+TURNS = 8  # chunks are handed out in so many turns a thread: one that the machine slows down takes fewer
+
+COLUMNS, NUMBERS = 5, 8
+_BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba knows neither: their bits, told apart by the sign of the type
+_TAGS = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+}
+
+
+# ---- what numba does not have
+
+
+@intrinsic
+def _pointer(typing_context, address, tag):
+    """An address as a pointer to elements of the type of the array ``tag``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag.dtype)(address, tag), generate
+
+
+@intrinsic
+def _fma(typing_context, a, b, c):
+    """a*b + c, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return a(a, b, c), generate
+
+
+@intrinsic
+def _number(typing_context, flag, like):
+    """``flag`` as 0 or 1 of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        bit = builder.trunc(arguments[0], ir.IntType(1))
+        return builder.uitofp(bit, context.get_value_type(signature.return_type))
+
+    return like(flag, like), generate
+
+
+@intrinsic
+def _wide(typing_context, bits):
+    """The float32 that the 16 ``bits`` stand for."""
+
+    def generate(context, builder, signature, arguments):
+        if bits == _FLOAT16:
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        widened = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(widened, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def _narrow(typing_context, value, like):
+    """The float32 ``value`` rounded to nearest, as 16 bits of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        if like == _FLOAT16:
+            return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        not_a_number = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        chosen = builder.select(not_a_number, ir.Constant(word, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(chosen, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like(value, like), generate
+
+
+def _line(addresses, column, tensor, start, stop, tag):
+    """The elements of a chunk; None where there is no such column."""
+
+
+@overload(_line, inline="always")
+def _(addresses, column, tensor, start, stop, tag):
+    if tag is types.none:
+        return lambda addresses, column, tensor, start, stop, tag: None
+    return lambda addresses, column, tensor, start, stop, tag: carray(_pointer(addresses[column, tensor], tag), stop)[
+        start:
+    ]
+
+
+def _get(line, i):
+    """Element ``i``, in float32 or wider; None where there is no such column."""
+
+
+@overload(_get, inline="always")
+def _(line, i):
+    if line is types.none:
+        return lambda line, i: None
+    if line.dtype in (_BFLOAT16, _FLOAT16):
+        return lambda line, i: _wide(line[i])
+    return lambda line, i: line[i]
+
+
+def _put(line, i, value, random):
+    """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
+
+
+@overload(_put, inline="always")
+def _(line, i, value, random):
+    if line is types.none or value is types.none:
+        return lambda line, i, value, random: None
+    if line.dtype not in (_BFLOAT16, _FLOAT16):
+
+        def write(line, i, value, random):
+            line[i] = value
+
+    elif random is types.none:
+
+        def write(line, i, value, random):
+            line[i] = _narrow(value, line[i])
+
+    else:
+        as_bits = np.uint16 if line.dtype == _BFLOAT16 else np.int16
+
+        def write(line, i, value, random):
+            # The twin of rules.stochastic_rounding.
+            bits = _narrow(value, line[i])
+            nearest = _wide(bits)
+            other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
+            other = _wide(other_bits)
+            chance = (value - nearest) / (other - nearest)
+            line[i] = other_bits if np.float32(random >> np.uint32(8)) * np.float32(2**-24) < chance else bits
+
+    return write
+
+
+# ---- the rules, each the twin of functions in rules.py
+
+
+@register_jitable
+def _aligned(u, x, strict):
+    moved = (u > 0) & (x > 0) | (u < 0) & (x < 0)
+    moved_or_left = (u >= 0) & (x >= 0) | (u <= 0) & (x <= 0)
+    return moved if strict else moved_or_left
+
+
+@register_jitable
+def _decay(w, x, mask, eta_lam):
+    return w - _number(mask, x) * x * eta_lam
+
+
+@register_jitable
+def _along_gradient(x, g, b, c, d, n, strict):
+    mask = _aligned(n[0] * g, x, strict)
+    return _decay(x, x, mask, n[1]), None, None, None, None, mask
+
+
+@register_jitable
+def _along_momentum(x, m, g, c, d, n, strict):
+    # Where a and b add up to 1, as torch.lerp computes it, so that near-cancellations come out as the optimizer's own.
+    average = _fma(n[0], g - m, m if n[1] > 0 else g)
+    u = average if n[2] > 0 else _fma(n[0], g, m)
+    mask = _aligned(u, x, strict)
+    return _decay(x, x, mask, n[3]), None, None, None, None, mask
+
+
+@register_jitable
+def _from_snapshot(w, x, b, c, d, n, strict):
+    moved = (w < x) & (x > 0) | (w > x) & (x < 0)
+    moved_or_left = (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
+    mask = moved if strict else moved_or_left
+    return _decay(w, x, mask, n[0]), None, None, None, None, mask
+
+
+@register_jitable
+def _nonzero(x, a, b, c, d, n, strict):
+    return None, None, None, None, None, x != 0
+
+
+@register_jitable
+def _agrees(w, x, g, c, d, n, strict):
+    return None, None, None, None, None, (w < x) & (g > 0) | (w > x) & (g < 0)
+
+
+@register_jitable
+def _cautious_update(w, x, g, c, d, n, strict):
+    mask = (w < x) & (g > 0) | (w > x) & (g < 0)
+    v = x + n[0] * _number(mask, x) * (w - x)
+    return v - n[1] * v, None, None, None, None, mask
+
+
+@register_jitable
+def _sgd(x, g, b, c, d, n, strict):
+    u = n[0] * g
+    mask = _aligned(u, x, strict)
+    return _decay(x - n[1] * u, x, mask, n[2]), None, None, None, None, mask
+
+
+@register_jitable
+def _sgd_momentum(x, g, m, c, d, n, strict):
+    g = n[0] * g
+    m = n[3] * m + n[4] * g
+    u = g + n[3] * m if n[5] > 0 else m
+    mask = _aligned(u, x, strict)
+    return _decay(x - n[1] * u, x, mask, n[2]), None, m, None, None, mask
+
+
+@register_jitable
+def _lion(x, g, m, c, d, n, strict):
+    g = n[0] * g
+    mean = m + n[3] * (g - m)
+    u = _number(mean > 0, x) - _number(mean < 0, x)
+    mask = _aligned(u, x, strict)
+    return _decay(x - n[1] * u, x, mask, n[2]), None, m + n[4] * (g - m), None, None, mask
+
+
+@register_jitable
+def _adam(x, g, m, v, d, n, strict):
+    g = n[0] * g
+    m = m + n[3] * (g - m)
+    v = n[4] * v + n[5] * g * g
+    mask = _aligned(m, x, strict)
+    return _decay(x - n[1] * m / (np.sqrt(v) / n[7] + n[6]), x, mask, n[2]), None, m, v, None, mask
+
+
+@register_jitable
+def _amsgrad(x, g, m, v, largest, n, strict):
+    g = n[0] * g
+    m = m + n[3] * (g - m)
+    v = n[4] * v + n[5] * g * g
+    largest = largest if largest >= v else v
+    mask = _aligned(m, x, strict)
+    return _decay(x - n[1] * m / (np.sqrt(largest) / n[7] + n[6]), x, mask, n[2]), None, m, v, largest, mask
+
+
+# ---- the walk
+
+
+@register_jitable
+def _random(seed, tensor, place):
+    """Four random words for a place: Philox 4x32 with ten rounds (Salmon et al., 2011), keyed by the seed."""
+    a, b = np.uint64(place & 0xFFFFFFFF), np.uint64(place >> 32)
+    c, d = np.uint64(tensor), np.uint64(0)
+    low = np.uint64(0xFFFFFFFF)
+    key0, key1 = np.uint64(seed) & low, np.uint64(seed) >> np.uint64(32)
+    for _ in range(10):
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b = (second >> np.uint64(32)) ^ b ^ key0, second & low
+        c, d = (first >> np.uint64(32)) ^ d ^ key1, first & low
+        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
+    return np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
+
+
+def _words(seed, tensor, place):
+    """`_random`, or None for each word where there is no seed."""
+
+
+@overload(_words, inline="always")
+def _(seed, tensor, place):
+    if seed is types.none:
+        return lambda seed, tensor, place: (None, None, None, None)
+    return lambda seed, tensor, place: _random(seed, tensor, place)
+
+
+def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
+    """The walk that carries ``rule`` out on chunks ``first`` to ``last``, and counts for each where it says so."""
+
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def walk(addresses, chunks, numbers, tags, strict, seed, counts, first, last):
+        for k in range(first, last):
+            tensor, start, stop = chunks[k, 0], chunks[k, 1], chunks[k, 2]
+            row = numbers[tensor]
+            n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
+            line0 = _line(addresses, 0, tensor, start, stop, tags[0])
+            line1 = _line(addresses, 1, tensor, start, stop, tags[1])
+            line2 = _line(addresses, 2, tensor, start, stop, tags[2])
+            line3 = _line(addresses, 3, tensor, start, stop, tags[3])
+            line4 = _line(addresses, 4, tensor, start, stop, tags[4])
+            count = 0
+            for i in range(stop - start):
+                new0, new1, new2, new3, new4, mask = rule(
+                    _get(line0, i), _get(line1, i), _get(line2, i), _get(line3, i), _get(line4, i), n, strict
+                )
+                random = _words(seed, tensor, start + i)
+                _put(line0, i, new0, random[0])
+                _put(line1, i, new1, None)
+                _put(line2, i, new2, random[1])
+                _put(line3, i, new3, random[2])
+                _put(line4, i, new4, random[3])
+                count += mask
+            counts[k] = count
+
+    walk_of: Callable[..., None] = walk
+    return walk_of
+
+
+@njit(nogil=True, cache=True)
+def _advance(addresses, tag, steps):
+    """Increase the counters at ``addresses`` by one, and note them in ``steps``."""
+    for i in range(len(addresses)):
+        counter = carray(_pointer(addresses[i], tag), 1)
+        counter[0] += 1
+        steps[i] = counter[0]
+
+
+_walks = {
+    rule.__name__: _walk(rule)
+    for rule in (
+        _along_gradient, _along_momentum, _from_snapshot, _nonzero, _agrees, _cautious_update,
+        _sgd, _sgd_momentum, _lion, _adam, _amsgrad,
+    )
+}  # fmt: skip
+
+
+# ---- the backend
+
+
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_along`."""
+    rows: list[tuple[float, ...]] = []
+    for bucket in buckets:
+        a, b, eta_lam = bucket.a, bucket.b, float(bucket.eta_lam)
+        if bucket.m is None:
+            rows.append((1.0 if b > 0 else -1.0, eta_lam))
+        elif b == 1 - a:
+            rows.append((b if b < 0.5 else b - 1, float(b < 0.5), 1.0, eta_lam))
+        else:
+            rows.append((b / a, 1.0, 0.0, eta_lam))
+    rule = "_along_gradient" if buckets[0].m is None else "_along_momentum"
+    counts = _launch(rule, buckets, _numbers(buckets, rows), strict=strict, stochastic=stochastic)
+    return int(counts.sum()) if count else 0
+
+
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_from_snapshot`."""
+    numbers = _numbers(buckets, [(float(bucket.eta_lam),) for bucket in buckets])
+    counts = _launch("_from_snapshot", buckets, numbers, strict=strict, stochastic=stochastic)
+    return int(counts.sum()) if count else 0
+
+
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.step_whole`."""
+    numbers = _numbers(buckets, [_of_update(bucket) for bucket in buckets])
+    if isinstance(buckets[0].update, Adam):
+        _correct_bias(buckets, numbers)
+    counts = _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict, stochastic=stochastic)
+    return int(counts.sum()) if count else 0
+
+
+def count_nonzero(x: Sequence[Tensor]) -> Tensor:
+    """`kernels.Backend.count_nonzero`."""
+    return _counted("_nonzero", (x,))
+
+
+def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.count_agreeing`."""
+    return _counted("_agrees", _columns(buckets))
+
+
+def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
+    """`kernels.Backend.cautious_update`."""
+    numbers = _numbers(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
+    numbers[:, 0] = alpha.numpy()
+    _launch("_cautious_update", buckets, numbers)
+
+
+def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
+    """`kernels.Backend.p_norm_decay`, by torch: its power is computed in vectors, numba's is not."""
+    _eager.p_norm_decay(buckets, p, nonzero)
+
+
+def _of_update(bucket: Whole) -> tuple[float, ...]:
+    """The numbers of `_sgd` and its like, in their order."""
+    update = bucket.update
+    common = (-1.0 if update.maximize else 1.0, float(bucket.lr), float(bucket.eta_lam))
+    if isinstance(update, Adam):
+        return (*common, 1 - update.beta1, update.beta2, 1 - update.beta2, update.eps)
+    if isinstance(update, Lion):
+        return (*common, 1 - update.beta1, 1 - update.beta2)
+    return (*common, update.momentum, 1 - update.dampening, float(update.nesterov))
+
+
+def _correct_bias(buckets: Sequence[Whole], numbers: np.ndarray) -> None:
+    """Increase the counters; divide the step size by 1 - beta1**t, and put down the root of 1 - beta2**t."""
+    row = 0
+    for bucket in buckets:
+        t = np.empty(len(bucket.steps))
+        _advance(_addresses(bucket.steps), _TAGS[bucket.steps[0].dtype], t)
+        of_bucket = numbers[row : row + len(t)]
+        update = bucket.update
+        if isinstance(update, Adam):
+            of_bucket[:, 1] = float(bucket.lr) / (1 - update.beta1**t)
+            of_bucket[:, 7] = (1 - update.beta2**t) ** 0.5
+        row += len(t)
+
+
+def _numbers(buckets: Sequence[Bucket], rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """A row of numbers for each tensor, from those for each bucket, in the type that the rule computes in."""
+    wide = np.float64 if buckets[0].w[0].dtype == torch.float64 else np.float32
+    padded = np.zeros((len(rows), NUMBERS), wide)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return np.repeat(padded, [len(bucket.w) for bucket in buckets], axis=0)
+
+
+def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
+    sizes = _sizes(columns[0])
+    numbers = np.zeros((len(sizes), NUMBERS), np.float64 if columns[0][0].dtype == torch.float64 else np.float32)
+    counts = _run(rule, columns, numbers)
+    per_tensor = np.zeros(len(sizes), np.int64)
+    np.add.at(per_tensor, _chunks(sizes.tobytes())[:, 0], counts)
+    return torch.from_numpy(per_tensor)
+
+
+def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
+    if len(buckets) == 1:
+        return list(buckets[0].columns)
+    return [list(chain.from_iterable(parts)) for parts in zip(*(b.columns for b in buckets), strict=True)]
+
+
+def _launch(
+    rule: str, buckets: Sequence[Bucket], numbers: np.ndarray, *, strict: bool = False, stochastic: bool = False
+) -> np.ndarray:
+    """Carry ``rule`` out on all tensors of the buckets. Returns the count of each chunk."""
+    columns = _columns(buckets)
+    narrow = any(column[0].element_size() == 2 for column in columns)
+    seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
+    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        return _run(rule, columns, numbers, strict, seed)
+    lines = list(
+        zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True)
+    )
+    counts = _run(rule, lines, numbers, strict, seed)
+    for column, of_column in zip(columns, lines, strict=True):
+        for t, line in zip(column, of_column, strict=True):
+            _write_back(t, line)
+    return counts
+
+
+def _run(
+    rule: str,
+    columns: Sequence[Sequence[Tensor]],
+    numbers: np.ndarray,
+    strict: bool = False,
+    seed: int | None = None,
+) -> np.ndarray:
+    walk = _walks[rule]
+    sizes = _sizes(columns[0])
+    chunks = _chunks(sizes.tobytes())
+    counts = np.zeros(len(chunks), np.int64)
+    addresses = np.stack([_addresses(column) for column in columns])
+    tags = (*(_TAGS[column[0].dtype] for column in columns), *[None] * (COLUMNS - len(columns)))
+    threads = min(torch.get_num_threads(), 1 + int(sizes.sum()) // ALONE)
+    if threads == 1:
+        walk(addresses, chunks, numbers, tags, strict, seed, counts, 0, len(chunks))
+        return counts
+    turns = min(threads * TURNS, len(chunks))
+    cuts = [len(chunks) * i // turns for i in range(turns + 1)]
+    turn = itertools.count()
+
+    def take_turns() -> None:
+        while (i := next(turn)) < turns:
+            walk(addresses, chunks, numbers, tags, strict, seed, counts, cuts[i], cuts[i + 1])
+
+    others = [_pool(threads).submit(take_turns) for _ in range(threads - 1)]
+    take_turns()
+    for other in others:
+        other.result()
+    return counts
+
+
+def _sizes(column: Sequence[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.numel, column), np.int64, len(column))
+
+
+def _addresses(column: Sequence[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.data_ptr, column), np.int64, len(column))
+
+
+@functools.lru_cache(64)
+def _chunks(sizes: bytes) -> np.ndarray:
+    """For each chunk of tensors of ``sizes``: tensor, first element, the one after the last."""
+    numel = np.frombuffer(sizes, np.int64)
+    per_tensor = -(-numel // CHUNK)
+    tensor = np.repeat(np.arange(len(numel)), per_tensor)
+    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)) * CHUNK
+    return np.stack([tensor, start, np.minimum(start + CHUNK, numel[tensor])], axis=1)
+
+
+@functools.lru_cache(1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, "cwd_wrap")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

@@ -1,0 +1,182 @@
+"""One step: the base's own, with its decay off, and a rule carried out around it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from cwd_wrap import paths
+from cwd_wrap.paths import Members, Work
+from cwd_wrap.weight_decay import DecayOff
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
+
+Closure = Callable[[], float]
+
+
+class Step:
+    """One step of ``work.base``.
+
+    What is done around the base's own code happens in its last pre-hook and its first post-hook. So gradients and
+    decays that another hook still changes (clipping, a schedule) are used as the base will use them, the hooks see the
+    decay and what came of it, and a step that somebody skips does not decay. ``eta_lams`` gives eta*lam of each group
+    for the coming step; ``path`` is the one that the user forces, or None.
+    """
+
+    def __init__(self, work: Work, eta_lams: Callable[[], list[float | Tensor]], path: str | None) -> None:
+        self.begun = False
+        """Has the base fired its hooks?"""
+        self._work = work
+        self._eta_lams = eta_lams
+        self._path = path
+        self._decay_off = DecayOff(work.base)
+        self._around = ExitStack()
+        self._closure: Closure | None = None  # one that the base calls
+        self._depth = 0  # of base steps: one that calls its parent's fires the hooks twice
+        self._members: list[tuple[Members, int]] = []  # of the snapshot around a base that calls the closure
+
+    def run(self, closure: Closure | None) -> float | None:
+        """Step; return what the base returns, or the closure's loss."""
+        base = self._work.base
+        loss = None
+        if closure is not None and paths.steps_without_closure(base):
+            with torch.enable_grad():
+                loss = closure()
+        else:
+            self._closure = closure
+        with ExitStack() as hooks, self._around:
+            if self._base_fires_hooks():
+                self._hook_in(hooks)
+            else:
+                self._begin()
+            stepped = base.step() if self._closure is None else base.step(self._call_closure)
+            self._finish()
+        return stepped if loss is None else loss
+
+    def _base_fires_hooks(self) -> bool:
+        """Some optimizers skip Optimizer.__init__, and with it the hooks."""
+        base = self._work.base
+        return getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks")
+
+    def _hook_in(self, hooks: ExitStack) -> None:
+        base = self._work.base
+        before = base.register_step_pre_hook(self._before_base)
+        hooks.callback(before.remove)
+        after = base.register_step_post_hook(self._after_base)
+        hooks.callback(after.remove)
+        cast("OrderedDict[int, object]", base._optimizer_step_post_hooks).move_to_end(after.id, last=False)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a base whose step is compiled traces its hooks
+    def _before_base(self, *_: object) -> None:
+        self._depth += 1
+        if not self.begun:
+            self._begin()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _after_base(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._finish()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self.begun = True
+        plan = self._plan()
+        self._around.callback(self._decay_off.on)
+        self._decay_off.off()
+        for path, members in plan:
+            self._around.enter_context(path(self._work, members))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        self._around.close()
+
+    def _call_closure(self) -> float:
+        """The user's closure, for the base to call: it sees the decay, may schedule it, and makes the gradients."""
+        self._decay_off.on()
+        with torch.enable_grad():
+            loss = cast("Closure", self._closure)()
+        eta_lams = self._eta_lams()
+        for members, i in self._members:
+            members.eta_lam = eta_lams[i]
+        of_step = [members for members, _ in self._members]
+        self._work.note(of_step)
+        for members in of_step:
+            self._check_layouts(members.gradients)
+        self._decay_off.off()
+        return loss
+
+    # ---- which parameters take which path
+
+    def _plan(self) -> Iterator[tuple[Any, list[Members]]] | list[tuple[Any, list[Members]]]:
+        """The paths of this step with their members."""
+        work = self._work
+        if self._closure is not None:
+            self._members = list(self._walk(self._could_step))
+            return [(paths.snapshot, [members for members, _ in self._members])]
+        taken: dict[Any, list[Members]] = {
+            path: [] for path in (paths.rows, paths.snapshot, paths.direction, paths.one_pass, paths.in_pieces)
+        }
+        ways = {
+            "snapshot": paths.snapshot,
+            "direction": paths.direction,
+            "one_pass": paths.one_pass,
+            "pieces": paths.in_pieces,
+        }
+        for members, _ in self._walk(self._steps):
+            choice = paths.choose(work.rule, work.base, members.group, work.backend, self._path)
+            gradients = cast("list[Tensor]", members.gradients)
+            if any(map(_is_sparse, gradients)):
+                self._check_layouts(gradients)
+                taken[paths.rows].append(members.only([i for i, g in enumerate(gradients) if g.is_sparse]))
+                members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])  # noqa: PLW2901
+            if choice.path == "one_pass":
+                members, fresh = paths.have_state(work.base, members)  # noqa: PLW2901
+                taken[paths.direction].append(fresh)
+            taken[ways[choice.path]].append(members)
+        if not taken[paths.snapshot]:
+            work.buffers.drop_whole()
+        plan = [(path, [some for some in members if some.parameters]) for path, members in taken.items()]
+        return [(path, members) for path, members in plan if members]
+
+    def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int]]:
+        """The members of each group and its index, each parameter once. Walked afresh: engines replace parameters."""
+        eta_lams = self._eta_lams()
+        seen: set[int] = set()
+        for i, group in enumerate(self._work.base.param_groups):
+            if not self._work.rule.has_work(eta_lams[i]):
+                continue
+            parameters = list(group["params"])
+            gradients = [p.grad for p in parameters]
+            ids = set(map(id, parameters))
+            if len(ids) != len(parameters) or not seen.isdisjoint(ids) or any(g is None for g in gradients):
+                chosen: dict[int, tuple[Tensor, Tensor | None]] = {}
+                for p, g in zip(parameters, gradients, strict=True):
+                    if id(p) not in seen and takes_part(p, g):
+                        chosen.setdefault(id(p), (p, g))
+                parameters = [p for p, _ in chosen.values()]
+                gradients = [g for _, g in chosen.values()]
+            seen |= ids
+            if parameters:
+                yield Members(group, eta_lams[i], parameters, gradients), i
+
+    @staticmethod
+    def _steps(_: Tensor, gradient: Tensor | None) -> bool:
+        return gradient is not None
+
+    @staticmethod
+    def _could_step(p: Tensor, gradient: Tensor | None) -> bool:
+        return gradient is not None or p.requires_grad
+
+    def _check_layouts(self, gradients: Sequence[Tensor | None]) -> None:
+        work = self._work
+        if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
+            msg = f"{work.rule.name} reads gradients, and cannot read the sparse ones of {type(work.base).__name__}"
+            raise ValueError(msg)
+
+
+def _is_sparse(gradient: Tensor) -> bool:
+    return gradient.is_sparse

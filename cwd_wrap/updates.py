@@ -1,0 +1,119 @@
+"""The whole update of some optimizers, for the kernels that decay and step in one pass over the weights.
+
+A class is in the table, by its exact name, only if a test holds the one pass equal to the optimizer's own step on its
+own state. `rules` has the readable twin of each update.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam and AdamW (their own decay is off), with amsgrad or without: `rules.adam`."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    amsgrad: bool
+    maximize: bool
+    counts: ClassVar[bool] = True
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that makes this update."""
+        return "amsgrad" if self.amsgrad else "adam"
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The tensors of a parameter's state that it reads and writes."""
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class SGD:
+    """SGD, with momentum or without: `rules.sgd`."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+    maximize: bool
+    counts: ClassVar[bool] = False
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that makes this update."""
+        return "sgd_momentum" if self.momentum else "sgd"
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """The tensors of a parameter's state that it reads and writes."""
+        return ("momentum_buffer",) if self.momentum else ()
+
+
+@dataclass(frozen=True)
+class Lion:
+    """Lion: `rules.lion`."""
+
+    beta1: float
+    beta2: float
+    maximize: bool
+    kernel: ClassVar[str] = "lion"
+    counts: ClassVar[bool] = False
+    state_keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+
+Update: TypeAlias = Adam | SGD | Lion
+
+
+def find(optimizer: Optimizer, group: Group) -> Update | str:
+    """The update of ``optimizer`` on ``group``, or the reason why no kernel makes it.
+
+    An optimizer that has the option ``fused`` is stepped by our kernel where the group says ``fused=True``; one that
+    has not (Lion), always.
+    """
+    cls = type(optimizer)
+    make = _TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    if make is None:
+        return f"no kernel makes the whole update of {cls.__name__}"
+    if "fused" in group and not group["fused"]:
+        return f"{cls.__name__} was not built with fused=True"
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        return "its gradients are still scaled"
+    update = make(group)
+    if isinstance(update, str):
+        return update
+    if any(isinstance(value, Tensor) for value in vars(update).values()):
+        return "its coefficients are tensors"
+    return update
+
+
+def _adam(group: Group) -> Update | str:
+    beta1, beta2 = group["betas"]
+    return Adam(beta1, beta2, group["eps"], bool(group["amsgrad"]), bool(group["maximize"]))
+
+
+def _sgd(group: Group) -> Update | str:
+    return SGD(group["momentum"], group["dampening"], bool(group["nesterov"]), bool(group["maximize"]))
+
+
+def _lion(group: Group) -> Update | str:
+    if group.get("caution"):
+        return "Lion masks its own update in a group with caution=True"
+    beta1, beta2 = group["betas"]
+    return Lion(beta1, beta2, bool(group.get("maximize")))
+
+
+_TABLE: Mapping[str, Callable[[Group], Update | str]] = {
+    "torch.optim.adam.Adam": _adam,
+    "torch.optim.adamw.AdamW": _adam,
+    "torch.optim.sgd.SGD": _sgd,
+    "timm.optim.lion.Lion": _lion,
+    "lion_pytorch.lion_pytorch.Lion": _lion,
+}

@@ -1,0 +1,158 @@
+"""`over`: its options, its cache, its pickles; classes of optimizers and functions that return one."""
+
+import copy
+import functools
+import gc
+import inspect
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import net, train, values, weight
+from torch.optim import SGD, AdamW, Optimizer
+
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, params_first
+
+
+def thousandth(group: dict[str, Any]) -> float:
+    return 1e-3
+
+
+def amsgrad(params: Any, lr: float = 0.01, **kwargs: Any) -> Optimizer:
+    return AdamW(params, lr=lr, amsgrad=True, **kwargs)
+
+
+class StepSize:
+    """A callable that compares by value, and so has no hash."""
+
+    def __call__(self, group: dict[str, Any]) -> float:
+        return 1e-3
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepSize)
+
+
+# ------------------------------------------------------------------------------------ what it takes
+
+
+@pytest.mark.parametrize("wrong", [SGD([weight(1.0)]), torch.nn.Linear, 3])
+def test_over_takes_classes_and_functions(wrong: Any) -> None:
+    """An instance, and a class that is no optimizer, get an error that says what over() takes."""
+    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, got "
+    with pytest.raises(TypeError, match=text):
+        CautiousDecay.over(wrong)
+
+
+UNFIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "strict=1": (CautiousDecay, {"strict": 1}, TypeError, "^strict=1: pass one of True, False$"),
+    "lam=-1": (CautiousDecay, {"lam": -1.0}, ValueError, "lam of CautiousDecay is -1.0"),
+    "lam=[]": (CautiousDecay, {"lam": [0.1]}, TypeError, r"lam of CautiousDecay is \[0.1\]"),
+    "mask": (CautiousDecay, {"mask": "sign"}, ValueError, "unknown mask 'sign'"),
+    "step_size": (CautiousDecay, {"step_size": 0.1}, TypeError, "step_size=0.1 is not callable"),
+    "scale": (CautiousUpdate, {"scale": "max"}, ValueError, "unknown scale 'max'"),
+    "p": (PNormDecay, {"p": 3}, ValueError, "p of PNormDecay is 3"),
+    "lr": (CautiousDecay, {"lr": 0.1}, TypeError, "over got lr, .* Arguments of the optimizer go to the class"),
+    "no hash": (
+        CautiousDecay,
+        {"step_size": StepSize()},
+        TypeError,
+        r"^CautiousDecay.over got step_size=.*StepSize.* not hashable: pass a function, or use "
+        r"CautiousDecay\(optimizer, step_size=...\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "options", "error", "text"), UNFIT.values(), ids=list(UNFIT))
+def test_options_are_checked_when_over_is_called(method: Any, options: Any, error: Any, text: str) -> None:
+    """There are no parameters yet, but the error is the constructor's; options that cannot be a key are named."""
+    with pytest.raises(error, match=text):
+        method.over(AdamW, **options)
+
+
+def test_what_the_constructor_alone_takes_it_still_takes() -> None:
+    """An option without a hash works where the error points to."""
+    assert isinstance(CautiousDecay(SGD([weight(1.0)], weight_decay=0.1), step_size=StepSize()), Optimizer)
+
+
+# ------------------------------------------------------------------------------------ which class it is
+
+
+def test_equal_options_of_different_types_are_different_classes() -> None:
+    """p=1 and p=1.0 are equal, but each class keeps the value it was given, whichever came first."""
+    whole, real = PNormDecay.over(SGD, p=1), PNormDecay.over(SGD, p=1.0)
+    kept = [cls([weight(1.0)], lr=0.1, weight_decay=0.1).p for cls in (whole, real)]
+
+    assert [int, float] == list(map(type, kept))
+    assert (whole, real) == (PNormDecay.over(SGD, p=1), PNormDecay.over(SGD, p=1.0))
+
+
+def test_a_refused_option_leaves_no_class_behind() -> None:
+    """After strict=1 was refused, strict=True builds."""
+    with pytest.raises(TypeError, match="strict=1"):
+        CautiousDecay.over(AdamW, strict=1)
+
+    assert CautiousDecay.over(AdamW, strict=True)([weight(1.0)]).strict is True
+
+
+def test_lambdas_do_not_pile_up() -> None:
+    """A class that nothing uses goes, with its options; one in use is found again."""
+    kept = CautiousDecay.over(AdamW, step_size=thousandth)
+    gc.collect()
+    before = len(params_first._made)
+    for _ in range(20):
+        CautiousDecay.over(AdamW, step_size=lambda group: 1e-3)([weight(1.0)])
+    gc.collect()
+
+    assert before == len(params_first._made)
+    assert kept is CautiousDecay.over(AdamW, step_size=thousandth)
+
+
+def test_the_check_of_options_draws_nothing() -> None:
+    """over() leaves torch's generator and default device alone."""
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        CautiousDecay.over(AdamW, lam=0.25)
+
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------ functions
+
+
+@pytest.mark.parametrize("factory", [amsgrad, functools.partial(AdamW, lr=0.01, amsgrad=True)])
+def test_a_function_trains_as_what_it_returns(factory: Callable[..., Optimizer]) -> None:
+    """A class over a function is an Optimizer, calls the function, and trains bit for bit as the wrapper around it."""
+    cls: Any = CautiousDecay.over(factory, strict=True)
+    one, two = net(), net()
+    built = cls(one.parameters(), weight_decay=0.5)
+    train(one, built, range(3))
+    train(two, CautiousDecay(factory(two.parameters(), weight_decay=0.5), strict=True), range(3))
+
+    assert issubclass(cls, CautiousDecay)
+    assert (AdamW, True, True) == (type(built.base_optimizer), built.defaults["amsgrad"], built.strict)
+    assert torch.equal(values(one), values(two))
+
+
+def test_a_class_over_a_function_has_its_name_and_signature() -> None:
+    """What reads signatures (jsonargparse, Hydra) sees the function's; a partial has the name of its class."""
+    cls: Any = CautiousDecay.over(amsgrad)
+
+    assert ("CautiousDecayamsgrad", ["params", "lr", "kwargs"]) == (cls.__name__, [*inspect.signature(cls).parameters])
+    assert ["self", "params", "lr", "kwargs"] == [*inspect.signature(cls.__init__).parameters]
+    assert "CautiousDecayAdamW" == CautiousDecay.over(functools.partial(AdamW, lr=0.1)).__name__
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_class_over_an_importable_function_is_pickled(duplicate: Any) -> None:
+    """It comes back as itself, and so do its instances."""
+    cls: Any = CautiousDecay.over(amsgrad, step_size=thousandth)
+
+    assert cls is duplicate(cls) is type(duplicate(cls([weight(1.0)])))
+
+
+def test_a_function_that_returns_no_optimizer_is_refused() -> None:
+    """The text names the class and what came."""
+    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, got list: "):
+        CautiousDecay.over(lambda params: list(params))([weight(1.0)])
