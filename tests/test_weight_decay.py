@@ -96,11 +96,11 @@ def test_the_table_of_eta(group: dict[str, Any], expected: float) -> None:
 
 @both_paths
 @pytest.mark.parametrize(("group", "expected"), LR_AND_LAM.values(), ids=list(LR_AND_LAM))
-def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, snapshot: bool) -> None:
+def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, path: str) -> None:
     """A step with a zero gradient takes the share eta * lam off the weight 1.0, whatever the base is called."""
     p = weight(1.0, 1.0, grad=[0.0, 0.0])
     base = SGD([{"params": [p], **group}, {"params": [weight(1.0)]}], lr=1.0, weight_decay=0.1)
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     if group["lr"] is None:
         base.param_groups[0]["params"] = []  # SGD itself has no step without a learning rate
     opt.step()
@@ -185,6 +185,7 @@ NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing to decay")
 @pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
 def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options: dict[str, Any], text: str) -> None:
     """The error names the group and the optimizer, says why, and what to do; so does that of a group added later."""
@@ -217,10 +218,10 @@ def test_a_tensor_weight_decay_stays_a_tensor() -> None:
 
 @both_paths
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=["default", "fused", "forloop"])
-def test_a_step_with_a_tensor_learning_rate(options: dict[str, Any], snapshot: bool) -> None:
+def test_a_step_with_a_tensor_learning_rate(options: dict[str, Any], path: str) -> None:
     """AdamW with a tensor lr: 1 - 0.25*0.5, and the lr is still the same tensor."""
     p, lr = weight(1.0, grad=[0.0]), torch.tensor(0.25)
-    opt = CautiousDecay(AdamW([p], lr=lr, weight_decay=0.5, **options), snapshot=snapshot)
+    opt = CautiousDecay(AdamW([p], lr=lr, weight_decay=0.5, **options), path=path)
     opt.step()
 
     assert 0.875 == p.item()
@@ -244,16 +245,14 @@ class OnAnyDevice(Optimizer):
 
 @both_paths
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
-def test_a_step_never_reads_a_tensor_of_a_device(
-    observed: bool, snapshot: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_never_reads_a_tensor_of_a_device(observed: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parameters and lr on "meta", where reading a value raises, the step runs: so nothing waits on a device."""
     from cwd_wrap import directions
 
-    monkeypatch.setitem(directions._TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
+    monkeypatch.setitem(directions.TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
     p = torch.nn.Parameter(torch.ones(3, 2, device="meta"))
     p.grad = torch.ones_like(p)
-    opt = CautiousDecay(OnAnyDevice([p], torch.tensor(0.1, device="meta")), snapshot=snapshot)
+    opt = CautiousDecay(OnAnyDevice([p], torch.tensor(0.1, device="meta")), path=path)
     opt.observer = (lambda report: None) if observed else None
     opt.step()
 
@@ -263,11 +262,11 @@ def test_a_step_never_reads_a_tensor_of_a_device(
 
 
 @both_paths
-def test_step_size_takes_the_place_of_the_learning_rate(snapshot: bool) -> None:
+def test_step_size_takes_the_place_of_the_learning_rate(path: str) -> None:
     """step_size= is called with each group at each step: 1 - 2*0.25, whatever lr is."""
     p, seen = weight(1.0, grad=[0.0]), []
     base = SGD([{"params": [p], "name": "the one"}], lr=0.1, weight_decay=0.25)
-    opt = CautiousDecay(base, step_size=lambda group: seen.append(group["name"]) or 2.0, snapshot=snapshot)
+    opt = CautiousDecay(base, step_size=lambda group: seen.append(group["name"]) or 2.0, path=path)
     opt.step()
 
     assert 0.5 == p.item()
