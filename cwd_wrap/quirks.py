@@ -209,7 +209,8 @@ def _prodigy(optimizer: Any, group: Group) -> Any:
 def _heavyball(optimizer: Any, group: Group) -> Any:
     lr = group["lr"]
     if group.get("warmup_steps"):
-        t = torch.as_tensor(group.get("step_count") or 0) + 1
+        done = group.get("step_count")
+        t = torch.tensor(1) if done is None else done + 1
         lr = lr * t / t.clamp(min=group["warmup_steps"] + 1)
     return lr * lr / group["max_lr"] if "AdamC" in _names(optimizer) else lr
 

@@ -130,7 +130,7 @@ def _stands_still(group: Group) -> bool:
     Schedules miss 0 by a rounding, on either side (torch's LinearLR ends at -1.85e-20): up to 1e-12 counts as 0.
     """
     lr = group.get("lr")
-    if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu"):
+    if lr is None or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
         return False
     return bool(abs(lr) <= _NO_STEP)
 

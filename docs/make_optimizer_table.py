@@ -25,8 +25,9 @@ not or cannot be run here, and the reason stands beside them.
 - *direction*: the mask is known before the step, no memory is needed. *snapshot*: a copy of the decaying weights is.
 - The path is that of the registered defaults. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's
   turn *direction* into *snapshot*; `repr(optimizer)` tells.
-- Where eta is not `lr`, it is what the optimizer multiplies its own decay by. *given*: there is no usable learning
-  rate, pass `step_size=`.
+- Where eta is not `lr`, it is what the optimizer multiplies its own decay by
+  ([measured](../tests/test_own_decay.py)). *given*: that is no one number with the defaults. The error says why and
+  which option changes it, or pass `step_size=`.
 - *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own: decay acts weaker.
 - Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
   prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.

@@ -454,6 +454,25 @@ def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) ->
         CautiousDecay(named(name), lam=0.5)
 
 
+def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
+    """The way out that the error names: five steps of GSAM around it are those of GSAM around plain AdamW."""
+    library = pytest.importorskip("pytorch_optimizer")
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        inner = AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+        inner = CautiousDecay(inner, mask="all") if wrapped else inner
+        rho = library.ProportionScheduler(torch.optim.lr_scheduler.StepLR(inner, 100), max_lr=1e-2)
+        opt = library.GSAM(model.parameters(), base_optimizer=inner, model=model, rho_scheduler=rho)
+        opt.set_closure(torch.nn.functional.mse_loss, torch.randn(8, 4), torch.randn(8, 2))
+        for _ in range(5):
+            opt.step()
+        ends.append(model.weight.detach())
+
+    torch.testing.assert_close(*ends)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
