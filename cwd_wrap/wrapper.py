@@ -228,9 +228,8 @@ class OptimizerWrapper(Contract):
         return choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
 
     def _eta_lams(self) -> list[float | Tensor]:
-        step_size = self.step_size or quirks.step_size(self.base_optimizer)
         return [
-            weight_decay.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
+            weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
 
@@ -253,7 +252,7 @@ class OptimizerWrapper(Contract):
             if self._rule().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
                 msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
-            if (reason := quirks.refusal(layer)) is not None:
+            if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
 
@@ -264,7 +263,7 @@ class OptimizerWrapper(Contract):
         return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
-        weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
+        weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
         if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
             self._choose(group)
         for device in {p.device for p in group["params"] if not p.is_meta}:
