@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cwd_wrap import paths, quirks
 from cwd_wrap.buckets import Members, have_state
+from cwd_wrap.choice import choose, steps_without_closure
 from cwd_wrap.paths import Work
 from cwd_wrap.weight_decay import DecayOff
 
@@ -44,7 +45,7 @@ class Step:
         """Step; return what the base returns, or the closure's loss."""
         base = self._work.base
         loss = None
-        if closure is not None and paths.steps_without_closure(base):
+        if closure is not None and steps_without_closure(base):
             with torch.enable_grad():
                 loss = closure()
         else:
@@ -130,7 +131,7 @@ class Step:
     def _paths_of(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
         """The path that a group takes, and the paths of members that cannot take it in this step."""
         work = self._work
-        path = paths.choose(work.rule, work.base, members.group, work.backend, self._path).path
+        path = choose(work.rule, work.base, members.group, work.backend, self._path).path
         decays = work.rule.has_work(members.eta_lam)
         if not decays and path != "one_pass":
             return

@@ -4,7 +4,7 @@ lam is the group's own ``weight_decay``; eta is the step size that the optimizer
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -41,6 +41,13 @@ def check(value: object, what: str, where: str) -> None:
         raise ValueError(msg)
 
 
+def check_step_size(step_size: object) -> None:
+    """Raise TypeError unless ``step_size`` is None or can be called."""
+    if step_size is not None and not callable(step_size):
+        msg = f"step_size={step_size!r} is not callable: pass a function of a param group that returns its step size"
+        raise TypeError(msg)
+
+
 def check_group(
     group: Group,
     index: int,
@@ -73,6 +80,12 @@ def decays(group: Group, fallback: float | None) -> bool:
     """Does the group decay at all? A tensor on an accelerator counts as yes: reading it would wait."""
     value = lam(group, fallback)
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
+
+
+def take_lam(groups: Sequence[Group], lam: float | None) -> list[bool]:
+    """Which groups ``lam`` is written into: those that decay, or all if none does."""
+    decaying = [decays(group, None) or "weight_decay" not in group for group in groups]
+    return [lam is not None and (has or not any(decaying)) for has in decaying]
 
 
 def eta_lam(

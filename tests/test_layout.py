@@ -29,13 +29,14 @@ ARROWS: dict[str, set[str]] = {
     "kernels._numba": {"buckets", "kernels._eager", "updates"},
     "kernels._triton": {"buckets", "kernels._eager", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "paths": {"buckets", "directions", "kernels", "notices", "pieces", "quirks", "snapshot", "tensors", "updates"},
-    "step": {"buckets", "paths", "quirks", "weight_decay"},
+    "choice": {"buckets", "directions", "kernels", "pieces", "updates"},
+    "paths": {"buckets", "choice", "kernels", "notices", "quirks", "snapshot", "tensors"},
+    "step": {"buckets", "choice", "paths", "quirks", "weight_decay"},
     "wrapper": {
-        "buckets", "contract", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step", "tensors",
+        "buckets", "choice", "contract", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step",
         "weight_decay",
     },
-    "wrappers": {"buckets", "kernels", "notices", "paths", "rules", "tensors", "weight_decay", "wrapper"},
+    "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
