@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from cwd_wrap import paths
+from cwd_wrap import paths, quirks
 from cwd_wrap.buckets import Members, have_state
+from cwd_wrap.choice import choose, steps_without_closure
 from cwd_wrap.paths import Work
 from cwd_wrap.weight_decay import DecayOff
 
@@ -37,13 +39,13 @@ class Step:
         self._around = ExitStack()
         self._closure: Closure | None = None  # one that the base calls
         self._depth = 0  # of base steps: one that calls its parent's fires the hooks twice
-        self._members: list[tuple[Members, int]] = []  # of the snapshot around a base that calls the closure
+        self._members: list[tuple[Members, int | None]] = []  # of the snapshot around a base that calls the closure
 
     def run(self, closure: Closure | None) -> float | None:
         """Step; return what the base returns, or the closure's loss."""
         base = self._work.base
         loss = None
-        if closure is not None and paths.steps_without_closure(base):
+        if closure is not None and steps_without_closure(base):
             with torch.enable_grad():
                 loss = closure()
         else:
@@ -102,7 +104,7 @@ class Step:
             loss = cast("Closure", self._closure)()
         eta_lams = self._eta_lams()
         for members, i in self._members:
-            members.eta_lam = eta_lams[i]
+            members.eta_lam = 0.0 if i is None else eta_lams[i]
         of_step = [members for members, _ in self._members]
         self._work.note(of_step)
         for members in of_step:
@@ -129,7 +131,7 @@ class Step:
     def _paths_of(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
         """The path that a group takes, and the paths of members that cannot take it in this step."""
         work = self._work
-        path = paths.choose(work.rule, work.base, members.group, work.backend, self._path).path
+        path = choose(work.rule, work.base, members.group, work.backend, self._path).path
         decays = work.rule.has_work(members.eta_lam)
         if not decays and path != "one_pass":
             return
@@ -145,8 +147,11 @@ class Step:
                 yield paths.direction, without_state
         yield paths.NAMED[path], members
 
-    def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int]]:
-        """The members of each group and its index, each parameter once. Walked afresh: engines replace parameters."""
+    def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int | None]]:
+        """The members of each group, each parameter once, and the index of the group whose decay they have.
+
+        Walked afresh: engines replace parameters. Parameters that the base's own decay leaves alone have none.
+        """
         eta_lams = self._eta_lams()
         rule = self._work.rule
         seen: set[int] = set()
@@ -164,8 +169,15 @@ class Step:
                 parameters = [p for p, _ in chosen.values()]
                 gradients = [g for _, g in chosen.values()]
             seen |= ids
-            if parameters:
-                yield Members(group, eta_lams[i], parameters, gradients), i
+            members = Members(group, eta_lams[i], parameters, gradients)
+            left_alone = quirks.exempt(self._work.base, group)
+            if left_alone is not None:
+                exempt = [j for j, p in enumerate(parameters) if left_alone(p)]
+                if rule.every_group and exempt:
+                    yield replace(members.only(exempt), eta_lam=0.0), None
+                members = members.only([j for j, p in enumerate(parameters) if not left_alone(p)])
+            if members.parameters:
+                yield members, i
 
     @staticmethod
     def _steps(_: Tensor, gradient: Tensor | None) -> bool:

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.paths import Rule
 from cwd_wrap.tensors import local_real_view, total, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
