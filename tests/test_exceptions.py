@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import both_paths, weight
+from support import weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from cwd_wrap import CautiousDecay, CautiousUpdate
@@ -199,12 +199,11 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 }
 
 
-@both_paths
 @pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
-def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], path: str) -> None:
+def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], every_path: PathOptions) -> None:
     """A schedule that writes an impossible value into group 1 gets a ValueError naming it; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, path=path)
+    opt = CautiousDecay(base, **every_path)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:
@@ -216,12 +215,11 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-@both_paths
 @pytest.mark.parametrize("value", NOT_DECAYS)
-def test_an_unfit_step_size_stops_the_step(value: float, path: str) -> None:
+def test_an_unfit_step_size_stops_the_step(value: float, every_path: PathOptions) -> None:
     """step_size= that returns something negative, NaN or infinite is named, with the group; no weight has moved."""
     base = sgd()
-    opt = CautiousDecay(base, step_size=lambda group: value, path=path)
+    opt = CautiousDecay(base, step_size=lambda group: value, **every_path)
     with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
         opt.step()
 
@@ -234,11 +232,10 @@ def broken(*_: object, **__: object) -> None:
     raise RuntimeError(msg)
 
 
-@both_paths
-def test_a_base_that_raises_gets_its_decay_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_raises_gets_its_decay_back(every_path: PathOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the base's step raises comes through, and the groups and hooks are as before."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt = CautiousDecay(base, path=path)
+    opt = CautiousDecay(base, **every_path)
     before = contents(base)
     monkeypatch.setattr(SGD, "_init_group", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -248,11 +245,10 @@ def test_a_base_that_raises_gets_its_decay_back(path: str, monkeypatch: pytest.M
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-@both_paths
-def test_a_base_goes_on_after_it_has_raised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_goes_on_after_it_has_raised(every_path: PathOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after a failed one steps and decays by the group's own strength: p - 0.1*1 - 0.1*0.5*p."""
     base = sgd()
-    opt = CautiousDecay(base, path=path)
+    opt = CautiousDecay(base, **every_path)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(SGD, "_init_group", broken)
         opt.step()
@@ -263,12 +259,11 @@ def test_a_base_goes_on_after_it_has_raised(path: str, monkeypatch: pytest.Monke
     assert pytest.approx(before - 0.1 - 0.05 * before) == p.item()
 
 
-@both_paths
 @pytest.mark.parametrize("where", ["closure", "wrapper's pre hook", "wrapper's post hook", "base's pre hook"])
-def test_what_a_user_raises_comes_through(where: str, path: str) -> None:
+def test_what_a_user_raises_comes_through(where: str, every_path: PathOptions) -> None:
     """An error in a closure or a hook comes through, and the groups and the base's hooks are as before."""
     base = sgd()
-    opt = CautiousDecay(base, path=path)
+    opt = CautiousDecay(base, **every_path)
     if where.startswith("wrapper"):
         getattr(opt, f"register_step_{where.split()[1]}_hook")(broken)
     handle = base.register_step_pre_hook(broken) if where.startswith("base") else None
@@ -282,11 +277,10 @@ def test_what_a_user_raises_comes_through(where: str, path: str) -> None:
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-@both_paths
-def test_the_decay_is_off_while_the_base_steps(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_decay_is_off_while_the_base_steps(every_path: PathOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the base steps its decay is 0 and always_adapt is on; for its hooks, before and after, all is as it was."""
     base = with_key(sgd(), "always_adapt", value=False)
-    opt, seen, heard = CautiousDecay(base, path=path), [], []
+    opt, seen, heard = CautiousDecay(base, **every_path), [], []
     module = sys.modules["torch.optim.sgd"]
     inner = module.sgd
 
