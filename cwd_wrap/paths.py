@@ -93,8 +93,11 @@ def _why_not(
     compiled_on: tuple[str | None, torch.device] | None,
 ) -> str | None:
     """Why ``group`` cannot take ``path``; None if it can. One pass needs a compiled kernel ``compiled_on`` a device."""
-    if path in ("snapshot", "pieces"):
-        return pieces.why_not(base, group) if path == "pieces" else None
+    if path == "snapshot":
+        return None
+    if path == "pieces":
+        compiled = hasattr(base.step, "_torchdynamo_orig_callable")  # the groups are set up for compiled code only
+        return f"the step of {type(base).__name__} is compiled" if compiled else pieces.why_not(base, group)
     if rule.needs_copy is not None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
