@@ -2,8 +2,8 @@
 
 python benchmarks/first_step.py
 
-AdamW's first step goes along a direction, since it makes the state; the second is one pass. Each kernel is compiled once
-for each combination of types and then lies on disk, beside the package or in the user's cache folder.
+AdamW's first step goes along a direction, since it makes the state; the second is one pass. Each kernel is compiled
+once for each combination of types and then kept on disk, beside the package or in the user's cache folder.
 """
 
 import os
