@@ -7,7 +7,7 @@ CautiousDecay(AdamW(fused=True)), with the same seeds, initial weights, batches 
     bfloat16, nearest        each step is rounded to nearest, as torch rounds it
     bfloat16, stochastic     rounding="stochastic": each step is rounded up or down at random
 
-    python examples/bfloat16.py                              # about four minutes, two cores
+    python examples/bfloat16.py                              # about eight minutes, two cores
     python examples/bfloat16.py --steps 4 --seeds 1          # a smoke test
 
 It prints the validation loss of each arm and seed and writes it to --out.
