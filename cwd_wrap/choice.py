@@ -37,6 +37,8 @@ class Rule:
     """Does ``after`` need the gradients?"""
     every_group: bool = False
     """Does it act on groups that do not decay too?"""
+    draws: bool = False
+    """Does it draw random numbers?"""
     rounds: bool = False
     """Does ``whole`` round 16-bit weights as the base does not? Then it steps groups that do not decay too."""
 
