@@ -2,11 +2,10 @@
 
 Each backend takes part where it runs. For the Triton kernels that is a card, or a process of its own:
 
-TRITON_INTERPRET=1 pytest tests/test_kernels.py
+TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -36,7 +35,6 @@ MIXED = [
 SIZES = [0, 1, 7, 1023, 1024, 1025, 1 << 14, (1 << 14) + 1, (1 << 15) + 1027]
 SHAPES = [(0,), (), (129, 3), *((n,) for n in SIZES[1:])]
 PAIRS = {"adam": (0.9, 1 - 0.9), "gan": (0.5, 0.5), "beta 0.3": (0.3, 0.7), "sgd": (0.9, 1.0), "maximize": (0.9, -0.1)}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 strict_or_not = pytest.mark.parametrize("strict", [False, True])

@@ -42,10 +42,10 @@ THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
 ALIGNMENT = 16  # bytes
 TABLES = 64  # kept on the device at once; an optimizer needs three to seven for each combination of types
-NUMBERS = 7  # coefficients in a row of the table of buckets
-ROW = (
-    4 + NUMBERS
-)  # before them: eta*lam and the learning rate, as an address on the device (or 0) or as numbers (or 0.0)
+NUMBERS = 7  # coefficients in a row of the table of buckets: up to four of the rule, the sign, two log2(beta)
+ROW = 4 + NUMBERS
+"""Words in a row of that table: the addresses of eta*lam and of the learning rate on the device, or 0; their values, or
+0.0 where there is an address; the coefficients. Addresses are int64, the rest float64."""
 
 _COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
 _DTYPE = attrgetter("dtype")
@@ -56,8 +56,10 @@ _Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
 """What the tensors of a bucket share: eta*lam, the learning rate, the coefficients."""
 
 _recorded: list[Tensor] = []
-"""Pinned memory that CUDA graphs copy from at each replay. A graph gives no signal when it is freed, so these are never
-released."""
+"""Pinned memory that CUDA graphs copy from at each replay.
+
+A graph gives no signal when it is freed, so these are never released.
+"""
 
 
 # ---- the decays, each the twin of a function in _eager.py
@@ -126,8 +128,9 @@ def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
-# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, state ...), where the state has three
-# entries, of which only those that the optimizer has are written
+# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, three tensors of state)
+#
+# A state that the optimizer does not have is None when given, and any tensor when returned: it is not written.
 
 
 @triton.jit
@@ -203,7 +206,7 @@ def _round_stochastically(wide, random, FLOAT16: tl.constexpr):
         whole += tl.where(up, 1.0, 0.0)
         small = whole * tl.where(bits < 0, -5.9604644775390625e-08, 5.9604644775390625e-08)
         rounded = tl.where(tl.abs(wide) < 6.103515625e-05, small, rounded)
-    return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and what overflows as always
+    return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and overflow are left to rounding to nearest
 
 
 @triton.jit
@@ -546,7 +549,7 @@ def _launch(
     row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
     first = columns[0][0]
     device = first.device
-    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {first.get_device(), torch.float32}:
+    if {*map(Tensor.get_device, steps), *map(_DTYPE, steps)} != {first.get_device(), torch.float32}:
         steps = [step.to(device, torch.float32) for step in steps]
     counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
@@ -615,7 +618,7 @@ def _guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _on_device(scalar: float | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
-    """A number, or a tensor of type ``wide`` on ``device``; nothing that an accelerator may be writing is read here."""
+    """A number, or a tensor of type ``wide`` on ``device``. Tensors on an accelerator are not read: that would wait."""
     if isinstance(scalar, Tensor) and (scalar.device.type != "cpu" or device.type == "cpu"):
         return scalar.to(device, wide, non_blocking=True)
     return float(scalar)
@@ -656,7 +659,7 @@ def _table(build: Callable[..., Tensor], device: torch.device, *parts: bytes) ->
     if device.type == "cpu":
         return _kept(build, parts, device, None)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Recorded, not run: the table is not there for others to use, and what it is copied from must stay.
+        # The copy is recorded, not run: other calls cannot use this table, and each replay copies from its source.
         _recorded.append(build(*parts).pin_memory())
         return _recorded[-1].to(device, non_blocking=True)
     # One table for each stream that works with it, so that none reads it before it has arrived.
