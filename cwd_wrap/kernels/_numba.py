@@ -447,7 +447,7 @@ def _numbers(buckets: Sequence[Bucket], rows: Sequence[Sequence[float]]) -> np.n
 def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
     sizes = _sizes(columns[0])
     numbers = np.zeros((len(sizes), NUMBERS), np.float64 if columns[0][0].dtype == torch.float64 else np.float32)
-    counts = _run(rule, columns, numbers)
+    counts = _run(rule, _in_lines(columns), numbers)
     per_tensor = np.zeros(len(sizes), np.int64)
     np.add.at(per_tensor, _chunks(sizes.tobytes())[:, 0], counts)
     return torch.from_numpy(per_tensor)
@@ -467,16 +467,20 @@ def _launch(
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     narrow = any(columns[i][0].element_size() == 2 for i in written)
     seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
-    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
-        return _run(rule, columns, numbers, strict, seed)
-    lines = list(
-        zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True)
-    )
+    lines = _in_lines(columns)
     counts = _run(rule, lines, numbers, strict, seed)
-    for i in written:
+    for i in written if lines is not columns else []:
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
     return counts
+
+
+def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """The columns themselves where all tensors are contiguous; else contiguous lines, each row in one order."""
+    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        return columns
+    rows = ([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True))
+    return list(zip(*rows, strict=True))
 
 
 def _run(
