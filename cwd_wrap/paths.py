@@ -347,10 +347,12 @@ def _whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     g = companions(cast("list[Tensor]", members.gradients), p, w)
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
+    lr = members.group["lr"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
-        yield Whole(_at(w, some), _at(g, some), columns, counters, update, members.group["lr"], members.eta_lam)
+        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam)
 
 
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
