@@ -270,7 +270,14 @@ def _lent_only(base: Optimizer, members: Sequence[Members]) -> Any:
 
 def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> Any:
     taken = {id(p) for some in members for p in some.parameters}
-    return _lent(base, [[p for p in group["params"] if id(p) not in taken] for group in base.param_groups])
+
+    def left(p: Tensor) -> bool:
+        if id(p) not in taken:
+            return True
+        taken.remove(id(p))  # torch steps a parameter that is listed twice twice: the second time is left to the base
+        return False
+
+    return _lent(base, [list(filter(left, group["params"])) for group in base.param_groups])
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
