@@ -26,13 +26,18 @@ class PathOptions(dict[str, Any]):
         """The options of the base."""
         return {"fused": True} if self["path"] == "one_pass" else {}
 
+    @property
+    def copies(self) -> bool:
+        """Does it know the update from a copy of the weights? Then it sees no step that is lost in rounding."""
+        return self["path"] in ("snapshot", "pieces")
+
     def __str__(self) -> str:
         return "-".join(self.values())
 
 
 WITH_A_KERNEL = [(path, backend) for path in ("one_pass", "direction", "snapshot") for backend in ("eager", "numba")]
 ALL_PATHS = [*(PathOptions(path=path, backend=backend) for path, backend in WITH_A_KERNEL), PathOptions(path="pieces")]
-COPYING = [path for path in ALL_PATHS if path["path"] in ("snapshot", "pieces")]
+COPYING = [path for path in ALL_PATHS if path.copies]
 
 
 def can_run(path: PathOptions) -> bool:
