@@ -24,7 +24,7 @@ class PathOptions(dict[str, Any]):
     @property
     def base(self) -> dict[str, Any]:
         """The options of the base."""
-        return {"fused": True} if self["path"] == "one_pass" else {}
+        return {"fused": True} if self.get("path") == "one_pass" else {}
 
     @property
     def copies(self) -> bool:
@@ -126,6 +126,7 @@ METHODS: dict[str, tuple[Any, reference.Reference, dict[str, Any]]] = {
     "decay": (CautiousDecay, reference.decay(), {}),
     "strict": (CautiousDecay, reference.decay(strict=True), {"strict": True}),
     "gradient": (CautiousDecay, reference.decay("gradient"), {"mask": "gradient"}),
+    "gradient-strict": (CautiousDecay, reference.decay("gradient", strict=True), {"mask": "gradient", "strict": True}),
     "random": (CautiousDecay, reference.decay("random"), {"mask": "random"}),
     "all": (CautiousDecay, reference.decay("all"), {"mask": "all"}),
     "update": (CautiousUpdate, reference.update(), {}),
