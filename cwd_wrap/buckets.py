@@ -1,15 +1,22 @@
-"""Containers passed between the paths and the kernels: tensors of one param group, one device and the same types.
+"""Containers passed from the paths to the kernels: tensors of one param group, one device and the same types.
 
 The columns of a bucket run in parallel, one entry a tensor. ``eta_lam`` is the decay of one step where the mask is 1.
+`coming`, `whole` and `stepped` fill them from the `Members` of a param group.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from cwd_wrap import directions, updates
+from cwd_wrap.snapshot import Kept
+from cwd_wrap.tensors import companion, companions, local_real_views
 from cwd_wrap.updates import Update
+
+_NO_STATE: Mapping[str, Any] = {}
 
 Count: TypeAlias = int | Tensor
 """A number of weights; a tensor where reading it would make an accelerator wait."""
@@ -89,3 +96,111 @@ def kind(bucket: Bucket) -> Hashable:
     """What buckets must have in common for one call of a kernel: device, types, and the kernel of a whole update."""
     update = bucket.update.kernel if isinstance(bucket, Whole) else None
     return (update, bucket.w[0].device, *(column[0].dtype for column in bucket.columns))
+
+
+@dataclass
+class Members:
+    """Parameters of one param group that take the same path in this step."""
+
+    group: dict[str, Any]
+    eta_lam: float | Tensor
+    parameters: list[Tensor]
+    gradients: list[Tensor | None]
+    """As they are just before the step."""
+    kept: list[Kept | None] = field(default_factory=list)
+    """The gradients for a rule that reads them after the step."""
+
+    def only(self, rows: Sequence[int]) -> "Members":
+        """The members at ``rows``."""
+        return replace(
+            self,
+            parameters=[self.parameters[i] for i in rows],
+            gradients=[self.gradients[i] for i in rows],
+        )
+
+
+def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
+    """The members that one pass can step, and the others: whose state the base has yet to make."""
+    update = cast("updates.Update", updates.find(base, members.group))
+    keys = (*update.state_keys, "step") if update.counts else update.state_keys
+    states = [base.state.get(p, _NO_STATE) for p in members.parameters] if keys else []
+    columns = [[state.get(key) for state in states] for key in keys]
+    if all(isinstance(t, Tensor) for column in columns for t in column):
+        return members, members.only([])
+    ready = [i for i, row in enumerate(zip(*columns, strict=True)) if all(isinstance(t, Tensor) for t in row)]
+    chosen = set(ready)
+    return members.only(ready), members.only([i for i in range(len(states)) if i not in chosen])
+
+
+def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
+    """Buckets of members that `directions` knows."""
+    found = cast("directions.Direction", directions.find(base, members.group))
+    states = [base.state.get(p, _NO_STATE) for p in members.parameters]
+    momenta = [None] * len(states) if found.state_key is None else [state.get(found.state_key) for state in states]
+    for with_momentum in (True, False):
+        chosen = [i for i, m in enumerate(momenta) if (m is not None) == with_momentum]
+        if not chosen:
+            continue
+        every = len(chosen) == len(states)
+        p = members.parameters if every else [members.parameters[i] for i in chosen]
+        g = cast("list[Tensor]", members.gradients if every else [members.gradients[i] for i in chosen])
+        m = cast("list[Tensor]", momenta if every else [momenta[i] for i in chosen]) if with_momentum else None
+        w = local_real_views(p)
+        along = companions(g, p, w)
+        average = None if m is None else companions(m, p, w)
+        numbers = [found.numbers(states[i]) for i in chosen] if with_momentum and found.varying else None
+        for some in _split((w, along, average), numbers):
+            a, b = numbers[some[0]] if numbers else found.pair if with_momentum else (0.0, found.first)
+            yield Coming(
+                _at(w, some), _at(along, some), None if average is None else _at(average, some), a, b, members.eta_lam
+            )
+
+
+def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
+    """Buckets of members that `updates` knows, all with state."""
+    update = cast("updates.Update", updates.find(base, members.group))
+    p = members.parameters
+    states = [base.state[each] for each in p] if update.state_keys else []
+    w = local_real_views(p)
+    g = companions(cast("list[Tensor]", members.gradients), p, w)
+    state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
+    steps = [of_one["step"] for of_one in states] if update.counts else []
+    lr = members.group["lr"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch takes one element in any shape, a 0-d weight does not
+    for some in _split((w, g, *state)):
+        columns = tuple(_at(column, some) for column in state)
+        counters = _at(steps, some) if update.counts else []
+        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam)
+
+
+def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[Stepped]:
+    """Buckets of the members with a dense gradient; ``x``: all members from before the step."""
+    took = [i for i, g in enumerate(members.gradients) if g is not None and not g.is_sparse]
+    if not took:
+        return
+    p, x = _at(members.parameters, took), _at(x, took)
+    w = local_real_views(p)
+    g = None
+    if members.kept:
+        kept = [companion(cast("Kept", members.kept[i]).gradient, members.parameters[i]) for i in took]
+        g = [-each for each in kept] if maximizes else kept
+    for some in _split((w, x, g)):
+        yield Stepped(_at(p, some), _at(w, some), _at(x, some), None if g is None else _at(g, some), members.eta_lam)
+
+
+def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object] | None = None) -> list[list[int]]:
+    """Rows whose entries have the same device and types, and the same of ``numbers``."""
+    present = [column for column in columns if column is not None]
+    parts: list[Sequence[object]] = [[t.dtype for t in column] for column in present]
+    parts.append([t.device for t in present[0]])
+    if numbers is not None:
+        parts.append(numbers)
+    if all(part.count(part[0]) == len(part) for part in parts):
+        return [list(range(len(present[0])))]
+    keys = list(zip(*parts, strict=True))
+    kinds = dict.fromkeys(keys)
+    return [[i for i, key in enumerate(keys) if key == one] for one in kinds]
+
+
+def _at(column: Sequence[Tensor], chosen: Sequence[int]) -> Sequence[Tensor]:
+    return column if len(chosen) == len(column) else [column[i] for i in chosen]

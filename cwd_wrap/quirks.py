@@ -1,12 +1,18 @@
-"""What particular optimizers need, or cannot be given, by name: the one place that knows them.
+"""What particular optimizers need, or cannot be given, by name or option: the one place that knows them.
 
 A name is ``library.Class``; a bare class name holds for every library.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cache
+from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+Group = Mapping[str, Any]
+Eta = float | Tensor | str | None
 
 _ANEW = "it computes the weights anew at each step from a copy of its own, so a decay of the parameter is lost"
 
@@ -16,12 +22,20 @@ _REFUSED: Mapping[str, str] = {
     "Nero": _ANEW,
     "DAdaptAdaGrad": _ANEW,
     "dadaptation.DAdaptSGD": _ANEW,
+    "MSAMLaProp": _ANEW,
     "BSAM": "its weight_decay is the precision of a prior and multiplies the gradient: at 0 it does not train",
     "SafeFP16Optimizer": "it keeps the weights in a flat float32 copy. Wrap the optimizer inside it",
     "LOMO": "it steps inside backward, where a wrapper's step cannot see it",
     "AdaLOMO": "it steps inside backward, where a wrapper's step cannot see it",
     "PCGrad": "it edits gradients and is not an optimizer. Wrap the optimizer inside it",
     "accelerate.AcceleratedOptimizer": "it decides whether to step. Wrap first, then call accelerator.prepare",
+    "SaRA": "it trains only the weights below its threshold, and a decay would change those that it freezes",
+    "GSAM": "it makes the gradients inside its own step, where a wrapper's step cannot see them. "
+    "Wrap the optimizer inside it",
+    "CPUOffloadOptimizer": "it steps copies of the weights, with one optimizer each, and copies them back. Let it make "
+    "those that decay: optimizer_class=CautiousDecay.over(AdamW)",
+    "PostLocalSGDOptimizer": "it averages the weights over the ranks in its step, which is no update. Wrap the "
+    "optimizer inside it",
 }
 
 _PULLED_BACK = (
@@ -38,14 +52,27 @@ _WARNED: Mapping[str, str] = {
     "pytorch_optimizer.DAdaptSGD": _PULLED_BACK,
 }
 
-_ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
+ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
 
 
-def refusal(optimizer: Optimizer) -> str | None:
-    """Why ``optimizer`` cannot be wrapped; None if it can."""
+def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
+    """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can."""
     if any("ScheduleFree" in name for name in _names(optimizer)):
         return _ANEW
+    if rounding != "stochastic" and any(map(_has_master_bits, getattr(optimizer, "param_groups", ()))):
+        return (
+            "it keeps further bits of its 16-bit weights apart from them, so that its own decay counts where one of "
+            "the weights alone is rounded away. Pass rounding='stochastic', or keep float32 weights"
+        )
     return next((_REFUSED[name] for name in _names(optimizer) if name in _REFUSED), None)
+
+
+def _has_master_bits(group: Group) -> bool:
+    """flashoptim, pytorch_optimizer's FlashAdamW; heavyball."""
+    if group.get("param_ecc"):
+        return True
+    width = group.get("master_bytewidth", group.get("master_byte_width")) or 0
+    return any(width > p.element_size() for p in group["params"])
 
 
 def warning(optimizer: Optimizer) -> str | None:
@@ -59,7 +86,7 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     if group.get("always_adapt") is False:  # timm's LAMB and LARS adapt their step only in groups that decay
         entries["always_adapt"] = True
     if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, without such a switch
-        entries["weight_decay"] = _ALMOST_ZERO
+        entries["weight_decay"] = ALMOST_ZERO
     if "weight_decay_1d" in group:  # MARS decays vectors by this instead
         entries["weight_decay_1d"] = 0.0
     return entries
@@ -77,14 +104,151 @@ def maximizes(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     return bool(group.get("maximize")) or any(getattr(layer, "maximize", False) for layer in layers(optimizer))
 
 
-def step_size(optimizer: Optimizer) -> Callable[[Mapping[str, Any]], Any] | None:
-    """eta, of optimizers that keep what it depends on in themselves and not in the group; None for all others."""
-    if "torch_optimizer.AdaBelief" in _names(optimizer) and getattr(optimizer, "_fixed_decay", False):
-        return lambda _: 1.0
-    if "lion_pytorch.Lion" in _names(optimizer) and getattr(optimizer, "decoupled_wd", False):
-        initial: float = getattr(optimizer, "_init_lr")  # noqa: B009 - not an attribute that Optimizer has
-        return lambda group: group["lr"] / initial
-    return None
+def eta(optimizer: Optimizer, group: Group) -> Eta:
+    """What decoupled decay is multiplied by where that is not ``lr``; why, where there is no such number; else None."""
+    for layer in layers(optimizer):
+        for name in _names(layer):
+            if name in _ETA and (found := _ETA[name](layer, group)) is not None:
+                return cast("Eta", found)
+    if group.get("fixed_decay"):
+        return 1.0
+    if group.get("scale_parameter") and not group.get("relative_step"):
+        return "with scale_parameter=True it is lr times the size of each tensor: pass scale_parameter=False"
+    size = 1.0 if group.get("unscaled_wd") else group.get("lr")
+    if group.get("corrected_weight_decay"):  # timm before 1.0.23 had no snapshot and divided by the default
+        return cast("Eta", size * group["lr"] / group.get("max_lr_snapshot", optimizer.defaults.get("lr")))
+    return size if group.get("unscaled_wd") else None
+
+
+def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | None:
+    """Which parameters of ``group`` the optimizer's own decay leaves alone; None if it decays them all."""
+    del group
+    vectors_are = any(
+        {"pytorch_optimizer.Kron", "pytorch_optimizer.LARS"} & {*_names(each)} for each in layers(optimizer)
+    )
+    return (lambda p: p.ndim < 2) if vectors_are else None
+
+
+def _differs(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
+    """The learning rate that multiplies the decay is no one number."""
+    return lambda _, group: None if group.get("fixed_decay") else f"{why}: {way_out}"
+
+
+def _never(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
+    """Nor is there one with ``fixed_decay``."""
+    return lambda *_: f"{why}: {way_out}"
+
+
+def _projected(_: Any, group: Group) -> Any:
+    if group["wd_ratio"] == 1:
+        return None
+    return f"tensors whose update it projects have wd_ratio={group['wd_ratio']:g} of it: give the group wd_ratio=1"
+
+
+def _sgdp(optimizer: Any, group: Group) -> Any:
+    return _projected(optimizer, group) or (1.0 if group.get("fixed_decay") else group["lr"]) / (1 - group["momentum"])
+
+
+def _kron(_: Any, group: Group) -> Any:
+    drawn = group.get("stochastic_weight_decay")
+    return "it draws a factor for each tensor: pass stochastic_weight_decay=False" if drawn else None
+
+
+def _timm_muon(_: Any, group: Group) -> Any:
+    """Vectors, and what a group says, are left to AdamW."""
+    scale = group.get("fallback_lr_scale", 1.0)
+    if scale != 1 and not group.get("use_fallback"):
+        return f"what it leaves to AdamW has fallback_lr_scale={scale:g} of it: pass fallback_lr_scale=1"
+    return group["lr"] * scale
+
+
+def _timm_adafactor(_: Any, group: Group) -> Any:
+    """Its ``scale_parameter`` acts on the relative step alone."""
+    return None if group["relative_step"] else group["lr"]
+
+
+def _rose(_: Any, group: Group) -> Any:
+    if not group["wd_schedule"] or group.get("fixed_decay"):
+        return None
+    by = group["wd_schedule"]
+    return group["lr"] / (by if isinstance(by, float) else group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _decoupled_lr(optimizer: Any, group: Group) -> Any:
+    if not (group.get("decouple_lr") or getattr(optimizer, "_decouple_lr", False)):
+        return None
+    return group["lr"] / group["max_lr" if "OptimiOptimizer" in _names(optimizer) else "initial_lr"]
+
+
+def _apollo(_: Any, group: Group) -> Any:
+    if not group["correct_bias"] or group.get("fixed_decay"):
+        return None
+    (beta1, beta2), t = group["betas"], group.get("step", 0) + 1
+    return group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+
+
+def _apollo_dqn(optimizer: Any, group: Group) -> Any:
+    if group["weight_decay_type"] == "l2":
+        return None
+    if group["weight_decay_type"] == "stable":
+        return "it divides the decay by a mean of each tensor's second moments: pass another weight_decay_type"
+    done, peak = group.get("step", 0) + 1, optimizer.warmup_steps
+    if done >= peak:
+        return group["lr"]
+    return (optimizer.lr - group["init_lr"]) * done / peak + group["init_lr"]
+
+
+def _prodigy(optimizer: Any, group: Group) -> Any:
+    """pytorch_optimizer's Prodigy counts its steps from 1, its DAdaptAdam from 0."""
+    if not group["bias_correction"] or group.get("fixed_decay"):
+        return None
+    (beta1, beta2), t = group["betas"][:2], group.get("step", 0) + ("DAdaptAdam" in _names(optimizer))
+    return group["d"] * group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+
+
+def _heavyball(optimizer: Any, group: Group) -> Any:
+    lr = group["lr"]
+    if group.get("warmup_steps"):
+        done = group.get("step_count")
+        t = torch.tensor(1) if done is None else done + 1
+        lr = lr * t / t.clamp(min=group["warmup_steps"] + 1)
+    return lr * lr / group["max_lr"] if "AdamC" in _names(optimizer) else lr
+
+
+def _adabelief(optimizer: Any, _: Group) -> Any:
+    return 1.0 if getattr(optimizer, "_weight_decouple", False) and getattr(optimizer, "_fixed_decay", False) else None
+
+
+def _lion(optimizer: Any, group: Group) -> Any:
+    return group["lr"] / vars(optimizer)["_init_lr"] if optimizer.decoupled_wd else None
+
+
+_ETA: Mapping[str, Callable[[Any, Group], Any]] = {
+    "AdamP": _projected,
+    "SGDP": _sgdp,
+    "timm.Adafactor": _timm_adafactor,
+    "timm.Kron": _kron,
+    "timm.Muon": _timm_muon,
+    "ROSE": _rose,
+    "rose_opt.Rose": _rose,
+    "StableAdamW": _differs("it divides the learning rate by a size of each tensor's update"),
+    "OptimiOptimizer": _decoupled_lr,
+    "flashoptim.FlashOptimizer": _decoupled_lr,
+    "pytorch_optimizer.FlashAdamW": _decoupled_lr,
+    "pytorch_optimizer.APOLLO": _apollo,
+    "pytorch_optimizer.ApolloDQN": _apollo_dqn,
+    "pytorch_optimizer.Prodigy": _prodigy,
+    "pytorch_optimizer.DAdaptAdam": _prodigy,
+    "heavyball.ChainOpt": _heavyball,
+    "torch_optimizer.AdaBelief": _adabelief,
+    "lion_pytorch.Lion": _lion,
+    "SPlus": _differs("it scales the learning rate by the shape of each tensor"),
+    "AdamS": _never("it divides the decay by the mean of its second moments"),
+    "Ranger21": _never("it divides the decay by the size of its second moments, and sets its own learning rate"),
+    "Magma": _never("it scales each tensor's whole step by a random factor", "wrap the optimizer inside it"),
+    "pytorch_optimizer.ASGD": _differs("it sets its learning rate in the course of its step"),
+    "pytorch_optimizer.DAdaptSGD": _differs("it divides the learning rate by the norm of its first gradient"),
+}
 
 
 def layers(optimizer: object) -> Iterator[Optimizer]:
@@ -97,7 +261,10 @@ def layers(optimizer: object) -> Iterator[Optimizer]:
         optimizer = next((inner for name in names if (inner := getattr(optimizer, name, None)) is not None), None)
 
 
-def _names(optimizer: Optimizer) -> Iterator[str]:
-    for cls in type(optimizer).__mro__:
-        yield f"{cls.__module__.split('.')[0]}.{cls.__name__}"
-        yield cls.__name__
+def _names(optimizer: Optimizer) -> tuple[str, ...]:
+    return _names_of(cast("Hashable", type(optimizer)))
+
+
+@cache
+def _names_of(cls: Any) -> tuple[str, ...]:
+    return tuple(name for c in cls.__mro__ for name in (f"{c.__module__.split('.')[0]}.{c.__name__}", c.__name__))

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from cwd_wrap import paths
-from cwd_wrap.paths import Members, Work
+from cwd_wrap import paths, quirks
+from cwd_wrap.buckets import Members, have_state
+from cwd_wrap.choice import choose, steps_without_closure
+from cwd_wrap.paths import Work
 from cwd_wrap.weight_decay import DecayOff
 
 if TYPE_CHECKING:
@@ -36,13 +39,13 @@ class Step:
         self._around = ExitStack()
         self._closure: Closure | None = None  # one that the base calls
         self._depth = 0  # of base steps: one that calls its parent's fires the hooks twice
-        self._members: list[tuple[Members, int]] = []  # of the snapshot around a base that calls the closure
+        self._members: list[tuple[Members, int | None]] = []  # of the snapshot around a base that calls the closure
 
     def run(self, closure: Closure | None) -> float | None:
         """Step; return what the base returns, or the closure's loss."""
         base = self._work.base
         loss = None
-        if closure is not None and paths.steps_without_closure(base):
+        if closure is not None and steps_without_closure(base):
             with torch.enable_grad():
                 loss = closure()
         else:
@@ -101,7 +104,7 @@ class Step:
             loss = cast("Closure", self._closure)()
         eta_lams = self._eta_lams()
         for members, i in self._members:
-            members.eta_lam = eta_lams[i]
+            members.eta_lam = 0.0 if i is None else eta_lams[i]
         of_step = [members for members, _ in self._members]
         self._work.note(of_step)
         for members in of_step:
@@ -111,45 +114,51 @@ class Step:
 
     # ---- which parameters take which path
 
-    def _plan(self) -> Iterator[tuple[Any, list[Members]]] | list[tuple[Any, list[Members]]]:
-        """The paths of this step with their members."""
-        work = self._work
+    def _plan(self) -> list[tuple[paths.Path, list[Members]]]:
+        """The paths of this step with their members, in the order in which they are entered."""
         if self._closure is not None:
             self._members = list(self._walk(self._could_step))
             return [(paths.snapshot, [members for members, _ in self._members])]
-        taken: dict[Any, list[Members]] = {
-            path: [] for path in (paths.rows, paths.snapshot, paths.direction, paths.one_pass, paths.in_pieces)
-        }
-        ways = {
-            "snapshot": paths.snapshot,
-            "direction": paths.direction,
-            "one_pass": paths.one_pass,
-            "pieces": paths.in_pieces,
-        }
+        taken: dict[paths.Path, list[Members]] = {path: [] for path in paths.ORDER}
         for members, _ in self._walk(self._steps):
-            choice = paths.choose(work.rule, work.base, members.group, work.backend, self._path)
-            gradients = cast("list[Tensor]", members.gradients)
-            if any(map(_is_sparse, gradients)):
-                self._check_layouts(gradients)
-                taken[paths.rows].append(members.only([i for i, g in enumerate(gradients) if g.is_sparse]))
-                members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])  # noqa: PLW2901
-            if choice.path == "one_pass":
-                members, fresh = paths.have_state(work.base, members)  # noqa: PLW2901
-                taken[paths.direction].append(fresh)
-            taken[ways[choice.path]].append(members)
+            for path, some in self._paths_of(members):
+                if some.parameters:
+                    taken[path].append(some)
         if not taken[paths.snapshot]:
-            work.buffers.drop_whole()
-        plan = [(path, [some for some in members if some.parameters]) for path, members in taken.items()]
-        return [(path, members) for path, members in plan if members]
+            self._work.buffers.drop_whole()
+        return [(path, members) for path, members in taken.items() if members]
 
-    def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int]]:
-        """The members of each group and its index, each parameter once. Walked afresh: engines replace parameters."""
+    def _paths_of(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
+        """The path that a group takes, and the paths of members that cannot take it in this step."""
+        work = self._work
+        path = choose(work.rule, work.base, members.group, work.backend, self._path).path
+        decays = work.rule.has_work(members.eta_lam)
+        if not decays and path != "one_pass":
+            return
+        gradients = cast("list[Tensor]", members.gradients)
+        sparse = [i for i, g in enumerate(gradients) if g.is_sparse]
+        if sparse:
+            self._check_layouts(gradients)
+            yield paths.rows, members.only(sparse)
+            members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
+        if path == "one_pass":
+            members, without_state = have_state(work.base, members)
+            if decays:
+                yield paths.direction, without_state
+        yield paths.NAMED[path], members
+
+    def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int | None]]:
+        """The members of each group, each parameter once, and the index of the group whose decay they have.
+
+        Walked afresh: engines replace parameters. Parameters that the base's own decay leaves alone have none.
+        """
         eta_lams = self._eta_lams()
+        rule = self._work.rule
         seen: set[int] = set()
         for i, group in enumerate(self._work.base.param_groups):
-            if not self._work.rule.has_work(eta_lams[i]):
-                continue
             parameters = list(group["params"])
+            if not rule.has_work(eta_lams[i]) and not (rule.rounds and any(p.element_size() == 2 for p in parameters)):
+                continue
             gradients = [p.grad for p in parameters]
             ids = set(map(id, parameters))
             if len(ids) != len(parameters) or not seen.isdisjoint(ids) or any(g is None for g in gradients):
@@ -160,8 +169,15 @@ class Step:
                 parameters = [p for p, _ in chosen.values()]
                 gradients = [g for _, g in chosen.values()]
             seen |= ids
-            if parameters:
-                yield Members(group, eta_lams[i], parameters, gradients), i
+            members = Members(group, eta_lams[i], parameters, gradients)
+            left_alone = quirks.exempt(self._work.base, group)
+            if left_alone is not None:
+                exempt = [j for j, p in enumerate(parameters) if left_alone(p)]
+                if rule.every_group and exempt:
+                    yield replace(members.only(exempt), eta_lam=0.0), None
+                members = members.only([j for j, p in enumerate(parameters) if not left_alone(p)])
+            if members.parameters:
+                yield members, i
 
     @staticmethod
     def _steps(_: Tensor, gradient: Tensor | None) -> bool:
@@ -176,7 +192,3 @@ class Step:
         if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
             msg = f"{work.rule.name} reads gradients, and cannot read the sparse ones of {type(work.base).__name__}"
             raise ValueError(msg)
-
-
-def _is_sparse(gradient: Tensor) -> bool:
-    return gradient.is_sparse

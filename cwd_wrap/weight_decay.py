@@ -4,20 +4,23 @@ lam is the group's own ``weight_decay``; eta is the step size that the optimizer
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import quirks
+from cwd_wrap import notices, quirks
 
 Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # A distinct object, so that `is` tells our 0.0 from one that a hook wrote.
+_NO_STEP = 1e-12  # Learning rates up to this size, of either sign, are what a schedule's rounding leaves of 0.
+_warned: WeakKeyDictionary[Optimizer, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -38,20 +41,33 @@ def check(value: object, what: str, where: str) -> None:
         raise ValueError(msg)
 
 
+def check_step_size(step_size: object) -> None:
+    """Raise TypeError unless ``step_size`` is None or can be called."""
+    if step_size is not None and not callable(step_size):
+        msg = f"step_size={step_size!r} is not callable: pass a function of a param group that returns its step size"
+        raise TypeError(msg)
+
+
 def check_group(
-    group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str, way_out: str = WAY_OUT
+    group: Group,
+    index: int,
+    fallback: float | None,
+    step_size: StepSize | None,
+    base: Optimizer,
+    way_out: str = WAY_OUT,
 ) -> None:
     """Raise where `eta_lam` of the group would, or where the group asks for what a wrapper cannot give."""
+    where = _where(index, base)
     if group.get("differentiable"):
-        msg = (
-            f"param group {index} of {owner} has differentiable=True, but the decay is not recorded by autograd: "
-            "leave differentiable off"
-        )
+        msg = f"{where} has differentiable=True, but the decay is not recorded by autograd: leave differentiable off"
         raise ValueError(msg)
-    where = f"param group {index} of {owner}"
     check(lam(group, fallback), "weight_decay", where)
     if step_size is None and decays(group, fallback):
-        eta(group, where, way_out)
+        eta(group, where, base, way_out)
+
+
+def _where(index: int, base: Optimizer) -> str:
+    return f"param group {index} of {type(base).__name__}"
 
 
 def lam(group: Group, fallback: float | None) -> float | Tensor:
@@ -66,24 +82,53 @@ def decays(group: Group, fallback: float | None) -> bool:
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
 
+def take_lam(groups: Sequence[Group], lam: float | None) -> list[bool]:
+    """Which groups ``lam`` is written into: those that decay, or all if none does."""
+    decaying = [decays(group, None) or "weight_decay" not in group for group in groups]
+    return [lam is not None and (has or not any(decaying)) for has in decaying]
+
+
 def eta_lam(
-    group: Group, index: int, fallback: float | None, step_size: StepSize | None, owner: str, way_out: str = WAY_OUT
+    group: Group,
+    index: int,
+    fallback: float | None,
+    step_size: StepSize | None,
+    base: Optimizer,
+    way_out: str = WAY_OUT,
 ) -> float | Tensor:
-    """eta * lam for the coming step of group ``index``; ``owner`` is the optimizer's name, for the error texts.
+    """eta * lam for the coming step of group ``index`` of ``base``.
 
     A tensor learning rate gives a tensor on the same device. Raises ValueError where lam or eta is negative, NaN or
-    infinite, or where eta is unknown.
+    infinite, or where eta is unknown. Warns once for a group where the product is above 1, if that is a number.
     """
-    where = f"param group {index} of {owner}"
+    where = _where(index, base)
     strength = lam(group, fallback)
     check(strength, "weight_decay", where)
     if not decays(group, fallback) or _stands_still(group):
         return 0.0
     if step_size is None:
-        return _scalar(eta(group, where, way_out) * strength)
-    size = step_size(cast("dict[str, Any]", group))
-    check(size, "the step size that step_size= returned", where)
-    return _scalar(size * strength)
+        size = eta(group, where, base, way_out)
+    else:
+        size = step_size(cast("dict[str, Any]", group))
+        check(size, "the step size that step_size= returned", where)
+    product = size * strength
+    if not isinstance(product, Tensor) and product > 1:
+        _warn_once(
+            base,
+            "above 1",
+            index,
+            f"eta*lam of {where} is {product:g} (eta {size:g}, weight_decay {strength:g}): above 1, a step takes more "
+            "than the whole weight and turns its sign. Choose a smaller weight_decay",
+        )
+    return _scalar(product)
+
+
+def _warn_once(base: Optimizer, what: str, index: int, message: str) -> None:
+    """Warn once for each optimizer, kind of warning and group."""
+    said = _warned.setdefault(base, set())
+    if (what, index) not in said:
+        said.add((what, index))
+        notices.warn(message)
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:
@@ -92,26 +137,43 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 
 
 def _stands_still(group: Group) -> bool:
-    """A learning rate of 0 is no step, so no decay, whatever eta is: distributed checkpoints step so to make state."""
+    """A learning rate of 0 is no step, so no decay, whatever eta is: distributed checkpoints step so to make state.
+
+    Schedules miss 0 by a rounding, on either side (torch's LinearLR ends at -1.85e-20): up to 1e-12 counts as 0.
+    """
     lr = group.get("lr")
-    return bool(lr == 0) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else False
+    if lr is None or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
+        return False
+    return bool(abs(lr) <= _NO_STEP)
 
 
-def eta(group: Group, where: str, way_out: str = WAY_OUT) -> float | Tensor:
+def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> float | Tensor:
     """The factor that the optimizer's own decoupled decay has, read afresh each step.
 
-    ==========================================  =============================
-    group                                       eta
-    ==========================================  =============================
-    ``fixed_decay`` (AdaBelief, ...)            1
-    ``corrected_weight_decay`` (timm)           lr**2 / max_lr_snapshot
-    ``d`` (Prodigy, D-Adaptation)               d * lr [* bias correction]
-    otherwise                                   lr
-    ==========================================  =============================
+    =====================================================  ==========================================
+    group                                                  eta
+    =====================================================  ==========================================
+    coupled decay (``weight_decouple=False``, ...)         lr; d * lr (Prodigy, D-Adaptation)
+    what `cwd_wrap.quirks.eta` knows by the class's name   that, or an error that names the way out
+    ``fixed_decay`` (AdaBelief, ...)                       1
+    ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
+    ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected
+    ``decouple_lr`` (optimi, FlashAdamW)                   lr / max_lr; lr / initial_lr
+    ``d`` (Prodigy, D-Adaptation)                          d * lr [* bias correction]
+    ``scale_parameter``, ``relative_step`` (Adafactor)     an error: it differs from tensor to tensor
+    otherwise                                              lr
+    =====================================================  ==========================================
     """
-    if group.get("fixed_decay"):
-        return 1.0
     lr: float | Tensor | None = group.get("lr")
+    if lr is not None and not _stands_still(group):
+        check(lr, "lr", where)
+    coupled = any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
+    known = None if coupled else quirks.eta(base, group)
+    if isinstance(known, str):
+        msg = f"{where} has no one step size for its decay: {known}{way_out}"
+        raise ValueError(msg)
+    if known is not None:
+        return known
     if lr is None or group.get("relative_step"):
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (
@@ -119,10 +181,6 @@ def eta(group: Group, where: str, way_out: str = WAY_OUT) -> float | Tensor:
             f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
-    check(lr, "lr", where)
-    if group.get("corrected_weight_decay"):
-        max_lr: float | Tensor = group["max_lr_snapshot"]
-        return lr**2 / max_lr
     if "d" in group and ("k" in group or "step" in group):  # Adafactor's "d" is another thing; it counts no steps here
         d: float | Tensor = group["d"]
         return d * lr * _bias_correction(group)
@@ -155,8 +213,23 @@ class DecayOff:
                 group[key] = value
 
     def on(self) -> None:
-        """Put it back, but where a hook or a closure has written a new value meanwhile (a schedule), leave that."""
+        """Put it back, but where a hook or a closure has written a new value meanwhile (a schedule), leave that.
+
+        A 0 that is not ours was made from ours (``group["weight_decay"] *= 0.99``) and says nothing: it goes, too.
+        """
         for group, key, before, meanwhile in self._changed:
-            if group.get(key) is meanwhile:
+            now = group.get(key)
+            if now is not meanwhile and isinstance(now, Real) and abs(float(now)) <= quirks.ALMOST_ZERO:
+                index = next((i for i, g in enumerate(self._optimizer.param_groups) if g is group), 0)
+                _warn_once(
+                    self._optimizer,
+                    key,
+                    index,
+                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} while the base stepped with its "
+                    f"decay off; it is kept at {before!r}. To change it, set it from a hook of the wrapper, or between "
+                    "steps",
+                )
+                group[key] = before
+            elif now is meanwhile:
                 group[key] = before
         self._changed = []

@@ -1,32 +1,22 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` carries a step out."""
 
-import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, notices, quirks, weight_decay
+from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
 from cwd_wrap.buckets import Report
+from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, choose
 from cwd_wrap.contract import Contract, Group, with_hooks
-from cwd_wrap.params_first import make
-from cwd_wrap.paths import PATHS, PIECE, Choice, Rule, Work, choose
+from cwd_wrap.paths import Work, copied_bytes
 from cwd_wrap.snapshot import Buffers, Gradients
 from cwd_wrap.step import Closure, Step
-from cwd_wrap.tensors import local_real_view
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class PathOfGroup(NamedTuple):
-    """Which path a param group takes, and why it is not an earlier one of one_pass, direction, pieces, snapshot."""
-
-    group: int
-    path: str
-    reason: str
 
 
 class OptimizerWrapper(Contract):
@@ -54,16 +44,10 @@ class OptimizerWrapper(Contract):
     ) -> None:
         self._check_base(base_optimizer)
         kernels.check(backend)
-        if path is not None and path not in PATHS:
-            msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None"
-            raise ValueError(msg)
+        check_path(path)
         if lam is not None:
             weight_decay.check(lam, "lam", type(self).__name__)
-        if step_size is not None and not callable(step_size):
-            msg = (
-                f"step_size={step_size!r} is not callable: pass a function of a param group that returns its step size"
-            )
-            raise TypeError(msg)
+        weight_decay.check_step_size(step_size)
         self.base_optimizer = base_optimizer
         self.step_size = step_size
         self.path = path
@@ -84,20 +68,7 @@ class OptimizerWrapper(Contract):
         class and its instances can be copied, and pickled where ``base_class`` and the options can. Raises TypeError
         for anything but a class of optimizers or a function, and for unknown or unhashable options.
         """
-        if not (issubclass(base_class, Optimizer) if isinstance(base_class, type) else callable(base_class)):
-            msg = (
-                f"{cls.__name__}.over takes a class of optimizers, such as torch.optim.AdamW, "
-                f"or a function that returns an optimizer, got {base_class!r:.80}"
-            )
-            raise TypeError(msg)
-        known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "base_optimizer")]
-        if unknown := sorted(set(options) - set(known)):
-            msg = (
-                f"{cls.__name__}.over got {', '.join(unknown)}, which {cls.__name__} does not take: it takes {known}. "
-                "Arguments of the optimizer go to the class that over returns"
-            )
-            raise TypeError(msg)
-        return cast("Callable[..., Self]", make(cls, base_class, tuple(sorted(options.items()))))
+        return cast("Callable[..., Self]", params_first.over(cls, base_class, options))
 
     def _start(self) -> None:
         super()._start()
@@ -120,7 +91,8 @@ class OptimizerWrapper(Contract):
         row without one where gradients are sparse, is not decayed. Raises ValueError where a group's ``weight_decay``
         or step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
-        work = self._work()
+        count = self.observer is not None
+        work = Work(self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, count)
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         if not step.begun:
@@ -149,12 +121,15 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why."""
+        rule = self._rule()
         chosen = []
         for i, group in enumerate(self.param_groups):
-            if self._rule().has_work(weight_decay.lam(group, self.lam)):
-                chosen.append(PathOfGroup(i, *self._choose(group)))
-            else:
-                chosen.append(PathOfGroup(i, "plain", "its weight_decay is 0, so the base steps it alone"))
+            choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
+            decays = rule.has_work(weight_decay.lam(group, self.lam))
+            if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
+                taken = self._choose(group)
+                choice = taken if decays or taken.path == "one_pass" else choice
+            chosen.append(PathOfGroup(i, *choice))
         return chosen
 
     def add_param_group(self, param_group: Group) -> None:
@@ -185,30 +160,19 @@ class OptimizerWrapper(Contract):
         A copy of the decaying weights of groups on the path "snapshot", one piece on the path "pieces", else 0.
         Parameters whose gradient is sparse count with all their rows until the gradient is there.
         """
-        whole: dict[int, int] = {}
-        in_pieces: dict[int, int] = {}
-        for of_group in self.paths():
-            if of_group.path not in ("snapshot", "pieces"):
-                continue
-            for p in self.param_groups[of_group.group]["params"]:
-                if p.requires_grad and (p.grad is None or not p.grad.is_sparse):
-                    local = local_real_view(p)
-                    sizes = whole if of_group.path == "snapshot" else in_pieces
-                    sizes[id(p)] = local.numel() * local.element_size()
-        piece = min(sum(in_pieces.values()), max(PIECE, *in_pieces.values())) if in_pieces else 0
+        of_path: dict[str, list[Tensor]] = {}
+        for i, path, _ in self.paths():
+            of_path.setdefault(path, []).extend(self.param_groups[i]["params"])
         copies = 2 if self._rule().reads_gradient and self._gradients.copied else 1
-        return copies * (sum(whole.values()) + piece)
+        return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        lams = list(dict.fromkeys(weight_decay.lam(group, self.lam) for group in self.param_groups))
-        taken = list(dict.fromkeys(of_group.path for of_group in self.paths() if of_group.path != "plain"))
+        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
-        backend = self.backend or kernels.name(None, device)
-        path = repr(taken[0]) if len(taken) == 1 else taken
-        lam = lams[0] if len(lams) == 1 else [weight_decay.lam(group, self.lam) for group in self.param_groups]
         return (
-            f"{type(self).__name__}({self._owner}, lam={lam}, path={path}, "
-            f"backend={backend!r}, snapshot_bytes={self.snapshot_bytes})"
+            f"{type(self).__name__}({self._owner}, lam={_one_or_all(lams)}, path={_one_or_all(taken)}, "
+            f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={self.snapshot_bytes})"
         )
 
     # ---- parts of the above
@@ -217,17 +181,12 @@ class OptimizerWrapper(Contract):
     def _owner(self) -> str:
         return type(self.base_optimizer).__name__
 
-    def _work(self) -> Work:
-        count = self.observer is not None
-        return Work(self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, count)
-
     def _choose(self, group: Group) -> Choice:
         return choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
 
     def _eta_lams(self) -> list[float | Tensor]:
-        step_size = self.step_size or quirks.step_size(self.base_optimizer)
         return [
-            weight_decay.eta_lam(group, i, self.lam, step_size, self._owner, self._way_out)
+            weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
 
@@ -250,7 +209,7 @@ class OptimizerWrapper(Contract):
             if self._rule().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
                 msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
-            if (reason := quirks.refusal(layer)) is not None:
+            if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
                 msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
 
@@ -261,8 +220,8 @@ class OptimizerWrapper(Contract):
         return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
-        weight_decay.check_group(group, index, lam, self.step_size, self._owner, self._way_out)
-        if self.path is not None:
+        weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
+        if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
             self._choose(group)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
@@ -271,8 +230,7 @@ class OptimizerWrapper(Contract):
         """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a group is unfit."""
         for i, group in enumerate(self.param_groups):
             weight_decay.check(weight_decay.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
-        has_decay = [weight_decay.decays(group, None) or "weight_decay" not in group for group in self.param_groups]
-        chosen = [lam is not None and (has or not any(has_decay)) for has in has_decay]
+        chosen = weight_decay.take_lam(self.param_groups, lam)
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
             self._check_group(group | {"weight_decay": lam} if take else group, i, lam)
         self._lam = lam
@@ -286,3 +244,7 @@ class OptimizerWrapper(Contract):
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
                 f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups"
             )
+
+
+def _one_or_all(values: list[Any]) -> str:
+    return repr(values[0]) if len(set(values)) == 1 else repr(values)

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.paths import Rule
 from cwd_wrap.tensors import local_real_view, total, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
@@ -99,7 +99,8 @@ class CautiousDecay(OptimizerWrapper):
     def _rule(self) -> Rule:
         name = type(self).__name__
         if self.mask == "update":
-            return Rule(name, after=self._after, before=self._before, whole=self._whole)
+            rounds = self.rounding == "stochastic"
+            return Rule(name, after=self._after, before=self._before, whole=self._whole, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
         return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
 

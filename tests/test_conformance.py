@@ -5,7 +5,9 @@ and given the same weights, gradients and random numbers), plus the rule.
 """
 
 import importlib.util
+import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +57,10 @@ def set_gradients(case: Case, groups: Groups, step: int) -> None:
             p.grad = g
 
 
-def eta(case: Case, group: dict[str, object]) -> float:
+def eta(case: Case, group: dict[str, Any]) -> float:
     """Each library's own arithmetic, as the note in the zoo has it."""
-    return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, {}, group))
+    names = {"sqrt": math.sqrt, "t": group.get("step", 0) + 1, **group}
+    return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, names))
 
 
 class Pair:
@@ -91,7 +94,9 @@ class Pair:
         """(x, the plain optimizer's w, the wrapped one's w, eta*lam, where there is a gradient) of each parameter."""
         before = [p.detach().clone() for p in parameters(self.groups)]
         strengths = {
-            id(p): eta(self.case, group) * group.get("weight_decay", LAM)
+            id(p): 0.0
+            if self.case.leaves_vectors and p.ndim < 2
+            else eta(self.case, group) * group.get("weight_decay", LAM)
             for group in self.wrapped.param_groups
             for p in group["params"]
         }

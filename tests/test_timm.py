@@ -58,6 +58,8 @@ def make(net: nn.Module, name: str, weight_decay: float = LAM, **kwargs: Any) ->
     with pytest.MonkeyPatch.context() as patch:
         if "kron" in name:
             patch.setattr("timm.optim.kron.has_dynamo", False)
+        if name.endswith(("adamp", "sgdp")):
+            kwargs |= {"wd_ratio": 1.0}  # else their decay has no one step size, and the wrapper refuses
         return create_optimizer_v2(net, name, lr=LR, weight_decay=weight_decay, **kwargs)
 
 
@@ -127,9 +129,11 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
 
 
 def eta(note: dict[str, Any], group: dict[str, Any]) -> float:
-    """What the zoo says the decay is multiplied by. "given" is for an Adafactor without lr, and here it has one."""
+    """What the zoo says the decay is multiplied by. What it has no formula for, has one with the options used here."""
     formula = note.get("eta", "lr")
-    return LR if formula == "given" else float(eval(formula, {}, group))
+    if formula == "given":
+        return LR / (1 - group["momentum"]) if "wd_ratio" in group and "momentum" in group else LR
+    return float(eval(formula, {}, group))
 
 
 def follow(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
@@ -291,10 +295,10 @@ def test_what_others_register_later_has_a_cautious_name(registry: Any) -> None:
 
 def test_options_of_the_wrapper_are_keyword_arguments() -> None:
     """What CautiousDecay takes by keyword, `create_optimizer_v2` and so `--opt-kwargs` takes; but not lam."""
-    opt = make(model(), "cautious_adamw", strict=True, snapshot=True, betas=(0.8, 0.9))
+    opt = make(model(), "cautious_adamw", strict=True, path="snapshot", betas=(0.8, 0.9))
 
     assert isinstance(opt, CautiousDecay)
-    assert (opt.strict, opt.snapshot, opt.lam, opt.defaults["betas"]) == (True, True, None, (0.8, 0.9))
+    assert (opt.strict, opt.path, opt.lam, opt.defaults["betas"]) == (True, "snapshot", None, (0.8, 0.9))
 
 
 def test_what_foreach_is_given_reaches_the_base() -> None:

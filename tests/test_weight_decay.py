@@ -1,5 +1,6 @@
 """How much is eta * lam? One row for each kind of optimizer, with numbers that can be checked by eye."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from cwd_wrap import CautiousDecay, weight_decay
+
+BASE = SGD([weight(1.0)], lr=1.0)  # gives its name, and options by name that it has none of
 
 LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
     "lr": ({"lr": 0.25, "weight_decay": 0.5}, 0.125),
@@ -25,6 +28,37 @@ LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
         {"lr": 0.25, "weight_decay": 0.5, "corrected_weight_decay": False, "max_lr_snapshot": 0.5},
         0.125,
     ),
+    "fixed_decay of a coupled decay": (
+        {"lr": 0.25, "weight_decay": 0.5, "fixed_decay": True, "weight_decouple": False},
+        0.125,
+    ),
+    "corrected_weight_decay of a coupled decay": (
+        {
+            "lr": 0.25,
+            "weight_decay": 0.5,
+            "corrected_weight_decay": True,
+            "max_lr_snapshot": 0.5,
+            "decoupled_decay": False,
+        },
+        0.125,
+    ),
+    "corrected_weight_decay before timm 1.0.23": (
+        {"lr": 0.25, "weight_decay": 0.5, "corrected_weight_decay": True},
+        0.03125,  # the default lr of the base is 1
+    ),
+    "unscaled_wd": ({"lr": 0.25, "weight_decay": 0.5, "unscaled_wd": True}, 0.5),
+    "unscaled_wd, corrected": (
+        {
+            "lr": 0.25,
+            "weight_decay": 0.5,
+            "unscaled_wd": True,
+            "corrected_weight_decay": True,
+            "max_lr_snapshot": 0.5,
+        },
+        0.25,
+    ),
+    "lr that a schedule's rounding left of 0": ({"lr": -1.85e-20, "weight_decay": 0.5}, 0.0),
+    "the same on the other side": ({"lr": 1.85e-20, "weight_decay": 0.5, "fixed_decay": True}, 0.0),
     "d of Prodigy": ({"lr": 1.0, "weight_decay": 0.5, "d": 0.25, "growth_rate": 2.0, "k": 0}, 0.125),
     "d of Prodigy, bias correction, step 1": (
         {
@@ -57,16 +91,16 @@ LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
 @pytest.mark.parametrize(("group", "expected"), LR_AND_LAM.values(), ids=list(LR_AND_LAM))
 def test_the_table_of_eta(group: dict[str, Any], expected: float) -> None:
     """eta * lam, for each kind of group."""
-    assert pytest.approx(expected) == weight_decay.eta_lam(group, 0, None, None, "Base")
+    assert pytest.approx(expected) == weight_decay.eta_lam(group, 0, None, None, BASE)
 
 
 @both_paths
 @pytest.mark.parametrize(("group", "expected"), LR_AND_LAM.values(), ids=list(LR_AND_LAM))
-def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, snapshot: bool) -> None:
+def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, path: str) -> None:
     """A step with a zero gradient takes the share eta * lam off the weight 1.0, whatever the base is called."""
     p = weight(1.0, 1.0, grad=[0.0, 0.0])
     base = SGD([{"params": [p], **group}, {"params": [weight(1.0)]}], lr=1.0, weight_decay=0.1)
-    opt = CautiousDecay(base, snapshot=snapshot)
+    opt = CautiousDecay(base, path=path)
     if group["lr"] is None:
         base.param_groups[0]["params"] = []  # SGD itself has no step without a learning rate
     opt.step()
@@ -74,30 +108,120 @@ def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, snap
     torch.testing.assert_close(torch.full((2,), 1 - expected), p.detach())
 
 
+def named(name: str, **attributes: Any) -> Optimizer:
+    """An optimizer with the name "library.Class"."""
+    library, _, cls = name.rpartition(".")
+    optimizer = type(cls, (SGD,), {"__module__": f"{library}.of_that"})([weight(1.0)], lr=1.0)
+    vars(optimizer).update(attributes)
+    return optimizer
+
+
+BY_NAME: dict[str, tuple[Optimizer, dict[str, Any], float]] = {
+    "SGDP": (named("timm.SGDP"), {"lr": 0.25, "wd_ratio": 1.0, "momentum": 0.75}, 1.0),
+    "SGDP with fixed_decay": (
+        named("any.SGDP"),
+        {"lr": 0.25, "wd_ratio": 1, "momentum": 0.75, "fixed_decay": True},
+        4.0,
+    ),
+    "AdamP": (named("timm.AdamP"), {"lr": 0.25, "wd_ratio": 1.0}, 0.25),
+    "Muon's fallback": (named("timm.Muon"), {"lr": 0.25, "fallback_lr_scale": 0.5, "use_fallback": True}, 0.125),
+    "optimi, decouple_lr": (
+        named("optimi.OptimiOptimizer"),
+        {"lr": 0.25, "decouple_lr": True, "max_lr": 0.5, "initial_lr": 0.125},  # initial_lr is a scheduler's
+        0.5,
+    ),
+    "optimi": (named("optimi.OptimiOptimizer"), {"lr": 0.25, "decouple_lr": False, "max_lr": 0.5}, 0.25),
+    "FlashAdamW, decouple_lr": (
+        named("pytorch_optimizer.FlashAdamW"),
+        {"lr": 0.25, "decouple_lr": True, "initial_lr": 0.5, "max_lr": 0.125},  # max_lr is OneCycleLR's
+        0.5,
+    ),
+    "flashoptim, decouple_lr": (
+        named("flashoptim.FlashOptimizer", _decouple_lr=True),
+        {"lr": 0.25, "initial_lr": 0.5},
+        0.5,
+    ),
+    "flashoptim": (named("flashoptim.FlashOptimizer", _decouple_lr=False), {"lr": 0.25, "initial_lr": 0.5}, 0.25),
+    "ROSE, reference given": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": 0.5}, 0.5),
+    "ROSE, from a schedule": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": True, "initial_lr": 0.5}, 0.5),
+    "ROSE, no schedule yet": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": True}, 1.0),
+    "ROSE without": (named("rose_opt.Rose"), {"lr": 0.25, "wd_schedule": False}, 0.25),
+    "heavyball": (named("heavyball.ChainOpt"), {"lr": 0.25, "warmup_steps": 0}, 0.25),
+    "heavyball, first step of warm-up": (named("heavyball.ChainOpt"), {"lr": 0.25, "warmup_steps": 1}, 0.125),
+    "heavyball, after warm-up": (
+        named("heavyball.ChainOpt"),
+        {"lr": 0.25, "warmup_steps": 1, "step_count": torch.tensor(1)},
+        0.25,
+    ),
+}
+
+
+@pytest.mark.parametrize(("base", "group", "expected"), BY_NAME.values(), ids=list(BY_NAME))
+def test_the_table_of_eta_by_name(base: Optimizer, group: dict[str, Any], expected: float) -> None:
+    """eta of optimizers whose group does not tell it, from their names. (test_own_decay.py measures it.)"""
+    assert pytest.approx(expected) == float(weight_decay.eta(group, "here", base))
+
+
+def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
+    """AdamC decays by lr**2 / max_lr, lr being that of the warm-up."""
+    adamc = type("AdamC", (type(named("heavyball.ChainOpt")),), {"__module__": "heavyball"})([weight(1.0)], lr=1.0)
+    group = {"lr": 0.5, "max_lr": 0.5, "warmup_steps": 1}
+
+    assert 0.125 == float(weight_decay.eta(group, "here", adamc))
+
+
+NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
+    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1 of it: give the group wd_ratio=1"),
+    "Kron": (named("timm.Kron"), {"stochastic_weight_decay": True}, "pass stochastic_weight_decay=False"),
+    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5 of it: pass fallback_lr_scale=1"),
+    "Adafactor": (named("transformers.Adafactor"), {"scale_parameter": True}, "pass scale_parameter=False"),
+    "Apollo": (
+        named("pytorch_optimizer.ApolloDQN"),
+        {"weight_decay_type": "stable"},
+        "pass another weight_decay_type",
+    ),
+    "SPlus": (named("pytorch_optimizer.SPlus"), {}, "the shape of each tensor: give the group weight_decay=0"),
+    "Magma": (named("pytorch_optimizer.Magma"), {}, "wrap the optimizer inside it"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing to decay")
+@pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
+def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options: dict[str, Any], text: str) -> None:
+    """The error names the group and the optimizer, says why, and what to do; so does that of a group added later."""
+    name = type(base).__name__
+    base.param_groups[0] |= options
+    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no one step size for its decay: .*{text}"):
+        CautiousDecay(base).add_param_group({"params": [weight(1.0)], "weight_decay": 0.5, **options})
+    base.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match=rf"param group 0 of {name} .*{text}, or pass step_size=, a function"):
+        CautiousDecay(base)
+
+
 def test_a_tensor_learning_rate_stays_a_tensor() -> None:
     """A tensor lr gives a tensor on its own device, unread: reading one on "meta" would raise."""
     group = {"lr": torch.tensor(0.25, device="meta"), "weight_decay": 0.5}
-    eta_lam = weight_decay.eta_lam(group, 0, None, None, "Base")
+    eta_lam = weight_decay.eta_lam(group, 0, None, None, BASE)
 
     assert isinstance(eta_lam, Tensor)
     assert "meta" == eta_lam.device.type
-    assert 0.125 == weight_decay.eta_lam({"lr": torch.tensor(0.25), "weight_decay": 0.5}, 0, None, None, "Base").item()
+    assert 0.125 == weight_decay.eta_lam({"lr": torch.tensor(0.25), "weight_decay": 0.5}, 0, None, None, BASE).item()
 
 
 def test_a_tensor_weight_decay_stays_a_tensor() -> None:
     """So does a tensor weight_decay."""
     group = {"lr": 0.25, "weight_decay": torch.tensor(0.5, device="meta")}
 
-    assert "meta" == weight_decay.eta_lam(group, 0, None, None, "Base").device.type
-    assert 0.125 == weight_decay.eta_lam({"lr": 0.25, "weight_decay": torch.tensor(0.5)}, 0, None, None, "Base").item()
+    assert "meta" == weight_decay.eta_lam(group, 0, None, None, BASE).device.type
+    assert 0.125 == weight_decay.eta_lam({"lr": 0.25, "weight_decay": torch.tensor(0.5)}, 0, None, None, BASE).item()
 
 
 @both_paths
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=["default", "fused", "forloop"])
-def test_a_step_with_a_tensor_learning_rate(options: dict[str, Any], snapshot: bool) -> None:
+def test_a_step_with_a_tensor_learning_rate(options: dict[str, Any], path: str) -> None:
     """AdamW with a tensor lr: 1 - 0.25*0.5, and the lr is still the same tensor."""
     p, lr = weight(1.0, grad=[0.0]), torch.tensor(0.25)
-    opt = CautiousDecay(AdamW([p], lr=lr, weight_decay=0.5, **options), snapshot=snapshot)
+    opt = CautiousDecay(AdamW([p], lr=lr, weight_decay=0.5, **options), path=path)
     opt.step()
 
     assert 0.875 == p.item()
@@ -121,16 +245,14 @@ class OnAnyDevice(Optimizer):
 
 @both_paths
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
-def test_a_step_never_reads_a_tensor_of_a_device(
-    observed: bool, snapshot: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_never_reads_a_tensor_of_a_device(observed: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With parameters and lr on "meta", where reading a value raises, the step runs: so nothing waits on a device."""
     from cwd_wrap import directions
 
-    monkeypatch.setitem(directions._TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
+    monkeypatch.setitem(directions.TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
     p = torch.nn.Parameter(torch.ones(3, 2, device="meta"))
     p.grad = torch.ones_like(p)
-    opt = CautiousDecay(OnAnyDevice([p], torch.tensor(0.1, device="meta")), snapshot=snapshot)
+    opt = CautiousDecay(OnAnyDevice([p], torch.tensor(0.1, device="meta")), path=path)
     opt.observer = (lambda report: None) if observed else None
     opt.step()
 
@@ -140,11 +262,11 @@ def test_a_step_never_reads_a_tensor_of_a_device(
 
 
 @both_paths
-def test_step_size_takes_the_place_of_the_learning_rate(snapshot: bool) -> None:
+def test_step_size_takes_the_place_of_the_learning_rate(path: str) -> None:
     """step_size= is called with each group at each step: 1 - 2*0.25, whatever lr is."""
     p, seen = weight(1.0, grad=[0.0]), []
     base = SGD([{"params": [p], "name": "the one"}], lr=0.1, weight_decay=0.25)
-    opt = CautiousDecay(base, step_size=lambda group: seen.append(group["name"]) or 2.0, snapshot=snapshot)
+    opt = CautiousDecay(base, step_size=lambda group: seen.append(group["name"]) or 2.0, path=path)
     opt.step()
 
     assert 0.5 == p.item()
@@ -222,6 +344,169 @@ def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
 
     assert 100 * ds[0] < ds[-1]
     torch.testing.assert_close(q, p, rtol=1e-12, atol=0)
+
+
+def test_a_linear_schedule_to_zero_ends_without_an_error() -> None:
+    """torch's LinearLR misses 0 by a rounding, to the negative side: no step, no decay, as with AdamW alone."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(AdamW([p], lr=1e-3, weight_decay=0.5))
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=4)
+    for _ in range(4):
+        opt.step()
+        schedule.step()
+    before = p.item()
+    opt.step()
+
+    assert -1e-12 < opt.param_groups[0]["lr"] < 0
+    assert before == p.item() < 1
+
+
+def test_a_negative_learning_rate_is_still_an_error() -> None:
+    """Above a rounding's size a negative learning rate is refused."""
+    opt = CautiousDecay(SGD([weight(1.0, grad=[0.0])], lr=0.1, weight_decay=0.5))
+    opt.param_groups[0]["lr"] = -1e-11
+    with pytest.raises(ValueError, match=r"lr of param group 0 of SGD is -1e-11: pass a finite number, zero or above"):
+        opt.step()
+
+
+def test_a_decay_of_more_than_the_whole_weight_warns_once() -> None:
+    """eta*lam above 1 turns weights around: said once for each group, with the numbers; tensors are not read."""
+    groups = [{"params": [weight(1.0, grad=[0.0])], "lr": lr} for lr in (0.5, 1.5, torch.tensor(1.5), 2.0)]
+    opt = CautiousDecay(SGD(groups, lr=1.0, weight_decay=1.0, foreach=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+        opt.step()
+
+    assert [
+        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step takes more than "
+        "the whole weight and turns its sign. Choose a smaller weight_decay"
+        for i, lr in ((1, 1.5), (3, 2.0))
+    ] == [str(w.message) for w in caught]
+
+
+class Fading(SGD):
+    """Rewrites its own weight_decay in the course of its step."""
+
+    def step(self, closure: Any = None) -> Any:
+        """SGD's, and less decay from then on."""
+        for group in self.param_groups:
+            group["weight_decay"] = self.fade(group["weight_decay"])
+        return super().step(closure)
+
+
+def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
+    """What is computed from the 0 that stands there during the step is no new value: the old one stays."""
+    p = weight(1.0, grad=[0.0])
+    base = Fading([p], lr=0.5, weight_decay=0.5)
+    base.fade = lambda decay: decay * 0.99
+    opt = CautiousDecay(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.step()
+        opt.step()
+
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+    assert 0.75**2 == p.item()
+    assert [
+        "weight_decay of param group 0 of Fading was set to 0.0 while the base stepped with its decay off; it is kept "
+        "at 0.5. To change it, set it from a hook of the wrapper, or between steps"
+    ] == [str(w.message) for w in caught]
+
+
+def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
+    """Lookahead's inner optimizer runs its hooks while the decay is off, around the whole of Lookahead's step."""
+    library = pytest.importorskip("pytorch_optimizer")
+    base = SGD([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
+    base.register_step_post_hook(
+        lambda opt, *_: opt.param_groups[0].update(weight_decay=opt.param_groups[0]["weight_decay"] * 0.99)
+    )
+    opt = CautiousDecay(library.Lookahead(base))
+    with pytest.warns(UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* kept at 0.5"):
+        opt.step()
+
+    assert 0.5 == opt.param_groups[0]["weight_decay"]
+
+
+def test_a_decay_set_while_it_is_off_wins() -> None:
+    """A number other than 0 was not computed from ours: it is a schedule's, and stays."""
+    base = Fading([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
+    base.fade = lambda _: 0.25
+    opt = CautiousDecay(base)
+    opt.step()
+
+    assert 0.25 == opt.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pytorch_optimizer.SaRA", "it trains only the weights below its threshold"),
+        ("pytorch_optimizer.GSAM", "it makes the gradients inside its own step.* Wrap the optimizer inside it"),
+        ("torchao.CPUOffloadOptimizer", r"optimizer_class=CautiousDecay.over\(AdamW\)"),
+        ("torch.PostLocalSGDOptimizer", "Wrap the optimizer inside it"),
+        ("heavyball.MSAMLaProp", "it computes the weights anew at each step"),
+    ],
+)
+def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) -> None:
+    """The error says why and, where there is one, names the way."""
+    with pytest.raises(ValueError, match=f"CautiousDecay cannot be put around {name.split('.')[1]}: .*{text}"):
+        CautiousDecay(named(name), lam=0.5)
+
+
+def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
+    """The way out that the error names: five steps of GSAM around it are those of GSAM around plain AdamW."""
+    library = pytest.importorskip("pytorch_optimizer")
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 2)
+        inner = AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+        inner = CautiousDecay(inner, mask="all") if wrapped else inner
+        rho = library.ProportionScheduler(torch.optim.lr_scheduler.StepLR(inner, 100), max_lr=1e-2)
+        opt = library.GSAM(model.parameters(), base_optimizer=inner, model=model, rho_scheduler=rho)
+        opt.set_closure(torch.nn.functional.mse_loss, torch.randn(8, 4), torch.randn(8, 2))
+        for _ in range(5):
+            opt.step()
+        ends.append(model.weight.detach())
+
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("flashoptim.FlashAdamW", {"master_bytewidth": 3}),
+        ("pytorch_optimizer.FlashAdamW", {"master_byte_width": 3}),
+        ("heavyball.ChainOpt", {"param_ecc": "bf16+8"}),
+    ],
+)
+def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: str, options: dict[str, Any]) -> None:
+    """Rounded to nearest, a small decay would be lost where the optimizer's own counts; float32 weights are whole."""
+    base = named(name)
+    base.param_groups[0] |= options
+    base.param_groups[0]["params"] = [weight(1.0, dtype=torch.bfloat16)]
+    with pytest.raises(ValueError, match=r"further bits of its 16-bit weights .*rounding='stochastic'"):
+        CautiousDecay(base, lam=0.5)
+    CautiousDecay(base, lam=0.5, rounding="stochastic")
+    base.param_groups[0] |= {"params": [weight(1.0)], "param_ecc": None}
+    CautiousDecay(base, lam=0.5)
+
+
+def test_stochastic_rounding_decays_weights_whose_further_bits_are_kept_apart() -> None:
+    """FlashAdamW with 24 master bits: 100 steps of 1e-3 leave 0.999**100, as its own decay does, to half a percent."""
+    library = pytest.importorskip("pytorch_optimizer")
+    means = []
+    for wrapped in (False, True):
+        p = torch.nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+        opt = library.FlashAdamW([p], lr=1e-3, weight_decay=1.0, master_weight_bits=24)
+        opt = CautiousDecay(opt, rounding="stochastic") if wrapped else opt
+        for _ in range(100):
+            p.grad = torch.zeros_like(p)
+            opt.step()
+        means.append(p.detach().float().mean().item())
+
+    assert [pytest.approx(0.999**100, rel=5e-3)] * 2 == means
 
 
 # ------------------------------------------------------------------------------------ where lam goes

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import StringIO
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
-Eta = Literal["lr", "lr * lr / max_lr_snapshot", "d * lr", "given"]
+Eta = Literal["lr", "lr * lr / max_lr_snapshot", "d * lr", "lr * sqrt(1 - betas[1]**t) / (1 - betas[0]**t)", "given"]
 
 # Their optimizers are the classes of their top-level module. torch and timm: see `cases`.
 LIBRARIES = (
@@ -39,8 +40,10 @@ class Case:
     """One base optimizer. `name` is "library.name"."""
 
     name: str
-    build: Callable[[Groups], Optimizer]
-    """Builds the base from parameter groups that carry the decay. Read them back from the base."""
+    build: Callable[..., Optimizer]
+    """Builds the base from parameter groups that carry the decay, and options. Read the groups back from the base."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What its constructor takes, with the default values."""
     dims: tuple[int, ...] = (1, 2, 4)
     """Numbers of dimensions its parameters may have."""
     decay_key: bool = True
@@ -61,6 +64,8 @@ class Case:
     """It takes one group only: `build` puts all parameters in it, and the groups' keys are lost."""
     fades: str | None = None
     """Every step obeys the rule, but later ones pull the weight towards this private copy."""
+    leaves_vectors: bool = False
+    """Its own decay leaves vectors alone, so ours does too."""
     refused: str | None = None
     """Why the rule cannot hold, or why it cannot be run."""
 
@@ -71,8 +76,8 @@ class Case:
 # ------------------------------------------------------------------------------------- builders
 
 
-def _one_group(cls: Callable[..., Optimizer], groups: Groups) -> Optimizer:
-    return cls([p for group in groups for p in group["params"]])
+def _one_group(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
+    return cls([p for group in groups for p in group["params"]], **flags)
 
 
 def _muon(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
@@ -92,20 +97,20 @@ def _train(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optim
     return optimizer
 
 
-def _from_model(cls: Callable[..., Optimizer], groups: Groups) -> Optimizer:
+def _from_model(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
     """AdamMini makes a group for each parameter of a model; the decays are put back afterwards."""
     model = nn.ParameterList([p for group in groups for p in group["params"]])
-    optimizer = cls(model)
+    optimizer = cls(model, **flags)
     decay = {id(p): group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["weight_decay"] = decay[id(group["params"][0])]
     return optimizer
 
 
-def _uncompiled(build: Callable[..., Optimizer], groups: Groups) -> Optimizer:
+def _uncompiled(build: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
     """Kron of timm compiles its kernels if dynamo is there: half a minute on a CPU."""
     with mock.patch("timm.optim.kron.has_dynamo", False):
-        return build(groups)
+        return build(groups, **flags)
 
 
 # ---------------------------------------------------------------------------------------- notes
@@ -137,17 +142,19 @@ NOTES: dict[str, dict[str, Any]] = {
     "timm.adafactorbvc": _CORRECTED,
     "timm.adahessian": {"create_graph": True},
     "timm.adamc": _CORRECTED,
+    "timm.adamp": _NO_LR,
     "timm.adoptc": _CORRECTED,
     "timm.cadafactor": _NO_LR,
     "timm.cadafactorbvc": _CORRECTED,
     "timm.cadamc": _CORRECTED,
+    "timm.cadamp": _NO_LR,
     "timm.cadoptc": _CORRECTED,
     "timm.clamb": _ADAPTS,
     "timm.clambw": _ADAPTS,
     "timm.clionc": _CORRECTED,
     "timm.cnadamc": _CORRECTED,
     "timm.csgdc": _CORRECTED,
-    "timm.csgdp": {"flags": {"lr": 1e-3}},
+    "timm.csgdp": {"flags": {"lr": 1e-3}, **_NO_LR},
     "timm.kron": {"how": _uncompiled},
     "timm.kronc": {"how": _uncompiled, **_CORRECTED},
     "timm.kronw": {"how": _uncompiled},
@@ -169,13 +176,14 @@ NOTES: dict[str, dict[str, Any]] = {
     "timm.novogradc": _CORRECTED,
     "timm.rmsproptfc": _CORRECTED,
     "timm.sgdc": _CORRECTED,
-    "timm.sgdp": {"flags": {"lr": 1e-3}},
+    "timm.sgdp": {"flags": {"lr": 1e-3}, **_NO_LR},
     # torch_optimizer
     "torch_optimizer.A2GradExp": {**_NO_DECAY, **_NO_LR, "fades": "the averaged iterate x_k"},
     "torch_optimizer.A2GradInc": {**_NO_DECAY, **_NO_LR, "fades": "the averaged iterate x_k"},
     "torch_optimizer.A2GradUni": {**_NO_DECAY, **_NO_LR, "fades": "the averaged iterate x_k"},
     "torch_optimizer.AccSGD": {"fades": "the short-step iterate"},
     "torch_optimizer.Adafactor": {"dims": (1, 2), **_NO_LR},
+    "torch_optimizer.AdamP": _NO_LR,
     "torch_optimizer.Adahessian": {"create_graph": True},
     "torch_optimizer.LARS": {"adapts": ""},
     "torch_optimizer.Lookahead": {"how": _over, "fades": _LOOKAHEAD},
@@ -183,8 +191,11 @@ NOTES: dict[str, dict[str, Any]] = {
     "torch_optimizer.Ranger": {"fades": _LOOKAHEAD},
     "torch_optimizer.RangerQH": {"fades": _LOOKAHEAD},
     "torch_optimizer.RangerVA": {"fades": _LOOKAHEAD},
+    "torch_optimizer.SGDP": _NO_LR,
     # pytorch_optimizer
     "pytorch_optimizer.A2Grad": {**_NO_DECAY, **_NO_LR, "fades": "the averaged iterate x_k"},
+    "pytorch_optimizer.APOLLO": {"eta": "lr * sqrt(1 - betas[1]**t) / (1 - betas[0]**t)"},
+    "pytorch_optimizer.ASGD": _NO_LR,
     "pytorch_optimizer.AccSGD": {"fades": "the short-step iterate"},
     "pytorch_optimizer.AdaFactor": _NO_LR,
     "pytorch_optimizer.AdaGO": _MUON,
@@ -194,6 +205,8 @@ NOTES: dict[str, dict[str, Any]] = {
     "pytorch_optimizer.AdaShift": {"flags": {"keep_num": 2}, **_NO_DECAY},
     "pytorch_optimizer.AdamMini": {"how": _from_model},
     "pytorch_optimizer.AliG": {"closure": True, **_NO_DECAY, **_NO_LR},
+    "pytorch_optimizer.AdamP": _NO_LR,
+    "pytorch_optimizer.AdamS": _NO_LR,
     "pytorch_optimizer.Amos": _NO_DECAY,
     "pytorch_optimizer.BSAM": {
         "refused": "weight_decay is the prior's precision and multiplies the gradient",
@@ -222,9 +235,12 @@ NOTES: dict[str, dict[str, Any]] = {
     "pytorch_optimizer.LookSAM": _SAM,
     "pytorch_optimizer.LoRARite": {"refused": "needs pairs of low-rank factors"},
     "pytorch_optimizer.Lookahead": {"how": _over, "fades": _LOOKAHEAD},
+    "pytorch_optimizer.Kron": {"leaves_vectors": True},
+    "pytorch_optimizer.LARS": {"leaves_vectors": True},
     "pytorch_optimizer.MADGRAD": {"fades": _MADGRAD},
     "pytorch_optimizer.MARS": {"decays": "weight_decay_1d"},
     "pytorch_optimizer.MSVAG": _NO_DECAY,
+    "pytorch_optimizer.Magma": _NO_LR,
     "pytorch_optimizer.Muon": _MUON,
     "pytorch_optimizer.MuonClip": _MUON,
     "pytorch_optimizer.Nero": {"refused": "rescales every neuron to its first norm", **_NO_DECAY},
@@ -236,18 +252,23 @@ NOTES: dict[str, dict[str, Any]] = {
     "pytorch_optimizer.Ranger21": {
         "flags": {"num_iterations": 100},
         "decays": "norm_loss_factor",
+        **_NO_LR,
         "fades": _LOOKAHEAD,
     },
     "pytorch_optimizer.SAM": _SAM,
     "pytorch_optimizer.SM3": _NO_DECAY,
+    "pytorch_optimizer.SGDP": _NO_LR,
+    "pytorch_optimizer.SPlus": _NO_LR,
     "pytorch_optimizer.SRMM": {"fades": "a mean over its memory of weights", **_NO_DECAY},
     "pytorch_optimizer.SafeFP16Optimizer": {"refused": "keeps the weights in a flat fp32 copy"},
+    "pytorch_optimizer.SaRA": {"refused": "trains only the weights below its threshold"},
     "pytorch_optimizer.ScheduleFreeAdamW": _SCHEDULE_FREE_NOTE,
     "pytorch_optimizer.ScheduleFreeRAdam": _SCHEDULE_FREE_NOTE,
     "pytorch_optimizer.ScheduleFreeSGD": _SCHEDULE_FREE_NOTE,
     "pytorch_optimizer.ScheduleFreeWrapper": {"refused": _SCHEDULE_FREE, "how": _over},
     "pytorch_optimizer.SophiaH": {"create_graph": True},
     "pytorch_optimizer.SpectralSphere": {"dims": (2,)},
+    "pytorch_optimizer.StableAdamW": _NO_LR,
     "pytorch_optimizer.TRAC": {
         "refused": "recomputes p from the weights of its first step",
         "how": _over,
@@ -277,37 +298,43 @@ def _note(name: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ discovery
 
 
-def _quiet(build: Callable[..., Optimizer], groups: Groups) -> Optimizer:
+def _quiet(build: Callable[..., Optimizer], groups: Groups, **options: Any) -> Optimizer:
     with redirect_stdout(StringIO()):
-        return build(groups)
+        return build(groups, **options)
 
 
-def _case(name: str, cls: Callable[..., Optimizer]) -> Case:
+def _case(name: str, cls: Callable[..., Optimizer], options: Mapping[str, Any]) -> Case:
     note = dict(_note(name))
     how, flags = note.pop("how", None), note.pop("flags", {})
     build = partial(how, cls, **flags) if how else partial(cls, **flags)
-    return Case(name, partial(_quiet, build), **note)
+    return Case(name, partial(_quiet, build), options={**options, **flags}, **note)
 
 
-def _classes(library: str, module: Any) -> Iterator[tuple[str, Callable[..., Optimizer]]]:
+def _defaults(cls: Callable[..., Optimizer]) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+
+
+def _classes(library: str, module: Any) -> Iterator[Case]:
     for name, cls in sorted(vars(module).items()):
         if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer:
-            yield f"{library}.{name}", cls
+            yield _case(f"{library}.{name}", cls, _defaults(cls))
 
 
-def _timm() -> Iterator[tuple[str, Callable[..., Optimizer]]]:
-    from timm.optim import create_optimizer_v2, list_optimizers
+def _timm() -> Iterator[Case]:
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
     for name in [*list_optimizers(exclude_filters=["cautious_*"]), "lookahead_adamw"]:
-        yield f"timm.{name}", partial(create_optimizer_v2, opt=str(name))
+        info = get_optimizer_info(str(name).removeprefix("lookahead_"))
+        options = {} if isinstance(info.opt_class, str) else _defaults(info.opt_class) | (info.defaults or {})
+        yield _case(f"timm.{name}", partial(create_optimizer_v2, opt=str(name)), options)
 
 
-def cases() -> list[Case]:
-    """All optimizers of torch, and of timm and `LIBRARIES` as far as they are installed."""
+def cases(libraries: tuple[str, ...] = LIBRARIES) -> list[Case]:
+    """All optimizers of torch, and of timm and ``libraries`` as far as they are installed."""
     found = list(_classes("torch", torch.optim))
     if importlib.util.find_spec("timm"):
         found += _timm()
-    for library in LIBRARIES:
+    for library in libraries:
         if importlib.util.find_spec(library):
             found += _classes(library, importlib.import_module(library))
-    return [_case(name, cls) for name, cls in found]
+    return found

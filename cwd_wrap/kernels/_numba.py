@@ -1,6 +1,6 @@
 # Functions under register_jitable are compiled, not run: their arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN202, PLR0124
 """The rules in numba, on the CPU: one pass over memory, for all tensors of the same types in one call.
 
 A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` is the
@@ -129,24 +129,26 @@ def _(addresses, column, tensor, start, stop, tag):
     ]
 
 
-def _get(line, i):
-    """Element ``i``, in float32 or wider; None where there is no such column."""
+def _get(line, i, like):
+    """Element ``i`` in the type that the rule computes in, that of ``like``; None where there is no such column."""
 
 
 @overload(_get, inline="always")
-def _(line, i):
+def _(line, i, like):
     if line is types.none:
-        return lambda line, i: None
+        return lambda line, i, like: None
     if line.dtype in (_BFLOAT16, _FLOAT16):
-        return lambda line, i: _wide(line[i])
-    return lambda line, i: line[i]
+        return lambda line, i, like: _wide(line[i])
+    if like == types.float32:
+        return lambda line, i, like: np.float32(line[i])
+    return lambda line, i, like: line[i]
 
 
 def _put(line, i, value, random):
     """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
 
 
-@overload(_put, inline="always")
+@overload(_put)  # not inlined by numba: it warns about a choice inside
 def _(line, i, value, random):
     if line is types.none or value is types.none:
         return lambda line, i, value, random: None
@@ -170,7 +172,7 @@ def _(line, i, value, random):
             other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
             other = _wide(other_bits)
             chance = (value - nearest) / (other - nearest)
-            line[i] = other_bits if np.float32(random >> np.uint32(8)) * np.float32(2**-24) < chance else bits
+            line[i] = other_bits if np.float32(random) * np.float32(2**-16) < chance else bits
 
     return write
 
@@ -269,7 +271,7 @@ def _amsgrad(x, g, m, v, largest, n, strict):
     g = n[0] * g
     m = m + n[3] * (g - m)
     v = n[4] * v + n[5] * g * g
-    largest = largest if largest >= v else v
+    largest = v if (v > largest) | (v != v) else largest  # NaN stays
     mask = _aligned(m, x, strict)
     return _decay(x - n[1] * m / (np.sqrt(largest) / n[7] + n[6]), x, mask, n[2]), None, m, v, largest, mask
 
@@ -279,17 +281,19 @@ def _amsgrad(x, g, m, v, largest, n, strict):
 
 @register_jitable
 def _random(seed, tensor, place):
-    """Four random words for a place: Philox 4x32 with ten rounds (Salmon et al., 2011), keyed by the seed."""
-    a, b = np.uint64(place & 0xFFFFFFFF), np.uint64(place >> 32)
-    c, d = np.uint64(tensor), np.uint64(0)
-    low = np.uint64(0xFFFFFFFF)
-    key0, key1 = np.uint64(seed) & low, np.uint64(seed) >> np.uint64(32)
-    for _ in range(10):
-        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b = (second >> np.uint64(32)) ^ b ^ key0, second & low
-        c, d = (first >> np.uint64(32)) ^ d ^ key1, first & low
-        key0, key1 = (key0 + np.uint64(0x9E3779B9)) & low, (key1 + np.uint64(0xBB67AE85)) & low
-    return np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
+    """Four words of 16 random bits for a place: SplitMix64 (Steele et al., 2014) at a counter, fit for vectors."""
+    key = np.uint64(seed) + np.uint64(tensor) * np.uint64(0xD1342543DE82EF95)
+    word = key + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word ^= word >> np.uint64(31)
+    low = np.uint64(0xFFFF)
+    return (
+        np.uint32(word & low),
+        np.uint32((word >> np.uint64(16)) & low),
+        np.uint32((word >> np.uint64(32)) & low),
+        np.uint32(word >> np.uint64(48)),
+    )
 
 
 def _words(seed, tensor, place):
@@ -320,8 +324,9 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
             count = 0
             for i in range(stop - start):
                 new0, new1, new2, new3, new4, mask = rule(
-                    _get(line0, i), _get(line1, i), _get(line2, i), _get(line3, i), _get(line4, i), n, strict
-                )
+                    _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
+                    _get(line4, i, n[0]), n, strict,
+                )  # fmt: skip
                 random = _words(seed, tensor, start + i)
                 _put(line0, i, new0, random[0])
                 _put(line1, i, new1, None)
@@ -469,18 +474,17 @@ def _launch(
     seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
     lines = _in_lines(columns)
     counts = _run(rule, lines, numbers, strict, seed)
-    for i in written if lines is not columns else []:
+    for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
     return counts
 
 
 def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """The columns themselves where all tensors are contiguous; else contiguous lines, each row in one order."""
+    """The columns with each row as contiguous lines of one order."""
     if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
         return columns
-    rows = ([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True))
-    return list(zip(*rows, strict=True))
+    return list(zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True))
 
 
 def _run(

@@ -1,0 +1,124 @@
+"""Which of the four paths a param group takes, and why.
+
+What a method needs (`Rule`), what is known of the base (`directions`, `updates`, `pieces`) and what runs on the device
+(`kernels`) decide.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cwd_wrap import directions, kernels, pieces, updates
+from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.kernels import Backend
+
+PATHS = ("one_pass", "direction", "pieces", "snapshot")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a method is, for the paths that carry it out. The bool of each function asks for a count."""
+
+    name: str
+    """The method's, for the texts of errors."""
+    after: Callable[[Backend, Sequence[Stepped], bool], Count]
+    """The rule on weights that have been stepped."""
+    needs_copy: str | None = None
+    """Why it needs the weights from before the step; None if the sign of the update is enough."""
+    before: Callable[[Backend, Sequence[Coming], bool], Count] | None = None
+    """The rule on weights that are about to be stepped."""
+    whole: Callable[[Backend, Sequence[Whole], bool], Count] | None = None
+    """The rule and the base's update at once."""
+    reads_gradient: bool = False
+    """Does ``after`` need the gradients?"""
+    every_group: bool = False
+    """Does it act on groups that do not decay too?"""
+    rounds: bool = False
+    """Does ``whole`` round 16-bit weights as the base does not? Then it steps groups that do not decay too."""
+
+    def has_work(self, eta_lam: float | Tensor) -> bool:
+        """Does a group that decays by ``eta_lam`` have anything to do?"""
+        return self.every_group or isinstance(eta_lam, Tensor) or eta_lam != 0
+
+
+class Choice(NamedTuple):
+    """The path of a param group, and why it is not another."""
+
+    path: str
+    reason: str
+
+
+class PathOfGroup(NamedTuple):
+    """Which path a param group takes, and why it is not an earlier one of one_pass, direction, pieces, snapshot."""
+
+    group: int
+    path: str
+    reason: str
+
+
+def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
+    """The first of `PATHS` that ``group`` can take, or the ``forced`` one: ValueError if it cannot be taken."""
+    if forced is not None:
+        reason = _why_not(forced, rule, base, group, None)
+        if reason is not None:
+            msg = (
+                f"path={forced!r} cannot be taken by {type(base).__name__}: {reason}. "
+                "Pass path=None, and the library chooses one that can"
+            )
+            raise ValueError(msg)
+        return Choice(forced, f"path={forced!r} was passed")
+    device = next((p.device for p in group["params"]), torch.device("cpu"))
+    reasons: list[str] = []
+    for path in PATHS[:-1]:
+        reason = _why_not(path, rule, base, group, (backend, device))
+        if reason is None:
+            return Choice(path, "; ".join(reasons) or "a compiled kernel makes the whole step")
+        if reason not in reasons:
+            reasons.append(reason)
+    return Choice("snapshot", "; ".join(reasons))
+
+
+def check_path(path: str | None) -> None:
+    """Raise ValueError unless ``path`` is None (the library chooses) or the name of one."""
+    if path is not None and path not in PATHS:
+        msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None"
+        raise ValueError(msg)
+
+
+def steps_without_closure(base: Optimizer) -> bool:
+    """Is ``base`` known to evaluate its closure once, before anything else?"""
+    name = f"{type(base).__module__}.{type(base).__qualname__}"
+    return name in directions.TABLE or name in pieces.TABLE
+
+
+def _why_not(
+    path: str,
+    rule: Rule,
+    base: Optimizer,
+    group: Mapping[str, Any],
+    compiled_on: tuple[str | None, torch.device] | None,
+) -> str | None:
+    """Why ``group`` cannot take ``path``; None if it can. One pass needs a compiled kernel ``compiled_on`` a device."""
+    if path == "snapshot":
+        return None
+    if path == "pieces":
+        compiled = hasattr(base.step, "_torchdynamo_orig_callable")  # the groups are set up for compiled code only
+        return f"the step of {type(base).__name__} is compiled" if compiled else pieces.why_not(base, group)
+    if rule.needs_copy is not None:
+        return rule.needs_copy
+    found = directions.find(base, group) if path == "direction" else updates.find(base, group)
+    if isinstance(found, str):
+        return found
+    if path == "one_pass" and compiled_on is not None and kernels.name(*compiled_on) == "eager":
+        backend, device = compiled_on
+        why = (
+            f"backend={backend!r}"
+            if backend
+            else kernels.obstacle("numba" if device.type == "cpu" else "triton", device)
+        )
+        return f"no compiled kernel runs on {device}: {why}"
+    return None

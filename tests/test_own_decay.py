@@ -1,0 +1,275 @@
+"""eta, measured: the wrapper decays by what the optimizer multiplies its own decoupled decay by.
+
+Three instances get the same weights, gradients and random numbers at each step: one with its own decay, one without,
+and one in `CautiousDecay(mask="all")`, plain decoupled decay. What decay took off a weight is the difference to the one
+without; divided by lam and the weight it is the factor. Where the differences are no multiple of the weights, the decay
+is coupled and has no factor, and eta is the learning rate.
+"""
+
+import itertools
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import LIBRARIES, Case, Groups, cases
+
+from cwd_wrap import CautiousDecay, quirks
+
+LAM = 0.25
+SHAPES = {1: (7,), 2: (6, 5), 4: (4, 3, 3, 2)}
+SCHEDULE = (0.25, 0.5, 1.0, 0.5, 0.75, 1.0, 0.25)  # of the learning rate; RAdam makes no step before its sixth
+SIZES = (1.0, 1 / 8, 1 / 64, 1.0, 1 / 8, 1 / 64, 1.0)  # of the weights
+EXACT = 1e-3
+
+# Not in the list that is tested for everything: here where they are installed.
+FURTHER = ("optimi", "rose_opt")
+
+SWITCHES = re.compile(r"decay|decoupl|wd|fixed|corrected|scale_parameter|bias_correction|no_prox")
+VALUES: dict[str, tuple[Any, ...]] = {
+    "fallback_lr_scale": (0.5,),
+    "momentum": (0.9,),
+    "wd_ratio": (1.0,),
+    "wd_schedule": (True, 2e-3),
+    "weight_decay_type": ("decoupled", "stable", "direct"),
+}
+CHOICES = {"ApolloDQN": ("l2", "decoupled", "stable"), "QHM": ("grad", "direct")}  # of weight_decay_type
+
+# Plain gradient descent with coupled decay cannot be told from decoupled decay, and this one lags a step behind its lr.
+COUPLED_DESCENT = ("torch.ASGD",)
+
+# These compute their update from weights that have decayed, so that the decay shows in it: in AdaSmooth it drowns.
+SEES_DECAYED_WEIGHTS = ("pytorch_optimizer.AdaSmooth", "pytorch_optimizer.ApolloDQN")
+
+
+"""Their own decay, coupled or not, acts on matrices and the like only."""
+
+
+def option_sets(case: Case) -> Iterator[dict[str, Any]]:
+    """All combinations of the options that bear on decay, as differences to the defaults."""
+    choices: dict[str, list[Any]] = {}
+    for name, default in case.options.items():
+        if name in VALUES:
+            values = [v for v in VALUES[name] if v != default]
+            if name == "weight_decay_type":
+                values = [v for v in CHOICES[case.name.split(".")[1]] if v != default]
+            choices[name] = [default, *values]
+        elif isinstance(default, bool) and SWITCHES.search(name):
+            choices[name] = [default, not default]
+    if "scale_parameter" in choices and case.options["lr"] is None:
+        choices["lr"] = [None, 1e-3]
+    for values in itertools.product(*choices.values()):
+        changed = {k: v for k, v in zip(choices, values, strict=True) if v != case.options[k]}
+        if "lr" in changed and "relative_step" in case.options:
+            changed["relative_step"] = False
+        yield changed
+
+
+def rows() -> Iterator[Any]:
+    for case in cases((*LIBRARIES, *FURTHER)):
+        if case.refused or not case.decay_key:
+            continue
+        if case.name == "optimi.Ranger":
+            case = replace(case, fades="slow weights")
+        for options in option_sets(case):
+            name = "-".join((case.name, *(f"{k}={v}" for k, v in options.items())))
+            yield pytest.param(case, options, id=name)
+
+
+@dataclass
+class Factors:
+    """What decay took off each weight of one parameter in one step, over lam * weight."""
+
+    lr: float | None
+    shape: tuple[int, ...]
+    own: float
+    coupled: bool
+    stood_still: bool
+    wrapped: float | None
+
+
+class Trio:
+    """With its own decay, without, and wrapped; ``refusal`` is what the wrapper raised instead."""
+
+    def __init__(self, case: Case, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
+        self.case, self.dtype = case, dtype
+        if case.name.startswith(FURTHER):
+            options = {"lr": 1e-3, **({"triton": False} if "triton" in case.options else {}), **options}
+        if case.name.startswith("flashoptim."):
+            options = {
+                "quantize": False,
+                "master_weight_bits": None,
+                "fused": False,
+                "check_numerics": False,
+                **options,
+            }
+        self.in_group = {k: v for k, v in options.items() if k == "wd_ratio"}  # constructors may not take 1 for it
+        self.build = partial(case.build, **{k: v for k, v in options.items() if k not in self.in_group})
+        self.own, self.own_params = self.make(LAM)
+        self.without, self.without_params = self.make(0.0)
+        base, self.wrapped_params = self.make(LAM)
+        for group in self.own.param_groups:
+            if "weight_decay_1d" in group:
+                group["weight_decay_1d"] = LAM
+        for group in self.without.param_groups:
+            if case.adapts:
+                group[case.adapts] = True
+            if case.adapts == "":
+                group["weight_decay"] = 1e-300
+            if "weight_decay_1d" in group:
+                group["weight_decay_1d"] = 0.0
+        self.refusal: str | None = None
+        self.wrapped: CautiousDecay | None = None
+        try:
+            self.wrapped = CautiousDecay(base, mask="all")
+        except ValueError as error:
+            self.refusal = str(error)
+
+    def make(self, lam: float) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+        params = [torch.nn.Parameter(torch.zeros(SHAPES[d], dtype=self.dtype)) for d in self.case.dims]
+        groups: Groups = [{"params": params, "weight_decay": lam, **self.in_group}]
+        torch.manual_seed(0)
+        optimizer = self.build(groups)
+        for group in optimizer.param_groups:
+            if group.get("lr") is not None:
+                group.setdefault("initial_lr", group["lr"])  # as every scheduler does
+        return optimizer, params
+
+    def step(self, number: int) -> list[Factors]:
+        generator = torch.Generator().manual_seed(100 + number)
+        befores = []
+        for p in self.own_params:
+            size, sign = torch.rand(p.shape, generator=generator), torch.randint(0, 2, p.shape, generator=generator)
+            befores.append(SIZES[number] * ((1 + size) * (2 * sign - 1)).to(self.dtype))
+        trio = ((self.own, self.own_params), (self.without, self.without_params), (self.wrapped, self.wrapped_params))
+        for optimizer, params in trio:
+            if optimizer is None:
+                continue
+            for group in optimizer.param_groups:
+                if "initial_lr" in group:
+                    group["lr"] = group["initial_lr"] * SCHEDULE[number]
+            with torch.no_grad():
+                for p, x in zip(params, befores, strict=True):
+                    p.copy_(x)
+            lr = optimizer.param_groups[0].get("lr")  # before the step: ASGD of pytorch_optimizer changes it
+            closure = partial(self.set_gradients, params, number)
+            closure()
+            torch.manual_seed(number)
+            optimizer.step(closure) if self.case.closure else optimizer.step()
+        triples = zip(befores, self.own_params, self.without_params, self.wrapped_params, strict=True)
+        return [self.factors(lr, x, *(w.detach() for w in weights)) for x, *weights in triples]
+
+    def set_gradients(self, params: list[torch.nn.Parameter], number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        for p in params:
+            g = torch.randn(p.shape, generator=generator).to(self.dtype)
+            if self.case.create_graph:
+                (p.grad,) = torch.autograd.grad((g * p + 0.01 * p**2).sum(), p, create_graph=True)
+            else:
+                p.grad = g
+        return torch.tensor(1.0)
+
+    def factors(self, lr: float | None, x: Tensor, own: Tensor, without: Tensor, wrapped: Tensor) -> Factors:
+        """Decay before the update is a multiple of the weight before the step, decay after it of that after it."""
+        stood_still = torch.equal(without, x)
+        single = torch.equal(without, without.float().to(self.dtype)) and not stood_still  # computed in float32
+        noise = 4 * torch.finfo(torch.float32 if single else self.dtype).eps * x.abs()
+        fits = []
+        for weight in (x, without):
+            factor = ((without - own) / (LAM * weight)).median()
+            off = (without - own - factor * LAM * weight).abs() - noise
+            fits.append((float(off.max() / (factor * LAM * weight).abs().max().clamp(min=1e-300)), float(factor)))
+        misfit, factor = min(fits)
+        return Factors(
+            lr,
+            tuple(x.shape),
+            0.0 if ((own - without).abs() <= noise).all() else factor,
+            misfit > EXACT,
+            stood_still,
+            None if self.wrapped is None else float(((without - wrapped) / (LAM * x)).median()),
+        )
+
+
+def measure(case: Case, options: dict[str, Any]) -> tuple[Trio, list[Factors]]:
+    steps = range(4) if case.fades else range(len(SCHEDULE))  # Lookahead pulls back at its fifth
+    if case.name in SEES_DECAYED_WEIGHTS:
+        steps = range(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trio = Trio(case, options)
+            return trio, [factors for number in steps for factors in trio.step(number)]
+        except (RuntimeError, AssertionError):  # takes no float64
+            trio = Trio(case, options, torch.float32)
+            return trio, [factors for number in steps for factors in trio.step(number)]
+
+
+def is_coupled(trio: Trio, measured: list[Factors]) -> bool:
+    """Its own decay has no factor: by its own word, or as measured. Some do not decay at all when told not to."""
+    said = any(
+        trio.own.param_groups[0].get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled")
+    )
+    seen = any(f.coupled for f in measured) or all(f.own == 0 for f in measured)
+    if trio.case.name in SEES_DECAYED_WEIGHTS:
+        return said or trio.own.param_groups[0].get("weight_decay_type") == "l2"
+    return said or seen or trio.case.name in COUPLED_DESCENT
+
+
+@pytest.mark.parametrize(("case", "options"), rows())
+def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, options: dict[str, Any]) -> None:
+    """At each step and shape the wrapper decays by the optimizer's own factor; by lr where its decay is coupled.
+
+    Or the wrapper refuses by name, and then there is no one factor that follows from lr.
+    """
+    trio, measured = measure(case, options)
+    moved = [f for f in measured if not f.stood_still]
+    coupled = is_coupled(trio, moved)
+    if trio.refusal is not None:
+        assert type(trio.own).__name__ in trio.refusal
+        assert "pass step_size=, a function of the group that returns it" in trio.refusal
+        assert "lr" not in trio.own.param_groups[0] or any(
+            f.lr is None or trio.own.param_groups[0].get("relative_step") or abs(f.own - f.lr) > EXACT * f.lr
+            for f in moved
+        )
+        return
+    tolerance = 0.11 if case.fades else EXACT  # a tenth of the decay may be pulled back in the same step
+    for f in moved:
+        if not (coupled and "d" in trio.own.param_groups[0]):  # there it is lr times what the optimizer has learnt
+            own = f.own
+            if case.name.endswith("Adan"):  # divides by 1 + eta*lam where others multiply by 1 - eta*lam
+                own /= 1 - LAM * own
+            if case.name.endswith("AdaSmooth"):
+                own = 1.0 if options.get("fixed_decay") else f.lr
+            if coupled and not (case.leaves_vectors and len(f.shape) == 1):
+                own = f.lr
+            assert own == pytest.approx(f.wrapped, rel=tolerance, abs=0), f
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.eta == "given" and c.decay_key and not c.refused], ids=str)
+def test_step_size_is_the_way_out(case: Case) -> None:
+    """What is refused without step_size= is taken with it."""
+    params = [torch.nn.Parameter(torch.ones(SHAPES[d])) for d in case.dims]
+    build = partial(case.build, [{"params": params, "weight_decay": LAM}])
+    with pytest.raises(ValueError, match="pass step_size="):
+        CautiousDecay(build())
+
+    CautiousDecay(build(), step_size=lambda group: 1e-3)
+
+
+@pytest.mark.parametrize("name", ["Kron", "LARS"])
+def test_exempt_names_the_parameters_that_the_optimizers_own_decay_leaves_alone(name: str) -> None:
+    """Kron and LARS of pytorch_optimizer decay no vectors, also inside another optimizer; AdamW decays all."""
+    library = pytest.importorskip("pytorch_optimizer")
+    vector, matrix = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 2))
+    base = getattr(library, name)([vector, matrix], weight_decay=LAM)
+    for optimizer in (base, library.Lookahead(base)):
+        leaves_alone = quirks.exempt(optimizer, optimizer.param_groups[0])
+
+        assert leaves_alone is not None
+        assert [True, False] == [leaves_alone(vector), leaves_alone(matrix)]
+    assert quirks.exempt(torch.optim.AdamW([vector]), {}) is None
