@@ -202,8 +202,9 @@ def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContex
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
     """The base's own step without its hooks: those belong to the whole step."""
-    step = type(base).step
-    own = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    own = type(base).step
+    while getattr(own, "hooked", False):  # by torch, and once more where dynamo has put a mark around that
+        own = own.__wrapped__  # type: ignore[attr-defined]
     return lambda: own(base)
 
 
