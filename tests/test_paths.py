@@ -124,9 +124,9 @@ IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
 @pytest.mark.parametrize(("wrap", "base", "path", "reason"), IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
 def test_a_path_that_cannot_be_taken_is_refused_with_its_reason(wrap: Any, base: Any, path: str, reason: str) -> None:
     """The error names the path, the optimizer, the reason and the way out; the base is as it was."""
-    made = base([weight(1.0)])
+    made, lam = base([weight(1.0)]), {} if wrap is CautiousUpdate else {"lam": 0.1}
     with pytest.raises(ValueError, match=f"^path='{path}' cannot be taken by {type(made).__name__}: ") as caught:
-        wrap(made, path=path)
+        wrap(made, path=path, **lam)
 
     assert reason in str(caught.value)
     assert str(caught.value).endswith("Pass path=None, and the library chooses one that can")
