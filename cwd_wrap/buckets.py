@@ -183,6 +183,8 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     g = companions(cast("list[Tensor]", members.gradients), p, w)
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
+    lr = members.group["lr"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch takes one element in any shape, a 0-d weight does not
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []

@@ -193,13 +193,21 @@ def _lent_only(base: Optimizer, members: Sequence[Members]) -> AbstractContextMa
 
 def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
     taken = {id(p) for some in members for p in some.parameters}
-    return _lent(base, [[p for p in group["params"] if id(p) not in taken] for group in base.param_groups])
+
+    def left(p: Tensor) -> bool:
+        if id(p) not in taken:
+            return True
+        taken.remove(id(p))  # torch steps a parameter that is listed twice twice: the second time is left to the base
+        return False
+
+    return _lent(base, [list(filter(left, group["params"])) for group in base.param_groups])
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
     """The base's own step without its hooks: those belong to the whole step."""
-    step = type(base).step
-    own = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    own = type(base).step
+    while getattr(own, "hooked", False):  # by torch, and once more where dynamo has put a mark around that
+        own = own.__wrapped__  # type: ignore[attr-defined]
     return lambda: own(base)
 
 

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import both_paths, net, same, train, values, weight
+from support import ALL_PATHS, PathOptions, can_run, net, param, same, train, values, weight
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, rules
 from cwd_wrap.buckets import Coming, Stepped
-from cwd_wrap.kernels import _eager
+from cwd_wrap.kernels import Backend, choose
 
 ROOT = Path(__file__).parents[1]
 NARROW = [torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.filterwarnings("ignore:eta.lam = .* is lost")  # rounding to nearest is compared with
 both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
 MANY = 100_000
 STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
+both_backends = pytest.mark.parametrize(
+    "kernel", [param(name, path=PathOptions(backend=name)) for name in ("eager", "numba")]
+)
 ROUNDED = {"strict": False, "count": False, "stochastic": True}
 
 
@@ -54,10 +58,15 @@ def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> 
     """``x`` after steps that leave it alone and decay all of it by 1e-4 of itself, taken by the wrapper."""
     p = torch.nn.Parameter(x.clone())
     p.grad = torch.zeros_like(x)
-    opt = CautiousDecay(SGD([p], lr=LR), lam=LAM, rounding=rounding, **options)
+    base = {"fused": True} if options.get("path") == "one_pass" else {}
+    opt = CautiousDecay(SGD([p], lr=LR, **base), lam=LAM, rounding=rounding, **options)
     for _ in range(steps):
         opt.step()
     return p.detach()
+
+
+def backend_of(name: str) -> Backend:
+    return choose(name, torch.device("cpu"))
 
 
 def stepped(w: list[Tensor], eta_lam: float | Tensor) -> Stepped:
@@ -115,32 +124,30 @@ def test_overflow_is_that_of_rounding_to_nearest() -> None:
 # ---- the mean
 
 
-@both_paths
-def test_one_step_of_ones(path: str) -> None:
+def test_one_step_of_ones(every_path: PathOptions) -> None:
     """100,000 ones with eta*lam = 2**-10 land on 1 and 1 - 2**-8 only, and on average on 1 - 2**-10."""
     p = torch.nn.Parameter(torch.ones(MANY, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
-    CautiousDecay(SGD([p], lr=0.5), lam=2**-9, path=path, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=0.5, **every_path.base), lam=2**-9, **every_path, rounding="stochastic").step()
 
     assert set(p.tolist()) == {1.0, 1 - 2**-8}
     assert abs(sigmas(p.detach().float() - (1 - 2**-10))) < 5
 
 
-@both_paths
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [(torch.bfloat16, "normal"), (torch.float16, "normal"), (torch.float16, "subnormal")],
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
-def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, path: str) -> None:
+def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, every_path: PathOptions) -> None:
     """Where rounding to nearest changes 0 of 100,000 weights, the stochastic mean is the float32 decay.
 
     The same check rejects rounding to nearest, and a decay that is a tenth off.
     """
     x = weights(kind, dtype)
-    wide = decayed(x.float(), "stochastic", path=path)
-    narrow = decayed(x, "stochastic", path=path).float()
-    plain = decayed(x, "nearest", path=path)
+    wide = decayed(x.float(), "stochastic", **every_path)
+    narrow = decayed(x, "stochastic", **every_path).float()
+    plain = decayed(x, "nearest", **every_path)
     error = (narrow - wide) * x.sign()
 
     assert torch.equal(plain, x)
@@ -158,10 +165,11 @@ def test_the_ablations_too(mask: str) -> None:
     assert abs(sigmas(error * x.sign())) < 5
 
 
-def test_a_tensor_learning_rate() -> None:
+@both_backends
+def test_a_tensor_learning_rate(kernel: str) -> None:
     """eta*lam as a tensor decays by the same on average."""
     x = torch.ones(MANY, dtype=torch.bfloat16)
-    _eager.decay_from_snapshot([stepped([x], torch.tensor(1e-3))], **ROUNDED)
+    backend_of(kernel).decay_from_snapshot([stepped([x], torch.tensor(1e-3))], **ROUNDED)
 
     assert abs(sigmas(x.float() - (1 - 1e-3))) < 5
 
@@ -170,12 +178,11 @@ def test_a_tensor_learning_rate() -> None:
 
 
 @both_types
-@both_paths
-def test_only_the_two_neighbours_occur(path: str, dtype: torch.dtype) -> None:
+def test_only_the_two_neighbours_occur(every_path: PathOptions, dtype: torch.dtype) -> None:
     """Each weight is one of the two numbers around its float32 value, which lie on either side of it for some."""
     x = weights("normal", dtype)
-    low, high = neighbours(decayed(x.float(), "nearest", 1, path=path), dtype)
-    one = decayed(x, "stochastic", 1, path=path).float()
+    low, high = neighbours(decayed(x.float(), "nearest", 1, **every_path), dtype)
+    one = decayed(x, "stochastic", 1, **every_path).float()
 
     assert ((one == low) | (one == high)).all()
     assert (one == low).any()
@@ -183,22 +190,23 @@ def test_only_the_two_neighbours_occur(path: str, dtype: torch.dtype) -> None:
 
 
 @both_types
-@both_paths
-def test_masked_weights_keep_their_bits(path: str, dtype: torch.dtype) -> None:
-    """A weight that the step grows is, bit for bit, what the base makes of it."""
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "one_pass"])
+def test_masked_weights_keep_their_bits(path: PathOptions, dtype: torch.dtype) -> None:
+    """A weight that the step grows is, bit for bit, what the base makes of it. (One pass rounds the whole step.)"""
     x = weights("normal", dtype)
     p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
     p.grad = alone.grad = torch.randn(MANY).to(dtype)
     SGD([alone], lr=1.0).step()
     grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # and not rounded away: the snapshot would see no step
-    CautiousDecay(SGD([p], lr=1.0), lam=0.01, path=path, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=1.0), lam=0.01, **path, rounding="stochastic").step()
 
     assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
     assert (p != alone)[~grown].float().mean() > 0.1
 
 
 @both_types
-def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> None:
+@both_backends
+def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype, kernel: str) -> None:
     """Zeros, infinities and NaN, in every pair, come out with the bits that rounding to nearest gives them."""
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype)
     w, x = (t.reshape(-1) for t in torch.meshgrid(special, special, indexing="ij"))
@@ -207,44 +215,43 @@ def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> 
         for stochastic in (False, True):
             out, flags = w.clone(), ROUNDED | {"stochastic": stochastic}
             if along:
-                _eager.decay_along([Coming([out], [x], None, 0.0, 1.0, 0.5)], **flags)
+                backend_of(kernel).decay_along([Coming([out], [x], None, 0.0, 1.0, 0.5)], **flags)
             else:
-                _eager.decay_from_snapshot([Stepped([out], [out], [x], None, 0.5)], **flags)
+                backend_of(kernel).decay_from_snapshot([Stepped([out], [out], [x], None, 0.5)], **flags)
             results.append(out.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16))
 
         assert torch.equal(*results)
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_weights_draw_nothing(dtype: torch.dtype, path: str) -> None:
+def test_wide_weights_draw_nothing(dtype: torch.dtype, every_path: PathOptions) -> None:
     """float32 and float64 weights decay as ever, and the generator does not move."""
     x = weights("normal", dtype)
     before = torch.get_rng_state()
-    one = decayed(x, "stochastic", 1, path=path)
+    one = decayed(x, "stochastic", 1, **every_path)
 
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one, decayed(x, "nearest", 1, path=path))
+    assert torch.equal(one, decayed(x, "nearest", 1, **every_path))
 
 
-@both_paths
-def test_rounding_to_nearest_draws_nothing(path: str) -> None:
+def test_rounding_to_nearest_draws_nothing(every_path: PathOptions) -> None:
     """The default leaves the generator alone; the stochastic one moves it."""
     x = weights("normal", torch.bfloat16)
     states = [torch.get_rng_state()]
     for rounding in ("nearest", "stochastic"):
-        decayed(x, rounding, 1, path=path)
+        decayed(x, rounding, 1, **every_path)
         states.append(torch.get_rng_state())
 
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[1], states[2])
 
 
-def test_equal_tensors_are_rounded_apart() -> None:
+@both_backends
+def test_equal_tensors_are_rounded_apart(kernel: str) -> None:
     """Two tensors of the same weights, packed together or not, and two blocks of one, get numbers of their own."""
     sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
     w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
-    _eager.decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
+    backend_of(kernel).decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
     for one, other in ((w[0], w[1]), (w[2], w[3]), w[4].chunk(2)):
         assert 0.45 < (one == other).float().mean() < 0.55
 
@@ -252,13 +259,12 @@ def test_equal_tensors_are_rounded_apart() -> None:
 # ---- seeds and checkpoints
 
 
-@both_paths
-def test_the_seed_decides(path: str) -> None:
+def test_the_seed_decides(every_path: PathOptions) -> None:
     """torch.manual_seed makes a run reproducible, and another seed makes another."""
     x, runs = weights("normal", torch.bfloat16), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        runs.append(decayed(x, "stochastic", 3, path=path))
+        runs.append(decayed(x, "stochastic", 3, **every_path))
 
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -266,13 +272,13 @@ def test_the_seed_decides(path: str) -> None:
 
 RESUME = """
 import sys, torch
-from support import train, values
+from support import ALL_PATHS, train, values
 from test_stochastic_rounding import narrow_net
 torch.set_num_threads(1)
-saved, resumed = torch.load(sys.argv[1]), []
+saved, resumed, paths = torch.load(sys.argv[1]), [], {str(path): path for path in ALL_PATHS}
 for path, states in saved.items():
     for restored in (True, False):
-        model, opt = narrow_net(path)
+        model, opt = narrow_net(paths[path])
         model.load_state_dict(states["model"])
         opt.load_state_dict(states["optimizer"])
         if restored:
@@ -283,36 +289,36 @@ torch.save(resumed, sys.argv[1])
 """
 
 
-def narrow_net(path: str) -> tuple[torch.nn.Module, CautiousDecay]:
+def narrow_net(path: PathOptions) -> tuple[torch.nn.Module, CautiousDecay]:
     """A bfloat16 net that takes float32 batches through ``float_in``, and its optimizer."""
     model = net().to(torch.bfloat16)
-    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5, **path.base)
     model.float_in = lambda x: model(x.to(torch.bfloat16)).float()
-    return model, CautiousDecay(base, path=path, rounding="stochastic")
+    return model, CautiousDecay(base, **path, rounding="stochastic")
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
     """Four steps, a checkpoint, and four more in another process are eight steps, if the generator is restored."""
     file, saved, expected = tmp_path / "checkpoint.pt", {}, []
-    for path in ("direction", "snapshot"):
+    for path in filter(can_run, ALL_PATHS):
         model, opt = narrow_net(path)
         train(model.float_in, opt, range(4))
         states = {"model": model.state_dict(), "optimizer": opt.state_dict(), "random": torch.get_rng_state()}
-        saved[path] = copy.deepcopy(states)
+        saved[str(path)] = copy.deepcopy(states)
         train(model.float_in, opt, range(4, 8))
         expected += [values(model)] * 2
     torch.save(saved, file)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     subprocess.run([sys.executable, "-c", RESUME, str(file)], check=True, env=environment)
 
-    assert list(map(torch.equal, torch.load(file), expected)) == [True, False] * 2
+    assert list(map(torch.equal, torch.load(file), expected)) == [True, False] * len(saved)
 
 
 def test_the_state_dict_is_the_plain_optimizers() -> None:
     """Nothing of it is saved: after training, the state dict has the plain optimizer's keys, group for group."""
     dicts = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
-        model, _ = narrow_net("direction")
+        model, _ = narrow_net(PathOptions())
         opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
         train(model.float_in, opt, range(2))
         dicts.append(opt.state_dict())
