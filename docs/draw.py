@@ -18,10 +18,10 @@ STYLE = """
   @media (prefers-color-scheme: dark) {
     svg { --ink: #eee; --soft: #aaa; --line: #888; --box: #2a2d3a; --green: #3ecf9f; --red: #ff9a57; }
   }
-  text { font: 15px -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink);
+  text { font: 18px -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink);
     text-anchor: middle; }
-  .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 14px; }
-  .soft { fill: var(--soft); font-size: 13px; }
+  .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 16px; }
+  .soft { fill: var(--soft); font-size: 16px; }
   .green { fill: var(--green); } .red { fill: var(--red); }
   .box { fill: var(--box); stroke: var(--line); }
   .own { fill: var(--box); stroke: var(--green); stroke-width: 2; }
@@ -44,8 +44,8 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 
 
 def box(x: float, y: float, width: float, height: float, lines: list[tuple[str, str]], kind: str = "box") -> str:
-    first = y + height / 2 + 5 - 10 * (len(lines) - 1)
-    words = [text(x + width / 2, first + 20 * i, line, style) for i, (line, style) in enumerate(lines)]
+    first = y + height / 2 + 6 - 11 * (len(lines) - 1)
+    words = [text(x + width / 2, first + 22 * i, line, style) for i, (line, style) in enumerate(lines)]
     return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" class="{kind}"/>' + "".join(words)
 
 
@@ -69,49 +69,49 @@ def step() -> str:
             box(5, 225, 105, 50, [("weight x", "")]),
             arrow(110, 65, 150, 65),
             box(150, 30, 170, 70, [("your optimizer", ""), ("weight_decay = 0", "mono")]),
-            arrow(320, 65, 450, 65),
-            text(370, 52, "eta*u", "mono"),
-            arrow(400, 65, 400, 130),
+            arrow(320, 65, 440, 65),
+            text(360, 52, "eta*u", "mono"),
+            arrow(400, 65, 400, 128),
             '<path d="M110 250 H235 M235 250 H340 M315 250 V157" class="wire"/>',
             arrow(235, 250, 235, 100),
             arrow(315, 157, 340, 157),
             arrow(315, 250, 340, 250),
-            box(340, 130, 120, 54, [("mask", ""), ("u*x &gt;= 0", "mono")], "own"),
-            arrow(400, 184, 400, 225),
+            box(340, 128, 120, 58, [("mask", ""), ("u*x &gt;= 0", "mono")], "own"),
+            arrow(400, 186, 400, 225),
             box(340, 225, 120, 50, [("eta*lam*x", "mono")], "own"),
             text(400, 298, "added by CautiousDecay", "green"),
             '<path d="M460 250 H535" class="wire"/>',
             arrow(535, 250, 535, 100),
-            text(565, 180, "decay", "green"),
-            box(450, 30, 170, 70, [("x - eta*u - decay", "mono")]),
-            arrow(620, 65, 695, 65),
-            text(655, 52, "new x"),
+            text(570, 180, "decay", "green"),
+            box(440, 30, 185, 70, [("x - eta*u - decay", "mono")]),
+            arrow(625, 65, 695, 65),
+            text(660, 52, "new x"),
         ],
     )
 
 
 def mask() -> str:
     """The mask on the real line: four weights, and where the step takes them."""
-    scale, zero, y = 135, 350, 75
+    scale, zero, y = 135, 375, 75
     ticks = (-2, -1, 0, 1, 2)
     parts = [
-        f'<line x1="10" y1="{y}" x2="690" y2="{y}" class="wire"/>',
-        *(text(zero + scale * n, y + 34, f"{n:+d}" if n else "0") for n in ticks),
+        f'<line x1="15" y1="{y}" x2="735" y2="{y}" class="wire"/>',
+        *(text(zero + scale * n, y + 32, f"{n:+d}" if n else "0") for n in ticks),
         *(f'<path d="M{zero + scale * n} {y - 6} v12" class="wire"/>' for n in ticks),
     ]
-    for start, end in ((-1.9, -2.4), (-1.3, -0.6), (1.3, 0.6), (1.9, 2.4)):
+    for start, end in ((-1.9, -2.4), (-1.15, -0.45), (1.15, 0.45), (1.9, 2.4)):
         a, b = zero + scale * start, zero + scale * end
         kind = "green" if abs(end) < abs(start) else "red"
         parts += [arrow(a, y, b, y, f"go {kind}", kind), f'<circle cx="{a}" cy="{y}" r="6" class="{kind}"/>']
     for side in (-1, 1):
         parts += [
-            text(zero + side * scale * 0.95, y - 42, "towards zero", "green"),
-            text(zero + side * scale * 0.95, y - 22, "mask 1: decays", "green"),
-            text(zero + side * scale * 2.08, y - 42, "away from zero", "red"),
-            text(zero + side * scale * 2.08, y - 22, "mask 0: left alone", "red"),
+            text(zero + side * scale * 0.8, y - 44, "towards zero", "green"),
+            text(zero + side * scale * 0.8, y - 22, "mask 1: decays", "green"),
+            text(zero + side * scale * 2.1, y - 44, "away from zero", "red"),
+            text(zero + side * scale * 2.1, y - 22, "mask 0: no decay", "red"),
         ]
-    parts.append(text(zero, y + 62, "dot: x before the step; arrow: the step -eta*u of your optimizer", "soft"))
-    return svg(700, 150, "A weight decays if the step moves it towards zero, and is left alone if it moves away", parts)
+    parts.append(text(zero, y + 64, "dot: x before the step; arrow: the step -eta*u of your optimizer", "soft"))
+    return svg(750, 150, "A weight decays if the step moves it towards zero, and does not if the step moves it away", parts)
 
 
 def landscape(path: Path) -> None:

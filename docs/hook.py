@@ -1,7 +1,7 @@
 """A hook of MkDocs: what lies outside docs/ and is linked from there becomes part of the site.
 
-CHANGELOG.md and CONTRIBUTING.md become pages. Each script or config, such as ../examples/with_timm.py, becomes a page that
-shows it.
+CHANGELOG.md and CONTRIBUTING.md become pages. So does each script or config, such as ../examples/with_timm.py,
+to be read there.
 """
 
 import posixpath
