@@ -111,7 +111,7 @@ def mask() -> str:
             text(zero + side * scale * 2.1, y - 22, "mask 0: no decay", "red"),
         ]
     parts.append(text(zero, y + 64, "dot: x before the step; arrow: the step -eta*u of your optimizer", "soft"))
-    return svg(750, 150, "A weight decays if the step moves it towards zero, and does not if the step moves it away", parts)
+    return svg(750, 150, "A weight decays if the step moves it towards zero, not if the step moves it away", parts)
 
 
 def landscape(path: Path) -> None:

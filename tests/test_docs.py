@@ -101,6 +101,14 @@ def test_the_file_tree_is_complete() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["step", "mask"])
+def test_the_drawings_come_from_their_script(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/draw.py draws the SVG files that are there."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+
+    assert getattr(importlib.import_module("draw"), name)() == (ROOT / f"docs/{name}.svg").read_text()
+
+
 # ------------------------------------------------------------------------------------------------
 # The site
 # ------------------------------------------------------------------------------------------------
