@@ -173,6 +173,12 @@ def test_the_site_asks_no_other_host(site: Path) -> None:
         assert not loaded.findall(page.read_text()), page.name
 
 
+def test_formulas_keep_their_stars(site: Path) -> None:
+    """No formula is taken for emphasis: `eta*lam*x` without its ticks would lose its stars."""
+    for page in site.glob("*.html"):
+        assert not re.findall(r".*\w<em>.*|.*</em>\w.*", page.read_text()), page.name
+
+
 def test_every_page_is_part_of_the_site(site: Path) -> None:
     """Each page of docs/ is built, and the navigation of the first page leads to it."""
     linked = {urlsplit(target).path for target in Html(site / "index.html").targets}
