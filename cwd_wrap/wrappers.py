@@ -96,7 +96,7 @@ class CautiousDecay(OptimizerWrapper):
         _check_known("mask", mask, MASKS)
         _check_known("rounding", rounding, ROUNDINGS)
         _check_flag("strict", strict, (True, False))
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             msg = f"seed={seed!r}: pass an int from 0 up to 2**63 - 1"
             raise TypeError(msg)
         self.mask = mask

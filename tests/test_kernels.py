@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support import both_paths, net, train, values
-from test_stochastic_rounding import sigmas, weights
+from test_stochastic_rounding import draws, sigmas, weights
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
@@ -201,12 +201,6 @@ def shrink(on: Place, w: Any, x: Any, p: float, eta_lam: Any) -> Tensor:
     counts = on.count_nonzero(x)
     on.p_norm_decay([Stepped(w, w, x, None, eta_lam)], p, counts)
     return counts
-
-
-def draws(*tensors: Tensor, step: int = 0) -> Draws:
-    """The random numbers of a step for parameters 0, 1, ..., each whole."""
-    stream = rules.stream(torch.tensor(0), torch.tensor(step)).to(tensors[0].device)
-    return Draws(stream, range(len(tensors)), [Shard(0, t.numel(), t.numel(), t.numel()) for t in tensors])
 
 
 def whole(on: Place, *buckets: Whole, strict: bool = False, count: bool = False) -> Any:

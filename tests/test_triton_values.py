@@ -8,8 +8,7 @@ import os
 import pytest
 import torch
 from support import both_paths, net, values
-from test_kernels import draws
-from test_stochastic_rounding import sigmas
+from test_stochastic_rounding import draws, sigmas
 from torch import Tensor
 from torch.optim import SGD
 
