@@ -34,8 +34,8 @@ ARROWS: dict[str, set[str]] = {
     "paths": {"buckets", "choice", "draws", "kernels", "notices", "quirks", "snapshot", "tensors"},
     "step": {"buckets", "choice", "paths", "quirks", "weight_decay"},
     "wrapper": {
-        "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step",
-        "weight_decay",
+        "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",
+        "step", "weight_decay",
     },
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
