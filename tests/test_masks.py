@@ -20,7 +20,6 @@ F64 = torch.float64
 LR, LAM = 0.125, 0.5
 MASKS = ["update", "gradient", "random", "all"]
 ABLATIONS = MASKS[1:]
-all_masks = pytest.mark.parametrize("mask", MASKS)
 ablations = pytest.mark.parametrize("mask", ABLATIONS)
 
 
