@@ -55,8 +55,9 @@ def test_the_diff_of_the_readme_runs(sign: str) -> None:
 @pytest.mark.parametrize("name", ["cwd_wrap", *MODULES])
 def test_docstrings_run(name: str) -> None:
     """The examples in the docstrings print what they say."""
-    if "triton" in name:
-        pytest.importorskip("triton")
+    for needed in ("triton", "numba"):
+        if needed in name:
+            pytest.importorskip(needed)
     result = doctest.testmod(importlib.import_module(name))
 
     assert result.failed == 0
