@@ -81,11 +81,12 @@ def test_optimizers_are_counted_and_listed() -> None:
 
 def test_broken_packages_are_told_and_do_not_stop_the_report(tmp_path: Path) -> None:
     """A numba and a library that are installed but raise when imported appear with their errors."""
-    (tmp_path / "numba.py").write_text("raise ImportError('no llvmlite here')")
+    (tmp_path / "numba.py").write_text("")
+    (tmp_path / "llvmlite.py").write_text("raise ImportError('no LLVM here')")
     (tmp_path / "schedulefree.py").write_text("print('noise'); raise RuntimeError('not with this torch')")
     told = python("-m", "cwd_wrap", "env", PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}").stdout
 
-    assert "  numba: cannot run: numba cannot be imported (no llvmlite here)" in told
+    assert "  numba: cannot run: numba cannot be imported (no LLVM here)" in told
     assert "schedulefree: cannot be imported (RuntimeError: not with this torch)" in told
     assert "torch.optim: " in told
     assert "noise" not in told
@@ -117,6 +118,15 @@ def test_without_a_command_the_usage_is_printed(
     with pytest.raises(SystemExit, match="2"):
         __main__.main()
     assert "invalid choice: 'environment'" in capsys.readouterr().err
+
+
+def test_numba_can_run_where_there_is_no_fork() -> None:
+    """The report of a system without fork, as Windows is, has numba among what can run."""
+    pytest.importorskip("numba")
+    program = "import os, numba, cwd_wrap.env; del os.register_at_fork; print(cwd_wrap.env.report())"
+    told = python("-c", program).stdout
+
+    assert "  numba: can run" in told
 
 
 def test_import_does_not_load_it() -> None:
