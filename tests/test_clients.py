@@ -191,6 +191,8 @@ def test_lightning_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 def accelerated(folder: Path, steps: range, load: bool = False, save: bool = False) -> tuple[Tensor, Any]:
     """Train with accelerate, two batches a step, on the batches ``steps``."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # what a Trainer of an earlier test left for all accelerators
+    accelerate.state.GradientState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
