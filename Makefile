@@ -79,6 +79,7 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/first_step.py
 
 docs: $(BIN)/.test  ## the API as web pages in site/, from the docstrings
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'

@@ -24,7 +24,9 @@ from common import where
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cwd_wrap.buckets import Coming, Whole
 from cwd_wrap.kernels import _triton
+from cwd_wrap.updates import Adam
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
@@ -39,17 +41,29 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 
 @dataclass(frozen=True)
 class Kernel:
-    """A rule, the types that it is compiled for (output, then inputs), and whether addresses are promised aligned.
+    """A rule, the types of the columns that it is compiled for, and whether addresses are promised aligned.
 
-    No output: it only counts. ``stochastic``: whether what is written is rounded at random. ``per_tensor``:
-    whether it reads a number for each tensor.
+    ``update``: whether it makes the optimizer's update. ``write``: whether it writes, or only counts. ``stochastic``:
+    whether what it writes is rounded at random. ``per_tensor``: whether it reads a number for each tensor.
     """
 
     rule: Any
-    types: tuple[tl.dtype | None, ...]
+    types: tuple[tl.dtype, ...]
+    update: bool = False
+    write: bool = True
     aligned: bool = True
     stochastic: bool = False
     per_tensor: bool = False
+
+    @property
+    def read(self) -> tuple[tl.dtype, ...]:
+        """The types of the columns that it reads."""
+        return self.types[1:] if self.rule is _triton._copy else self.types
+
+    @property
+    def written(self) -> tuple[tl.dtype, ...]:
+        """The types of the columns that it writes."""
+        return (*self.types[: int(self.write)], *(self.types[2:] if self.update else ()))
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
@@ -69,44 +83,54 @@ class Code:
 
 F32, BF16 = tl.float32, tl.bfloat16
 KERNELS = {
-    "direction": Kernel(_triton._along_momentum, (F32,) * 4),
-    "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 3),
-    "snapshot": Kernel(_triton._from_snapshot, (F32,) * 3),
+    "direction": Kernel(_triton._along_momentum, (F32,) * 3),
+    "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 2),
+    "snapshot": Kernel(_triton._from_snapshot, (F32,) * 2),
     "copy": Kernel(_triton._copy, (F32,) * 2),
-    "count agreeing": Kernel(_triton._agrees, (None, F32, F32, F32)),
-    "cautious update": Kernel(_triton._cautious_update, (F32,) * 4, per_tensor=True),
-    "count nonzero": Kernel(_triton._nonzero, (None, F32)),
-    "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 3, per_tensor=True),
-    "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 4),
-    "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, BF16, F32, BF16)),
-    "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 3),
-    "count agreeing, bf16": Kernel(_triton._agrees, (None, BF16, BF16, BF16)),
-    "cautious update, bf16": Kernel(_triton._cautious_update, (BF16,) * 4, per_tensor=True),
-    "count nonzero, bf16": Kernel(_triton._nonzero, (None, BF16)),
-    "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 3, per_tensor=True),
-    "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 4, stochastic=True),
-    "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 3, stochastic=True),
+    "count agreeing": Kernel(_triton._agrees, (F32,) * 3, write=False),
+    "cautious update": Kernel(_triton._cautious_update, (F32,) * 3, per_tensor=True),
+    "count nonzero": Kernel(_triton._nonzero, (F32,), write=False),
+    "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 2, per_tensor=True),
+    "adam": Kernel(_triton._adam, (F32,) * 4, update=True),
+    "amsgrad": Kernel(_triton._adam, (F32,) * 5, update=True),
+    "sgd": Kernel(_triton._sgd, (F32,) * 2, update=True),
+    "sgd, momentum": Kernel(_triton._sgd, (F32,) * 3, update=True),
+    "lion": Kernel(_triton._lion, (F32,) * 3, update=True),
+    "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
+    "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
+    "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
+    "count agreeing, bf16": Kernel(_triton._agrees, (BF16,) * 3, write=False),
+    "cautious update, bf16": Kernel(_triton._cautious_update, (BF16,) * 3, per_tensor=True),
+    "count nonzero, bf16": Kernel(_triton._nonzero, (BF16,), write=False),
+    "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 2, per_tensor=True),
+    "adam, bf16": Kernel(_triton._adam, (BF16,) * 4, update=True),
+    "adam, bf16 with fp32 state": Kernel(_triton._adam, (BF16, BF16, F32, F32), update=True),
+    "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 3, stochastic=True),
+    "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 2, stochastic=True),
+    "adam, bf16, stochastic": Kernel(_triton._adam, (BF16,) * 4, update=True, stochastic=True),
 }
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     """Compile as `_triton._launch` would on ``target``, and read what came out."""
-    types = [*kernel.types, None, None][:4]
-    in_place = kernel.rule is not _triton._copy
+    columns = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
     constants = {
         "RULE": kernel.rule,
-        **dict(zip(("OUT", "FIRST", "SECOND", "THIRD"), types, strict=True)),
-        "COLUMN": 0 if in_place else len(kernel.types) - 1,
+        "UPDATE": kernel.update,
+        "WRITE": kernel.write,
+        **dict(zip(columns, [*kernel.types, None, None, None, None], strict=False)),
+        "ROW": _triton.ROW,
         "WIDE": tl.float32,
         "ALIGNED": kernel.aligned,
         "STRICT": False,
-        "COUNT": kernel.types[0] is None,
+        "COUNT": not kernel.write,
         "BLOCK": _triton.BLOCK,
     }
     names = _triton._sweep.arg_names
-    pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "strengths": "*i64", "coefficients": "*fp32"}
+    pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "rows": "*i64", "numbers": "*fp64"}
     optional = {
-        "counts": "*i64" if kernel.types[0] is None else None,
+        "steps": "*i64" if kernel.rule is _triton._adam else None,
+        "counts": None if kernel.write else "*i64",
         "seeds": "*i64" if kernel.stochastic else None,
         "per_tensor": "*fp32" if kernel.per_tensor else None,
     }
@@ -137,9 +161,13 @@ def _read_amd(assembly: str) -> Code:
     found = re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", main)
     widths = [(kind, AMD_BITS[size]) for kind, size in found]
     used = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
-    spills = used["vgpr_spill_count"] + used["sgpr_spill_count"]
+    # Scalar registers spill to lanes of vector registers, which takes no memory; what does take some is in the stack.
     return Code(
-        _count(widths, "load"), _count(widths, "store"), used["vgpr_count"], spills, used["private_segment_fixed_size"]
+        _count(widths, "load"),
+        _count(widths, "store"),
+        used["vgpr_count"],
+        used["vgpr_spill_count"],
+        used["private_segment_fixed_size"],
     )
 
 
@@ -195,16 +223,22 @@ def stubbed() -> Iterator[dict[str, int]]:
         yield counted
 
 
-def host_microseconds(tensors: int, calls: int, schedule: bool) -> float:
-    """Time of the fastest call of `decay_along` on so many tensors with tables that are warm; nothing is launched."""
-    w, m, g = ([torch.zeros(8) for _ in range(tensors)] for _ in range(3))
+def host_microseconds(tensors: int, calls: int, *, schedule: bool, whole: bool = False) -> float:
+    """Time of the fastest call on so many tensors with tables that are warm; nothing is launched.
+
+    It is a call of `decay_along`, or of `step_whole` with Adam if ``whole``, without what increases the counters.
+    """
+    w, g, m, v, steps = ([torch.zeros(8) for _ in range(tensors)] for _ in range(5))
+    adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
+    act = _triton.step_whole if whole else _triton.decay_along
     seconds = []
-    with stubbed():
+    with stubbed(), mock.patch.object(torch, "_foreach_add_"):
         for call in range(calls + 3):
             eta_lam = 1e-4 * (call if schedule else 1)
-            strengths, a, b = [eta_lam] * tensors, [0.9] * tensors, [1 - 0.9] * tensors
+            coming = Coming(w, g, m, 0.9, 1 - 0.9, eta_lam)
+            bucket = Whole(w, g, (m, v), steps, adam, 10 * eta_lam, eta_lam) if whole else coming
             start = time.perf_counter()
-            _triton.decay_along(w, m, g, a, b, strengths, strict=False, count=False)
+            act([bucket], strict=False, count=False, stochastic=False)
             seconds.append(time.perf_counter() - start)
     return min(seconds[3:]) * 1e6
 
@@ -226,9 +260,12 @@ def main() -> None:
             loads, stores = _widths(code.loads), _widths(code.stores)
             print(f"{name:36}{arch:8}{loads:>15}{stores:>15}{code.registers:11}{code.spills:8}{code.stack:7}")
     print(f"\n{'host microseconds of a call, nothing launched':48}{'constant lr':>14}{'lr changes':>12}")
-    for tensors in (3, 300, 3000):
-        constant, scheduled = (host_microseconds(tensors, 51, schedule) for schedule in (False, True))
-        print(f"{f'direction, {tensors} tensors':48}{constant:14.0f}{scheduled:12.0f}")
+    for name, whole in (("direction", False), ("adam", True)):
+        for tensors in (3, 300, 3000):
+            constant, scheduled = (
+                host_microseconds(tensors, 51, schedule=schedule, whole=whole) for schedule in (False, True)
+            )
+            print(f"{f'{name}, {tensors} tensors':48}{constant:14.0f}{scheduled:12.0f}")
 
 
 if __name__ == "__main__":

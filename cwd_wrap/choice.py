@@ -106,7 +106,8 @@ def _why_not(
     if path == "snapshot":
         return None
     if path == "pieces":
-        return "its step is compiled as a whole" if _is_compiled(base) else pieces.why_not(base, group)
+        compiled = hasattr(base.step, "_torchdynamo_orig_callable")  # the groups are set up for compiled code only
+        return f"the step of {type(base).__name__} is compiled" if compiled else pieces.why_not(base, group)
     if rule.needs_copy is not None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
@@ -121,8 +122,3 @@ def _why_not(
         )
         return f"no compiled kernel runs on {device}: {why}"
     return None
-
-
-def _is_compiled(base: Optimizer) -> bool:
-    """Has ``base.step`` been replaced by ``torch.compile(base.step)``?"""
-    return hasattr(vars(base).get("step"), "_torchdynamo_orig_callable")

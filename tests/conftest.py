@@ -1,11 +1,15 @@
-"""One thread, one seed, and a header that says with which versions a run was made."""
+"""One thread, one seed, the cases of tests over paths, and a header that names the versions."""
 
 import importlib.metadata
+from collections.abc import Iterator
 
 import pytest
 import torch
+from support import ALL_PATHS, BASES_ON_PATHS, METHODS_ON_PATHS, param
 
-LIBRARIES = ("torch", "triton", "timm", "prodigyopt", "hypothesis")
+from cwd_wrap import paths
+
+LIBRARIES = ("torch", "numba", "triton", "timm", "prodigyopt", "hypothesis")
 
 torch.set_num_threads(1)
 
@@ -20,6 +24,26 @@ def _version(name: str) -> str:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
         return f"no {name}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``every_path``, and maybe ``every_base``, or ``every_method`` runs for each of them."""
+    if "every_base" in metafunc.fixturenames:
+        metafunc.parametrize(("every_base", "every_path"), BASES_ON_PATHS)
+    elif "every_path" in metafunc.fixturenames:
+        metafunc.parametrize("every_path", [param(path, path=path) for path in ALL_PATHS])
+    if "every_method" in metafunc.fixturenames:
+        metafunc.parametrize("every_method", METHODS_ON_PATHS)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests over every path have their bases step in more than one piece."""
+    whole = paths.PIECE
+    if {"every_path", "every_method"} & set(request.fixturenames):
+        paths.PIECE = 16
+    yield
+    paths.PIECE = whole
 
 
 @pytest.fixture(autouse=True)

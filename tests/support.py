@@ -1,25 +1,144 @@
-"""What several test files share: the two paths, a table of bases, a small net to train, and the rule in one line."""
+"""What several test files share: every path, every method, a table of bases, and a small net to train."""
 
+import importlib.util
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+
 both_paths = pytest.mark.parametrize("path", ["direction", "snapshot"])
 
-BASES: dict[str, Callable[[Any], Optimizer]] = {
-    "SGD": lambda params: SGD(params, lr=0.1, weight_decay=0.5),
-    "SGD-momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.5),
-    "Adam": lambda params: Adam(params, lr=0.01, weight_decay=0.5),
-    "AdamW": lambda params: AdamW(params, lr=0.01, weight_decay=0.5),
-    "AdamW-fused": lambda params: AdamW(params, lr=0.01, weight_decay=0.5, fused=True),
-    "AdamW-foreach": lambda params: AdamW(params, lr=0.01, weight_decay=0.5, foreach=True),
-    "Adagrad": lambda params: Adagrad(params, lr=0.1, weight_decay=0.5),
+# ------------------------------------------------------------------------------------ paths
+
+
+class PathOptions(dict[str, Any]):
+    """Keyword arguments that force one path on a wrapper; `base` has those that its base needs to take that path."""
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The options of the base."""
+        return {"fused": True} if self["path"] == "one_pass" else {}
+
+    def __str__(self) -> str:
+        return "-".join(self.values())
+
+
+WITH_A_KERNEL = [(path, backend) for path in ("one_pass", "direction", "snapshot") for backend in ("eager", "numba")]
+ALL_PATHS = [*(PathOptions(path=path, backend=backend) for path, backend in WITH_A_KERNEL), PathOptions(path="pieces")]
+COPYING = [path for path in ALL_PATHS if path["path"] in ("snapshot", "pieces")]
+
+
+def can_run(path: PathOptions) -> bool:
+    """Is its backend installed?"""
+    return path.get("backend") != "numba" or importlib.util.find_spec("numba") is not None
+
+
+def param(*values: Any, path: PathOptions) -> Any:
+    """A case of a test over paths, skipped where its backend is not installed."""
+    marks = [] if can_run(path) else [pytest.mark.skip(reason="numba is not installed")]
+    return pytest.param(*values, marks=marks, id="-".join(map(str, values)))
+
+
+# ------------------------------------------------------------------------------------ bases
+
+
+class Base:
+    """A row of the table of bases: called with parameters, and options of its own if there are any, it builds one."""
+
+    def __init__(self, name: str, cls: Callable[..., Optimizer], **options: Any) -> None:
+        self.name = name
+        self.cls = cls
+        self.options = {"weight_decay": 0.5, **options}
+
+    def __call__(self, params: Any, **options: Any) -> Optimizer:
+        return self.cls(params, **(self.options | options))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def on(self, path: PathOptions) -> "Base | None":
+        """The same with what ``path`` needs; None if it cannot take it."""
+        if path["path"] == "one_pass" and (self.cls is Adagrad or "fused" in self.options or "foreach" in self.options):
+            return None
+        return Base(self.name, self.cls, **self.options, **path.base)
+
+
+BASES: dict[str, Base] = {
+    base.name: base
+    for base in (
+        Base("SGD", SGD, lr=0.1),
+        Base("SGD-momentum", SGD, lr=0.1, momentum=0.9),
+        Base("Adam", Adam, lr=0.01),
+        Base("AdamW", AdamW, lr=0.01),
+        Base("AdamW-amsgrad", AdamW, lr=0.01, amsgrad=True),
+        Base("AdamW-fused", AdamW, lr=0.01, fused=True),
+        Base("AdamW-foreach", AdamW, lr=0.01, foreach=True),
+        Base("Adagrad", Adagrad, lr=0.1),
+    )
 }
 all_bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
+BASES_ON_PATHS = [
+    param(on, path, path=path) for path in ALL_PATHS for base in BASES.values() if (on := base.on(path)) is not None
+]
+
+
+# ------------------------------------------------------------------------------------ methods
+
+
+class Method:
+    """A method on one path: how to wrap, and its `reference`."""
+
+    def __init__(
+        self, name: str, cls: Any, of_reference: reference.Reference, path: PathOptions, **options: Any
+    ) -> None:
+        self.name = name
+        self.wrap = partial(cls, **options, **path)
+        self.over = partial(cls.over, **options, **path)
+        self.reference = of_reference
+        self.path = path
+        self.base = path.base
+
+    def after_sgd(self, p: Tensor, g: Tensor, lr: float = 0.1, lam: float = 0.5) -> Tensor:
+        """Where a step of plain SGD along ``g``, wrapped, is to take ``p``; seeds the generator for both."""
+        x, g = p.detach().double(), g.double()
+        torch.manual_seed(1)
+        expected = self.reference(x, x - lr * g, g, lr * lam)
+        torch.manual_seed(1)
+        return expected.to(p.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.path}"
+
+
+METHODS: dict[str, tuple[Any, reference.Reference, dict[str, Any]]] = {
+    "decay": (CautiousDecay, reference.decay(), {}),
+    "strict": (CautiousDecay, reference.decay(strict=True), {"strict": True}),
+    "gradient": (CautiousDecay, reference.decay("gradient"), {"mask": "gradient"}),
+    "random": (CautiousDecay, reference.decay("random"), {"mask": "random"}),
+    "all": (CautiousDecay, reference.decay("all"), {"mask": "all"}),
+    "update": (CautiousUpdate, reference.update(), {}),
+    "update-numel": (CautiousUpdate, reference.update("numel"), {"scale": "numel"}),
+    "update-unscaled": (CautiousUpdate, reference.update(None), {"scale": None}),
+    "p-norm": (PNormDecay, reference.p_norm(), {}),
+    "p-norm-0.5": (PNormDecay, reference.p_norm(0.5), {"p": 0.5}),
+    "p-norm-1": (PNormDecay, reference.p_norm(1.0), {"p": 1.0}),
+    "p-norm-2": (PNormDecay, reference.p_norm(2.0), {"p": 2.0}),
+}
+METHODS_ON_PATHS = [
+    param(Method(name, cls, of_reference, path, **options), path=path)
+    for name, (cls, of_reference, options) in METHODS.items()
+    for path in (ALL_PATHS if name in ("decay", "strict") else COPYING)
+]
+
+
+# ------------------------------------------------------------------------------------ weights and nets
 
 
 def weight(*values: float, grad: Iterable[float] | None = None, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -55,18 +174,13 @@ def values(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def ruled(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
-    """The rule, for a step that took ``x`` to ``w``: all decay by ``eta_lam * x`` but the weights that it grew."""
-    grew = (x > 0) & (w > x) | (x < 0) & (w < x)
-    return torch.where(grew, w, w - eta_lam * x)
-
-
-def same(a: object, b: object) -> bool:
-    """Are two nested structures equal, tensors bit for bit?"""
+def same(a: object, b: object, roundings: float = 0) -> bool:
+    """Are two nested structures equal, tensors bit for bit or, for their values, up to ``roundings``?"""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
+        alike = (a.dtype, a.shape) == (b.dtype, b.shape)
+        return alike and torch.allclose(a, b, rtol=roundings, atol=roundings)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key], roundings) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(same(x, y, roundings) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and a == b

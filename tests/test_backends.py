@@ -1,8 +1,10 @@
 """Who carries the rules out: chosen by device, refused where it cannot run, imported only when chosen."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,22 +18,64 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 CPU = torch.device("cpu")
 
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
 def test_eager_runs_everywhere(device: str) -> None:
-    """Without a CUDA or ROCm device the choice is eager, and so it is wherever eager is asked for."""
-    assert kernels.name(None, torch.device(device)) == kernels.name("eager", torch.device(device)) == "eager"
-    assert kernels.choose(None, CPU).__name__ == "cwd_wrap.kernels._eager"
+    """Without a CUDA or ROCm device the choice is numba on the CPU, where it is installed, and otherwise eager."""
+    expected = "numba" if device == "cpu" and HAS_NUMBA else "eager"
+
+    assert kernels.name("eager", torch.device(device)) == "eager"
+    assert kernels.name(None, torch.device(device)) == expected
+    assert kernels.choose("eager", torch.device(device)).__name__ == "cwd_wrap.kernels._eager"
 
 
 def test_triton_is_refused_where_it_cannot_run() -> None:
-    """Asked for on the CPU, triton is an error that says why and lists what can run; nothing is decayed."""
-    p = weight(1.0, grad=[1.0])
-    opt = CautiousDecay(SGD([p], lr=0.1), lam=0.5, backend="triton")
+    """Asked for on the CPU, triton is an error that says why and lists what can run, at construction."""
+    can = "'eager', 'numba'" if HAS_NUMBA else "'eager'"
 
-    with pytest.raises(ValueError, match=r"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* 'eager'"):
+    with pytest.raises(ValueError, match=rf"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* {can}"):
+        CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.5, backend="triton")
+
+
+def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numba is installed but cannot be imported, the step warns once and is made without it."""
+    monkeypatch.setattr(kernels, "_obstacles", {("numba", CPU): None})
+    monkeypatch.setitem(sys.modules, "cwd_wrap.kernels._numba", None)
+    monkeypatch.delattr(kernels, "_numba", raising=False)
+    p = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(SGD([p], lr=0.1), lam=0.5)
+
+    with pytest.warns(UserWarning, match="cwd_wrap steps without numba, which cannot be imported: "):
         opt.step()
-    assert p.item() == 1.0
-    assert "backend='triton'" in repr(opt)
+    assert "backend='eager'" in repr(opt)
+    assert p.item() == pytest.approx(0.85)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an image without a C compiler the choice is eager, and triton is refused with Triton's own reason."""
+    import triton
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+
+    assert kernels.name(None, cuda) == "eager"
+    with pytest.raises(ValueError, match=r"on cuda:0: Triton cannot build its launcher.* C compiler.*CC env.*'eager'"):
+        kernels.name("triton", cuda)
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=object())))
+    monkeypatch.setattr(kernels, "_obstacles", {})
+
+    assert kernels.name(None, cuda) == "triton"
 
 
 def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:

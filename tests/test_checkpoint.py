@@ -1,5 +1,6 @@
 """Stopping and going on, in a new process, another format, from another optimizer: the weights come out the same."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import BASES, both_paths, net, same, train, values
+from support import ALL_PATHS, BASES, Base, PathOptions, can_run, net, same, train, values
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -23,14 +24,15 @@ HERE = Path(__file__).parent
 GO_ON = """
 import sys, torch
 torch.set_num_threads(1)
-from support import BASES, net, train, values
+from support import ALL_PATHS, BASES, net, train, values
 from cwd_wrap import CautiousDecay
 file = sys.argv[1]
+paths = {str(path): path for path in ALL_PATHS}
 results = {}
 for (name, path), (weights, state) in torch.load(file, weights_only=True).items():
     model = net()
     model.load_state_dict(weights)
-    opt = CautiousDecay(BASES[name](model.parameters()), path=path)
+    opt = CautiousDecay(BASES[name].on(paths[path])(model.parameters()), **paths[path])
     opt.load_state_dict(state)
     train(model, opt, range(3, 6))
     results[name, path] = values(model)
@@ -43,12 +45,12 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
     """The weights of every base and path after three steps here and three in a fresh process."""
     file = tmp_path_factory.mktemp("resumed") / "checkpoint.pt"
     checkpoints = {}
-    for name, build in BASES.items():
-        for path in ("direction", "snapshot"):
+    for name, path in itertools.product(BASES, filter(can_run, ALL_PATHS)):
+        if (build := BASES[name].on(path)) is not None:
             model = net()
-            opt = CautiousDecay(build(model.parameters()), path=path)
+            opt = CautiousDecay(build(model.parameters()), **path)
             train(model, opt, range(3))
-            checkpoints[name, path] = (model.state_dict(), opt.state_dict())
+            checkpoints[name, str(path)] = (model.state_dict(), opt.state_dict())
     torch.save(checkpoints, file)
     found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
     subprocess.run(
@@ -58,39 +60,37 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
     return results
 
 
-@both_paths
-@pytest.mark.parametrize("name", list(BASES))
-def test_a_fresh_process_goes_on_bit_for_bit(name: str, path: str, resumed: dict[Any, torch.Tensor]) -> None:
+def test_a_fresh_process_goes_on_bit_for_bit(
+    every_base: Base, every_path: PathOptions, resumed: dict[Any, torch.Tensor]
+) -> None:
     """Three steps, torch.save, a new process, three steps: the weights of six steps in one go."""
     model = net()
-    train(model, CautiousDecay(BASES[name](model.parameters()), path=path), range(6))
+    train(model, CautiousDecay(every_base(model.parameters()), **every_path), range(6))
 
-    assert torch.equal(values(model), resumed[name, path])
+    assert torch.equal(values(model), resumed[str(every_base), str(every_path)])
 
 
-@both_paths
-def test_a_plain_run_is_continued_cautiously(path: str) -> None:
+def test_a_plain_run_is_continued_cautiously(every_path: PathOptions) -> None:
     """A plain AdamW checkpoint goes on in the wrapper as if AdamW, with its state, had been wrapped on the spot."""
     model, twin = net(), net()
-    base, plain = (BASES["AdamW"](m.parameters()) for m in (twin, model))
+    base, plain = (BASES["AdamW"](m.parameters(), **every_path.base) for m in (twin, model))
     train(twin, base, range(3))
     train(model, plain, range(3))
-    opt = CautiousDecay(BASES["AdamW"](model.parameters()), path=path)
+    opt = CautiousDecay(BASES["AdamW"](model.parameters(), **every_path.base), **every_path)
     opt.load_state_dict(plain.state_dict())
     train(model, opt, range(3, 6))
-    train(twin, CautiousDecay(base, path=path), range(3, 6))
+    train(twin, CautiousDecay(base, **every_path), range(3, 6))
 
     assert torch.equal(values(twin), values(model))
 
 
-@both_paths
-def test_a_cautious_run_is_continued_plainly(path: str) -> None:
+def test_a_cautious_run_is_continued_plainly(every_path: PathOptions) -> None:
     """A checkpoint of the wrapper goes on in plain AdamW, with its own decay back on."""
     model, twin = net(), net()
-    opt, other = (CautiousDecay(BASES["AdamW"](m.parameters()), path=path) for m in (model, twin))
+    opt, other = (CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (model, twin))
     train(model, opt, range(3))
     train(twin, other, range(3))
-    plain = BASES["AdamW"](model.parameters())
+    plain = BASES["AdamW"](model.parameters(), **every_path.base)
     plain.load_state_dict(opt.state_dict())
     train(model, plain, range(3, 6))
     train(twin, other.base_optimizer, range(3, 6))
@@ -105,14 +105,15 @@ FLAT = [False, True]
 flat_or_not = pytest.mark.parametrize("flat", FLAT, ids=["nested", "flat"])
 
 
-@both_paths
 @flat_or_not
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-def test_asking_a_fresh_optimizer_changes_no_weight(tensor_lr: bool, flat: bool, path: str) -> None:
+def test_asking_a_fresh_optimizer_changes_no_weight(tensor_lr: bool, flat: bool, every_path: PathOptions) -> None:
     """DCP initialises a fresh optimizer's state by a step with zero gradients and lr 0: no weight moves or decays."""
     model = net()
     lr = torch.tensor(0.01) if tensor_lr else 0.01
-    opt = CautiousDecay(AdamW(model.parameters(), lr=lr, weight_decay=0.5, foreach=False), path=path)
+    opt = CautiousDecay(
+        AdamW(model.parameters(), lr=lr, weight_decay=0.5, **(every_path.base or {"foreach": False})), **every_path
+    )
     before = values(model)
     get_optimizer_state_dict(model, opt, options=StateDictOptions(flatten_optimizer_state_dict=flat))
 
@@ -122,33 +123,33 @@ def test_asking_a_fresh_optimizer_changes_no_weight(tensor_lr: bool, flat: bool,
     assert 0.5 == opt.param_groups[0]["weight_decay"]
 
 
-@both_paths
 @flat_or_not
-def test_a_plain_checkpoint_loads_by_dcp(flat: bool, path: str) -> None:
+def test_a_plain_checkpoint_loads_by_dcp(flat: bool, every_path: PathOptions) -> None:
     """A plain AdamW's distributed checkpoint loads into a fresh wrapper: its state is there, no weight has changed."""
     model, options = net(), StateDictOptions(flatten_optimizer_state_dict=flat)
-    plain = BASES["AdamW"](model.parameters())
+    plain = BASES["AdamW"](model.parameters(), **every_path.base)
     train(model, plain, range(2))
     checkpoint = get_optimizer_state_dict(model, plain, options=options)
     model.zero_grad()
-    opt, before = CautiousDecay(BASES["AdamW"](model.parameters()), path=path), values(model)
+    opt, before = CautiousDecay(BASES["AdamW"](model.parameters(), **every_path.base), **every_path), values(model)
     set_optimizer_state_dict(model, opt, optim_state_dict=checkpoint, options=options)
 
     assert torch.equal(before, values(model))
     assert same(plain.state_dict()["state"], opt.state_dict()["state"])
 
 
-@both_paths
 @flat_or_not
-def test_a_run_goes_on_from_dcp_bit_for_bit(flat: bool, path: str) -> None:
+def test_a_run_goes_on_from_dcp_bit_for_bit(flat: bool, every_path: PathOptions) -> None:
     """Two steps, a distributed checkpoint, a fresh net and wrapper, two steps: the weights of four steps in one go."""
     straight, model, again = net(), net(), net()
-    opt, first = (CautiousDecay(BASES["AdamW"](m.parameters()), path=path) for m in (straight, model))
+    opt, first = (
+        CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (straight, model)
+    )
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     train(straight, opt, range(4))
     train(model, first, range(2))
     again.load_state_dict(model.state_dict())
-    second = CautiousDecay(BASES["AdamW"](again.parameters()), path=path)
+    second = CautiousDecay(BASES["AdamW"](again.parameters(), **every_path.base), **every_path)
     checkpoint = get_optimizer_state_dict(model, first, options=options)
     set_optimizer_state_dict(again, second, optim_state_dict=checkpoint, options=options)
     train(again, second, range(2, 4))
@@ -156,24 +157,22 @@ def test_a_run_goes_on_from_dcp_bit_for_bit(flat: bool, path: str) -> None:
     assert torch.equal(values(straight), values(again))
 
 
-@both_paths
-def test_a_flat_checkpoint_has_the_plain_optimizers_keys(path: str) -> None:
+def test_a_flat_checkpoint_has_the_plain_optimizers_keys(every_path: PathOptions) -> None:
     """The wrapper adds no key to a flat distributed checkpoint, where every key of the live groups is required."""
     options, keys = StateDictOptions(flatten_optimizer_state_dict=True), []
-    for wrap in (lambda base: base, lambda base: CautiousDecay(base, path=path)):
+    for wrap in (lambda base: base, lambda base: CautiousDecay(base, **every_path)):
         model = net()
-        opt = wrap(BASES["AdamW"](model.parameters()))
+        opt = wrap(BASES["AdamW"](model.parameters(), **every_path.base))
         keys.append(set(get_optimizer_state_dict(model, opt, options=options)))
 
     assert keys[0] == keys[1]
     assert "param_groups.0.weight.weight_decay" in keys[1]
 
 
-@both_paths
-def test_asking_between_two_steps_changes_nothing(path: str) -> None:
+def test_asking_between_two_steps_changes_nothing(every_path: PathOptions) -> None:
     """A checkpoint in mid-training, with the gradients cleared, takes no hidden step: Adam's counter stays at 2."""
     model = net()
-    opt = CautiousDecay(BASES["AdamW"](model.parameters()), path=path)
+    opt = CautiousDecay(BASES["AdamW"](model.parameters(), **every_path.base), **every_path)
     train(model, opt, range(2))
     opt.zero_grad()
     before = values(model)
@@ -183,11 +182,10 @@ def test_asking_between_two_steps_changes_nothing(path: str) -> None:
     assert 2.0 == opt.state[model[0].weight]["step"].item()
 
 
-@both_paths
-def test_a_stateless_base_asked_between_two_steps_does_not_decay(path: str) -> None:
+def test_a_stateless_base_asked_between_two_steps_does_not_decay(every_path: PathOptions) -> None:
     """SGD has no state, so DCP takes its step with lr 0 at every checkpoint; no weight decays."""
     model = net()
-    opt = CautiousDecay(SGD(model.parameters(), lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD(model.parameters(), lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     train(model, opt, range(1))
     opt.state.clear()
     opt.zero_grad()

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import all_bases, both_paths, loss_of, net, ruled, train, values, weight
+from reference import ruled
+from support import Base, Method, PathOptions, loss_of, net, train, values, weight
 from torch import Tensor
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from cwd_wrap import CautiousDecay
 
@@ -22,32 +23,28 @@ def closing(model: torch.nn.Module, opt: Optimizer, step: int) -> Callable[[], T
     return closure
 
 
-@both_paths
-def test_the_closure_runs_once_with_gradients_enabled(path: str) -> None:
+def test_the_closure_runs_once_with_gradients_enabled(every_path: PathOptions) -> None:
     """Called under no_grad, the closure still runs with gradients enabled, and once."""
-    opt, enabled = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path), []
+    opt, enabled = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5, **every_path.base), **every_path), []
     with torch.no_grad():
         opt.step(lambda: enabled.append(torch.is_grad_enabled()) or 0.0)
 
     assert [True] == enabled
 
 
-@both_paths
-def test_the_loss_is_returned(path: str) -> None:
+def test_the_loss_is_returned(every_path: PathOptions) -> None:
     """step(closure) returns what the closure returned, and step() returns None."""
-    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
 
     assert 7.0 == opt.step(lambda: 7.0)
     assert 7.0 == opt.step(closure=lambda: 7.0)
     assert opt.step() is None
 
 
-@both_paths
-@all_bases
-def test_a_closure_changes_nothing_else(build: Any, path: str) -> None:
+def test_a_closure_changes_nothing_else(every_base: Base, every_path: PathOptions) -> None:
     """Training by closures gives, bit for bit, the weights of training by backward() and step()."""
     ours, plain = net(), net()
-    opt, other = (CautiousDecay(build(m.parameters()), path=path) for m in (ours, plain))
+    opt, other = (CautiousDecay(every_base(m.parameters()), **every_path) for m in (ours, plain))
     for step in range(3):
         opt.step(closing(ours, opt, step))
     train(plain, other, range(3))
@@ -55,30 +52,42 @@ def test_a_closure_changes_nothing_else(build: Any, path: str) -> None:
     assert torch.equal(values(plain), values(ours))
 
 
-@both_paths
-def test_gradients_may_come_with_the_first_closure(path: str) -> None:
+def test_a_closure_changes_nothing_else_for_any_method(every_method: Method) -> None:
+    """So it is for every method around AdamW: masks read the gradient that the closure makes."""
+    ours, plain = net(), net()
+    opt, other = (
+        every_method.wrap(AdamW(m.parameters(), weight_decay=0.5, **every_method.base)) for m in (ours, plain)
+    )
+    torch.manual_seed(1)
+    for step in range(3):
+        opt.step(closing(ours, opt, step))
+    torch.manual_seed(1)
+    train(plain, other, range(3))
+
+    assert torch.equal(values(plain), values(ours))
+
+
+def test_gradients_may_come_with_the_first_closure(every_path: PathOptions) -> None:
     """Lightning runs backward inside step: the first step decays like the second, 1 - 0.1*0.5."""
     p = weight(1.0)
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", torch.zeros(1)) or 0.0)
 
     assert pytest.approx(0.95) == p.item()
 
 
-@both_paths
-def test_gradients_may_go_with_the_closure(path: str) -> None:
+def test_gradients_may_go_with_the_closure(every_path: PathOptions) -> None:
     """A parameter whose gradient the closure takes away does not take part: it keeps its value."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", None) or 0.0)
 
     assert [1.0, pytest.approx(0.95)] == [p.item(), q.item()]
 
 
-@both_paths
-def test_the_closure_sees_the_decay_strength(path: str) -> None:
+def test_the_closure_sees_the_decay_strength(every_path: PathOptions) -> None:
     """Inside a closure the groups have the weight_decay that the user gave them, not 0."""
-    opt, seen = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5), path=path), []
+    opt, seen = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5, **every_path.base), **every_path), []
     opt.step(lambda: seen.append(opt.param_groups[0]["weight_decay"]) or 0.0)
 
     assert [0.5] == seen

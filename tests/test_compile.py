@@ -1,12 +1,12 @@
 """A step inside torch.compile does what it does outside."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support import BASES, both_paths, weight
-from torch.optim import SGD
+from support import ALL_PATHS, BASES, Base, PathOptions, param, weight
+from torch._dynamo.testing import CompileCounter
+from torch.optim import SGD, Optimizer, RMSprop
 
 from cwd_wrap import CautiousDecay
 
@@ -19,10 +19,10 @@ def compiled(opt: CautiousDecay, compiler: str) -> Callable[[], object]:
     return torch.compile(lambda: opt.step(), backend=compiler)
 
 
-def run(build: Any, path: str, compiler: str | None) -> tuple[list[float], float]:
+def run(base: Base, path: PathOptions, compiler: str | None) -> tuple[list[float], float]:
     """Four weights after four steps under a schedule, and the strength that the group has then."""
     p = weight(1, -1, 2, 3)
-    opt = CautiousDecay(build([p]), path=path)
+    opt = CautiousDecay(base([p], **path.base), **path)
     step = opt.step if compiler is None else compiled(opt, compiler)
     lr = opt.param_groups[0]["lr"]
     for factor, grad in zip(FACTORS, GRADIENTS, strict=True):
@@ -32,11 +32,10 @@ def run(build: Any, path: str, compiler: str | None) -> tuple[list[float], float
     return p.tolist(), opt.param_groups[0]["weight_decay"]
 
 
-@both_paths
-def test_each_compiled_step_decays(path: str) -> None:
+def test_each_compiled_step_decays(every_path: PathOptions) -> None:
     """With a zero gradient, three compiled steps take 0.95, 0.95^2, 0.95^3, and weight_decay is 0.5 after each."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     step, seen = compiled(opt, "eager"), []
     for _ in range(3):
         step()
@@ -45,21 +44,71 @@ def test_each_compiled_step_decays(path: str) -> None:
     assert [(pytest.approx(0.95**n), 0.5) for n in (1, 2, 3)] == seen
 
 
-@both_paths
 @pytest.mark.parametrize(
     ("name", "compiler"), [("SGD-momentum", "aot_eager"), ("AdamW", "eager")], ids=["SGD-aot_eager", "AdamW-eager"]
 )
-def test_compiled_steps_equal_eager_ones(name: str, compiler: str, path: str) -> None:
+def test_compiled_steps_equal_eager_ones(name: str, compiler: str, every_path: PathOptions) -> None:
     """Four compiled steps under a schedule give the weights, and leave the strength, of four eager ones."""
-    weights, strength = run(BASES[name], path, None)
+    weights, strength = run(BASES[name], every_path, None)
 
     # Compiled, Adam's bias corrections may be computed in another order.
-    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], path, compiler)
+    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], every_path, compiler)
 
 
 def test_the_comparison_can_fail() -> None:
     """Weights that do not decay end elsewhere: the tests above compare something."""
-    weights, _ = run(BASES["AdamW"], path="direction", compiler=None)
-    others, _ = run(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=1e-9), path="direction", compiler=None)
+    along = PathOptions(path="direction")
+    weights, _ = run(BASES["AdamW"], along, compiler=None)
+    others, _ = run(Base("idle", torch.optim.AdamW, lr=0.01, weight_decay=1e-9), along, compiler=None)
 
     assert pytest.approx(weights, rel=1e-3) != others
+
+
+# ------------------------------------------------------------------------------------ a base whose own step is compiled
+
+
+def compile_step(base: Optimizer) -> CompileCounter:
+    """``base.step = torch.compile(base.step)``; the counter tells how often that compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    base.step = torch.compile(base.step, backend=counter)  # type: ignore[method-assign]
+    return counter
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+@pytest.mark.parametrize("name", ["SGD-momentum", "AdamW"])
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "pieces"])
+def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool) -> None:
+    """Wrapped, it gives the weights of one that is not compiled; a schedule of 12 learning rates compiles twice."""
+    params, options = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)], path.base or {"foreach": False}
+    base, plain = (BASES[name]([p], lr=torch.tensor(0.1) if tensor else 0.1, **options) for p in params)
+    counter = compile_step(base)
+    optimizers = [CautiousDecay(each, **path) for each in (base, plain)]
+    for step in range(12):
+        for p, opt in zip(params, optimizers, strict=True):
+            p.grad = torch.tensor(GRADIENTS[step % 4])
+            (group,) = opt.param_groups
+            group["lr"] = group["lr"].fill_(0.1 / (step + 1)) if tensor else 0.1 / (step + 1)
+            opt.step()
+
+    torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
+    assert [0.5, 0.5] == [opt.param_groups[0]["weight_decay"] for opt in optimizers]
+    assert counter.frame_count <= 2
+
+
+def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
+    """Compiling sets its groups up for compiled code, and pieces call the step itself: it takes a snapshot instead."""
+    params = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)]
+    base, plain = (RMSprop([p], lr=0.1, momentum=0.9, weight_decay=0.5) for p in params)
+    compile_step(base)
+    opt, other = CautiousDecay(base), CautiousDecay(plain)
+    for grad in GRADIENTS:
+        for p, optimizer in zip(params, (opt, other), strict=True):
+            p.grad = torch.tensor(grad)
+            optimizer.step()
+
+    assert ["snapshot", "pieces"] == [optimizer.paths()[0].path for optimizer in (opt, other)]
+    assert opt.paths()[0].reason.endswith("the step of RMSprop is compiled")
+    torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="path='pieces' cannot be taken by RMSprop: the step of RMSprop is compiled"):
+        CautiousDecay(base, path="pieces")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import both_paths, loss_of, net, train, values
+from support import PathOptions, loss_of, net, train, values
 from torch import distributed as dist
 from torch.optim import SGD, AdamW
 
@@ -26,29 +26,28 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def zero(params: Any, cls: Any) -> Any:
+def zero(params: Any, cls: Any, **options: Any) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates pieces of its own in it
-        return ZeroRedundancyOptimizer(params, optimizer_class=cls, **OPTIONS)
+        return ZeroRedundancyOptimizer(params, optimizer_class=cls, **OPTIONS, **options)
 
 
-def alone(path: str | None = None) -> torch.Tensor:
+def alone(path: PathOptions) -> torch.Tensor:
     """The weights after three steps of the wrapper without any of this."""
     model = net()
-    train(model, CautiousDecay(AdamW(model.parameters(), **OPTIONS), path=path), range(3))
+    train(model, CautiousDecay(AdamW(model.parameters(), **OPTIONS, **path.base), **path), range(3))
     return values(model)
 
 
-@both_paths
 @pytest.mark.usefixtures("one_process")
-def test_zero_around_the_wrapper(path: str) -> None:
+def test_zero_around_the_wrapper(every_path: PathOptions) -> None:
     """ZeRO builds a class from over() by itself; training is that of the wrapper alone, bit for bit."""
     model = net()
-    train(model, zero(model.parameters(), CautiousDecay.over(AdamW, path=path)), range(3))
+    train(model, zero(model.parameters(), CautiousDecay.over(AdamW, **every_path), **every_path.base), range(3))
 
-    assert torch.equal(alone(path), values(model))
+    assert torch.equal(alone(every_path), values(model))
 
 
 @pytest.mark.usefixtures("one_process")
@@ -71,31 +70,29 @@ def test_the_wrapper_around_zero() -> None:
     model = net()
     train(model, CautiousDecay(zero(model.parameters(), AdamW)), range(3))
 
-    assert torch.equal(alone(path="snapshot"), values(model))
+    assert torch.equal(alone(PathOptions(path="snapshot")), values(model))
 
 
-@both_paths
 @pytest.mark.filterwarnings("ignore")
-def test_steps_within_backward(path: str) -> None:
+def test_steps_within_backward(every_path: PathOptions) -> None:
     """torch builds one optimizer a parameter and steps it inside backward; training is the same, bit for bit."""
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     model = net()
-    cls = CautiousDecay.over(AdamW, path=path)
-    _apply_optimizer_in_backward(cls, model.parameters(), OPTIONS)
+    cls = CautiousDecay.over(AdamW, **every_path)
+    _apply_optimizer_in_backward(cls, model.parameters(), OPTIONS | every_path.base)
     for step in range(3):
         loss_of(model, step).backward()
 
-    assert torch.equal(alone(path), values(model))
+    assert torch.equal(alone(every_path), values(model))
     assert [None] * 4 == [p.grad for p in model.parameters()]
 
 
-@both_paths
-def test_steps_within_gradient_hooks(path: str) -> None:
+def test_steps_within_gradient_hooks(every_path: PathOptions) -> None:
     """One wrapper a parameter, stepped by a hook as soon as the gradient is there, gives the same training."""
     model = net()
     for p in model.parameters():
-        each = CautiousDecay(AdamW([p], **OPTIONS), path=path)
+        each = CautiousDecay(AdamW([p], **OPTIONS, **every_path.base), **every_path)
 
         def release(_: torch.Tensor, opt: CautiousDecay = each) -> None:
             opt.step()
@@ -105,7 +102,7 @@ def test_steps_within_gradient_hooks(path: str) -> None:
     for step in range(3):
         loss_of(model, step).backward()
 
-    assert torch.equal(alone(path), values(model))
+    assert torch.equal(alone(every_path), values(model))
 
 
 def test_over_takes_positional_parameters_and_groups() -> None:

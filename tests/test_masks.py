@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import all_bases, loss_of, net, ruled, train, values, weight
+from reference import ruled
+from support import all_bases, loss_of, net, train, values, weight
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 

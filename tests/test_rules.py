@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import PathOptions
 
 from cwd_wrap import CautiousDecay, rules
 
@@ -22,23 +23,21 @@ def test_four_numbers() -> None:
     assert rules.decay(x - 0.1 * u, x, mask, 0.1 * 0.5).tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
 
 
-@pytest.mark.parametrize("path", ["direction", "snapshot"])
-def test_four_numbers_through_the_wrapper(path: str) -> None:
+def test_four_numbers_through_the_wrapper(every_path: PathOptions) -> None:
     """The same four numbers come out of one step of SGD, whichever way the mask is known."""
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
     w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, path=path).step()
+    CautiousDecay(torch.optim.SGD([w], lr=0.1, **every_path.base), lam=0.5, **every_path).step()
 
     assert w.tolist() == pytest.approx([0.85, 1.1, -1.1, -0.85])
 
 
 @pytest.mark.parametrize(("strict", "expected"), [(False, [0.95, -0.95, 0.0]), (True, [1.0, -1.0, 0.0])])
-@pytest.mark.parametrize("path", ["direction", "snapshot"])
-def test_zero_update(strict: bool, expected: list[float], path: str) -> None:
+def test_zero_update(strict: bool, expected: list[float], every_path: PathOptions) -> None:
     """A weight that the step leaves in place decays (the paper's >=), unless strict (>); a zero stays zero."""
     w = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
     w.grad = torch.zeros(3)
-    CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5, strict=strict, path=path).step()
+    CautiousDecay(torch.optim.SGD([w], lr=0.1, **every_path.base), lam=0.5, strict=strict, **every_path).step()
 
     assert w.tolist() == pytest.approx(expected)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import both_paths, loss_of, net, values, weight
+from support import Base, PathOptions, loss_of, net, values, weight
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -40,10 +40,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     ),
     "ChainedScheduler": lambda opt: ChainedScheduler([ConstantLR(opt, 0.5, total_iters=2), ExponentialLR(opt, 0.5)]),
 }
-MOMENTA = {
-    "SGD": lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=0.5),
-    "AdamW": lambda params: AdamW(params, lr=0.05, weight_decay=0.5),
-}
+MOMENTA = {"SGD": Base("SGD", SGD, lr=0.05, momentum=0.9), "AdamW": Base("AdamW", AdamW, lr=0.05)}
 
 
 def scheduled(optimizer: Optimizer, model: torch.nn.Module, make: Callable[[Optimizer], Any]) -> list[Any]:
@@ -59,24 +56,23 @@ def scheduled(optimizer: Optimizer, model: torch.nn.Module, make: Callable[[Opti
     return seen
 
 
-@both_paths
 @pytest.mark.parametrize("build", MOMENTA.values(), ids=list(MOMENTA))
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
-def test_schedule_is_that_of_the_plain_optimizer(make: Any, build: Any, path: str) -> None:
+def test_schedule_is_that_of_the_plain_optimizer(make: Any, build: Any, every_path: PathOptions) -> None:
     """A scheduler on the wrapper gives the learning rates and momenta that it gives the plain optimizer."""
     ours, theirs = net(), net()
-    opt = CautiousDecay(build(ours.parameters()), path=path)
+    opt = CautiousDecay(build(ours.parameters(), **every_path.base), **every_path)
 
     assert scheduled(build(theirs.parameters()), theirs, make) == scheduled(opt, ours, make)
 
 
-@both_paths
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
-def test_the_step_uses_the_scheduled_values(make: Any, path: str) -> None:
+def test_the_step_uses_the_scheduled_values(make: Any, every_path: PathOptions) -> None:
     """Weights under a scheduler are those of a run in which the same values are written by hand."""
     ours, byhand = net(), net()
-    opt = CautiousDecay(MOMENTA["AdamW"](ours.parameters()), path=path)
-    other = CautiousDecay(MOMENTA["AdamW"](byhand.parameters()), path=path)
+    opt, other = (
+        CautiousDecay(MOMENTA["AdamW"](model.parameters(), **every_path.base), **every_path) for model in (ours, byhand)
+    )
     make(other)  # its first values; those of the later steps come from `scheduled`
     for step, (lr, _, betas) in enumerate(scheduled(opt, ours, make)):
         other.zero_grad()
@@ -87,11 +83,10 @@ def test_the_step_uses_the_scheduled_values(make: Any, path: str) -> None:
     assert torch.equal(values(byhand), values(ours))
 
 
-@both_paths
-def test_the_decay_follows_the_learning_rate(path: str) -> None:
+def test_the_decay_follows_the_learning_rate(every_path: PathOptions) -> None:
     """With zero gradients only the decay is left: 1 - 0.1*0.5, then, after StepLR, 1 - 0.01*0.5."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     scheduler = StepLR(opt, step_size=1, gamma=0.1)
     for expected in (0.95, 0.95 * 0.995):
         opt.step()
@@ -100,10 +95,9 @@ def test_the_decay_follows_the_learning_rate(path: str) -> None:
         assert pytest.approx(expected) == p.item()
 
 
-@both_paths
-def test_plateau(path: str) -> None:
+def test_plateau(every_path: PathOptions) -> None:
     """ReduceLROnPlateau on the wrapper lowers the learning rate that the base uses."""
-    opt = CautiousDecay(SGD([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     scheduler = ReduceLROnPlateau(opt, patience=0, factor=0.5)
     for loss in (1.0, 2.0):
         opt.step()
@@ -112,13 +106,12 @@ def test_plateau(path: str) -> None:
     assert 0.05 == opt.base_optimizer.param_groups[0]["lr"]
 
 
-@both_paths
-def test_a_scheduler_on_the_base_works(path: str) -> None:
+def test_a_scheduler_on_the_base_works(every_path: PathOptions) -> None:
     """A scheduler made for the base before it was wrapped schedules the wrapper's steps, without a warning."""
     p = weight(1.0, grad=[0.0])
-    base = SGD([p], lr=0.1, weight_decay=0.5)
+    base = SGD([p], lr=0.1, weight_decay=0.5, **every_path.base)
     scheduler = StepLR(base, step_size=1, gamma=0.1)
-    opt = CautiousDecay(base, path=path)
+    opt = CautiousDecay(base, **every_path)
     for _ in range(2):
         opt.step()
         scheduler.step()
@@ -134,11 +127,11 @@ def test_a_forgotten_step_is_warned_of() -> None:
         scheduler.step()
 
 
-@both_paths
-def test_a_tensor_learning_rate_is_scheduled_in_place(path: str) -> None:
+def test_a_tensor_learning_rate_is_scheduled_in_place(every_path: PathOptions) -> None:
     """The scheduler fills a tensor lr in place: it stays the same object, and the decay follows it."""
     p, lr = weight(1.0, grad=[0.0]), torch.tensor(0.1)
-    opt = CautiousDecay(Adam([p], lr=lr, weight_decay=0.5, capturable=False, foreach=False), path=path)
+    options = every_path.base or {"foreach": False}
+    opt = CautiousDecay(Adam([p], lr=lr, weight_decay=0.5, **options), **every_path)
     scheduler = StepLR(opt, step_size=1, gamma=0.1)
     for _ in range(2):
         opt.step()
@@ -191,13 +184,12 @@ def from_a_hook_of_the_base(opt: CautiousDecay, group: dict[str, Any], value: fl
     handle.remove()
 
 
-@both_paths
 @pytest.mark.parametrize("build", [SGD, AdamW])
 @pytest.mark.parametrize("write", [from_the_loop, from_a_closure, from_a_hook, from_a_hook_of_the_base])
-def test_weight_decay_schedule(write: Any, build: Any, path: str) -> None:
+def test_weight_decay_schedule(write: Any, build: Any, every_path: PathOptions) -> None:
     """A weight_decay written before a step, or within it before the base steps, is that step's decay, and stays."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(build([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(build([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     group = opt.param_groups[0]
     for value, expected in zip(SCHEDULE, DECAYED, strict=True):
         write(opt, group, value)
@@ -206,11 +198,24 @@ def test_weight_decay_schedule(write: Any, build: Any, path: str) -> None:
         assert pytest.approx(expected) == p.item()
 
 
-@both_paths
-def test_a_hook_of_the_base_may_scale_the_decay(path: str) -> None:
+def test_a_base_that_calls_its_closure_itself_takes_a_rise_from_0_one_step_late() -> None:
+    """What does not decay is not copied, so a closure that raises its decay from 0 counts from the next step on."""
+
+    class Mine(SGD):
+        pass
+
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(Mine([p], lr=0.1, weight_decay=0.5))
+    for value, expected in zip(SCHEDULE, (*DECAYED[:3], DECAYED[2]), strict=True):
+        from_a_closure(opt, opt.param_groups[0], value)
+
+        assert (value, pytest.approx(expected)) == (opt.param_groups[0]["weight_decay"], p.item())
+
+
+def test_a_hook_of_the_base_may_scale_the_decay(every_path: PathOptions) -> None:
     """Before and after its step the base's hooks read the decay itself, not the 0 in between: halving it halves it."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.base_optimizer.register_step_post_hook(
         lambda b, *_: b.param_groups[0].update(weight_decay=b.param_groups[0]["weight_decay"] / 2)
     )
@@ -220,11 +225,10 @@ def test_a_hook_of_the_base_may_scale_the_decay(path: str) -> None:
     assert (0.125, pytest.approx(0.95 * 0.975)) == (opt.param_groups[0]["weight_decay"], p.item())
 
 
-@both_paths
-def test_a_value_written_after_the_step_counts_from_the_next(path: str) -> None:
+def test_a_value_written_after_the_step_counts_from_the_next(every_path: PathOptions) -> None:
     """A post hook of the base that writes weight_decay is heard, and the old value does not come back."""
     p = weight(1.0, grad=[0.0])
-    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), path=path)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     group = opt.param_groups[0]
     opt.base_optimizer.register_step_post_hook(lambda *_: group.update(weight_decay=0.25))
     opt.step()
@@ -235,12 +239,11 @@ def test_a_value_written_after_the_step_counts_from_the_next(path: str) -> None:
     assert pytest.approx(0.95 * 0.975) == p.item()
 
 
-@both_paths
-def test_a_schedule_may_begin_at_zero(path: str) -> None:
+def test_a_schedule_may_begin_at_zero(every_path: PathOptions) -> None:
     """A group whose decay is 0 now and 0.5 later decays later; lam=None warns at the start that nothing decays."""
     p = weight(1.0, grad=[0.0])
     with pytest.warns(UserWarning, match="nothing to decay"):
-        opt = CautiousDecay(SGD([p], lr=0.1), path=path)
+        opt = CautiousDecay(SGD([p], lr=0.1, **every_path.base), **every_path)
     opt.step()
     opt.param_groups[0]["weight_decay"] = 0.5
     opt.step()
@@ -248,12 +251,12 @@ def test_a_schedule_may_begin_at_zero(path: str) -> None:
     assert pytest.approx(0.95) == p.item()
 
 
-@both_paths
-def test_the_schedule_of_one_group_leaves_the_other(path: str) -> None:
+def test_the_schedule_of_one_group_leaves_the_other(every_path: PathOptions) -> None:
     """DINO schedules group 0 only: group 1 keeps its own strength."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
     opt = CautiousDecay(
-        SGD([{"params": [p]}, {"params": [q], "weight_decay": 0.25}], lr=0.1, weight_decay=0.5), path=path
+        SGD([{"params": [p]}, {"params": [q], "weight_decay": 0.25}], lr=0.1, weight_decay=0.5, **every_path.base),
+        **every_path,
     )
     opt.param_groups[0]["weight_decay"] = 1.0
     opt.step()

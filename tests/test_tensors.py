@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import both_paths, ruled, weight
+from reference import ruled
+from support import weight
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, SparseAdam
 
@@ -30,11 +31,10 @@ def plain_step(p: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ by eye
 
 
-@both_paths
-def test_four_weights_by_hand(path: str) -> None:
+def test_four_weights_by_hand(every_path: PathOptions) -> None:
     """Of 1, 1, -1, -1 with gradients 1, -1, 1, -1, the first and the last are on their way to zero, and decay."""
     p = weight(1, 1, -1, -1, grad=[1, -1, 1, -1])
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert [1 - 0.125 - 0.0625, 1 + 0.125, -1 - 0.125, -1 + 0.125 + 0.0625] == p.tolist()
 
@@ -53,14 +53,13 @@ ZEROS: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-@both_paths
 @pytest.mark.parametrize("strict", [False, True], ids=[">=", ">"])
 @pytest.mark.parametrize("case", ZEROS.values(), ids=list(ZEROS))
-def test_at_zero(case: tuple[float, ...], strict: bool, path: str) -> None:
+def test_at_zero(case: tuple[float, ...], strict: bool, every_path: PathOptions) -> None:
     """A weight that the step leaves alone decays, with strict=True it does not; both zeros are the same zero."""
     x, g, loose, tight = case
     p = weight(x, grad=[g], dtype=torch.float64)
-    CautiousDecay(sgd(p), strict=strict, path=path).step()
+    CautiousDecay(sgd(p), strict=strict, **every_path).step()
 
     assert pytest.approx(tight if strict else loose, rel=1e-15) == p.item()
 
@@ -78,41 +77,37 @@ def both_ways(x: float, g: float, path: str) -> tuple[Tensor, Tensor]:
 UNITS = {"rtol": 4e-7, "atol": 5e-45}
 
 
-@both_paths
 @pytest.mark.parametrize("size", [1e-30, 1.2e-38, 1e30, 3e38])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_tiny_and_huge_weights(sign: float, size: float, path: str) -> None:
+def test_tiny_and_huge_weights(sign: float, size: float, every_path: PathOptions) -> None:
     """Tiny and huge weights obey the mask: products of weight and update would under- or overflow here."""
     torch.testing.assert_close(*both_ways(sign * size, sign * size, path), **UNITS)
 
 
-@both_paths
 @pytest.mark.parametrize(("size", "grad"), [(1e-40, 1e-40), (1e-39, 2e-38)])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_denormal_weights(sign: float, size: float, grad: float, path: str) -> None:
+def test_denormal_weights(sign: float, size: float, grad: float, every_path: PathOptions) -> None:
     """The mask of a denormal weight may be wrong, as the caveats say: by less than the smallest normal number."""
     expected, actual = both_ways(sign * size, sign * grad, path)
 
     assert bool(((expected - actual).abs() < torch.finfo(torch.float32).tiny).all())
 
 
-@both_paths
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_denormal_gradients(sign: float, path: str) -> None:
+def test_denormal_gradients(sign: float, every_path: PathOptions) -> None:
     """A denormal gradient has a sign; where the step is lost in rounding, only the direction path knows it."""
     p = weight(sign, -sign, grad=[sign * 1e-40] * 2)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert [0.9375 * sign, -sign * (0.9375 if path == "snapshot" else 1.0)] == p.tolist()
 
 
-@both_paths
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["weight", "gradient"])
-def test_what_is_not_finite_stays_where_it_is(where: str, bad: float, path: str) -> None:
+def test_what_is_not_finite_stays_where_it_is(where: str, bad: float, every_path: PathOptions) -> None:
     """A NaN or an infinity in one place does not hide, and its neighbours step and decay as without it."""
     p = weight(bad if where == "weight" else 1.0, 1.0, -1.0, grad=[bad if where == "gradient" else 1.0, 1.0, 1.0])
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert not math.isfinite(p[0].item())
     assert [1 - 0.1875, -1.125] == p[1:].tolist()
@@ -123,16 +118,15 @@ def test_what_is_not_finite_stays_where_it_is(where: str, bad: float, path: str)
 numbers = st.floats(-1e150, 1e150, allow_nan=False) | st.sampled_from([0.0, -0.0, 5e-324, -5e-324, 1e-300, -1e-300])
 
 
-@both_paths
 @settings(max_examples=50, deadline=None)
 @given(pairs=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8))
 @example(pairs=[(2.225073858507203e-309, 5e-324)])  # denormal both
-def test_any_numbers(path: str, pairs: list[tuple[float, float]]) -> None:
+def test_any_numbers(every_path: PathOptions, pairs: list[tuple[float, float]]) -> None:
     """For all weights and gradients, x - eta*u - eta*lam*x where u*x >= 0, else x - eta*u, in double precision."""
     x, g = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     p = nn.Parameter(x.clone())
     p.grad = g.clone()
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
     w = x - LR * g
     # The direction path knows u's sign even where the step is too small to change x.
     keeps = torch.sign(g) * torch.sign(x) < 0
@@ -162,20 +156,18 @@ def test_the_paths_agree_where_the_step_moves(pairs: list[tuple[float, float]]) 
 # ------------------------------------------------------------------------------------ who takes part
 
 
-@both_paths
-def test_a_parameter_without_a_gradient_keeps_its_value(path: str) -> None:
+def test_a_parameter_without_a_gradient_keeps_its_value(every_path: PathOptions) -> None:
     """Gradient None: no step, no decay; the other parameter takes both."""
     p, q = weight(1.0), weight(1.0, grad=[0.0])
-    CautiousDecay(sgd(p, q), path=path).step()
+    CautiousDecay(sgd(p, q), **every_path).step()
 
     assert [1.0, 0.9375] == [p.item(), q.item()]
 
 
-@both_paths
-def test_a_frozen_parameter_keeps_its_value(path: str) -> None:
+def test_a_frozen_parameter_keeps_its_value(every_path: PathOptions) -> None:
     """requires_grad=False in the groups: untouched, from the start or frozen between steps."""
     p, q = nn.Parameter(torch.ones(1), requires_grad=False), weight(1.0, grad=[0.0])
-    opt = CautiousDecay(sgd(p, q), path=path)
+    opt = CautiousDecay(sgd(p, q), **every_path)
     opt.step()
     q.requires_grad_(requires_grad=False).grad = None
     opt.step()
@@ -183,42 +175,38 @@ def test_a_frozen_parameter_keeps_its_value(path: str) -> None:
     assert [1.0, 0.9375] == [p.item(), q.item()]
 
 
-@both_paths
-def test_no_gradient_at_all(path: str) -> None:
+def test_no_gradient_at_all(every_path: PathOptions) -> None:
     """A step before any backward changes nothing."""
     p = weight(1.0)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert 1.0 == p.item()
 
 
-@both_paths
-def test_tied_weights_decay_once(path: str) -> None:
+def test_tied_weights_decay_once(every_path: PathOptions) -> None:
     """Two layers that share a weight: model.parameters() has it once, and it decays once."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
     before = model[0].weight.detach().clone()
     model[0].weight.grad = torch.zeros(2, 2)
-    CautiousDecay(sgd(*model.parameters()), path=path).step()
+    CautiousDecay(sgd(*model.parameters()), **every_path).step()
 
     torch.testing.assert_close(before * 0.9375, model[0].weight.detach())
 
 
-@both_paths
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-def test_a_parameter_twice_in_a_group_decays_once(path: str) -> None:
+def test_a_parameter_twice_in_a_group_decays_once(every_path: PathOptions) -> None:
     """torch only warns of it and steps twice; the decay is taken once: 1 - 2*0.125 - 0.0625."""
     p = weight(1.0, grad=[1.0])
-    CautiousDecay(sgd(p, p), path=path).step()
+    CautiousDecay(sgd(p, p), **every_path).step()
 
     assert 0.6875 == p.item()
 
 
-@both_paths
-def test_gradients_that_come_and_go(path: str) -> None:
+def test_gradients_that_come_and_go(every_path: PathOptions) -> None:
     """Parameters that take part in every other step decay in every other step."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0)
-    opt = CautiousDecay(sgd(p, q), path=path)
+    opt = CautiousDecay(sgd(p, q), **every_path)
     for _ in range(4):
         opt.step()
         p.grad, q.grad = q.grad, p.grad
@@ -226,13 +214,12 @@ def test_gradients_that_come_and_go(path: str) -> None:
     assert [0.9375**2] * 2 == [p.item(), q.item()]
 
 
-@both_paths
-def test_a_group_that_opted_out_does_not_decay(path: str) -> None:
+def test_a_group_that_opted_out_does_not_decay(every_path: PathOptions) -> None:
     """A group with weight_decay 0 takes the base's step only, bit for bit."""
     p, q = weight(0.1, grad=[0.3]), weight(1.0, grad=[0.0])
     expected = plain_step(p)
-    base = SGD([{"params": [p], "weight_decay": 0.0}, {"params": [q]}], lr=LR, weight_decay=LAM)
-    CautiousDecay(base, path=path).step()
+    base = SGD([{"params": [p], "weight_decay": 0.0}, {"params": [q]}], lr=LR, weight_decay=LAM, **every_path.base)
+    CautiousDecay(base, **every_path).step()
 
     assert torch.equal(expected, p)
     assert 0.9375 == q.item()
@@ -327,22 +314,20 @@ def test_an_empty_sparse_gradient_changes_nothing(build: Any, path: str) -> None
     assert torch.equal(torch.ones(4, 2), p)
 
 
-@both_paths
-def test_a_gradient_that_is_sparse_in_both_dimensions(path: str) -> None:
+def test_a_gradient_that_is_sparse_in_both_dimensions(every_path: PathOptions) -> None:
     """Where single entries are given, single entries decay."""
     p = nn.Parameter(torch.ones(2, 2))
     p.grad = torch.sparse_coo_tensor([[0, 1], [1, 0]], [1.0, -1.0], (2, 2), check_invariants=True)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     torch.testing.assert_close(torch.tensor([[1.0, 0.8125], [1.125, 1.0]]), p.detach())
 
 
-@both_paths
-def test_an_embedding_among_dense_layers(path: str) -> None:
+def test_an_embedding_among_dense_layers(every_path: PathOptions) -> None:
     """Sparse and dense gradients in one group: looked-up rows and the dense weight decay, other rows do not."""
     embedding, head = nn.Embedding(4, 1, sparse=True), weight(1.0, grad=[0.0])
     embedding.weight.data.fill_(1.0)
-    opt = CautiousDecay(sgd(embedding.weight, head), path=path)
+    opt = CautiousDecay(sgd(embedding.weight, head), **every_path)
     embedding(torch.tensor([0, 2, 2])).sum().backward()
     opt.step()
 
@@ -350,11 +335,10 @@ def test_an_embedding_among_dense_layers(path: str) -> None:
     assert 0.9375 == head.item()
 
 
-@both_paths
-def test_a_gradient_may_turn_from_dense_to_sparse(path: str) -> None:
+def test_a_gradient_may_turn_from_dense_to_sparse(every_path: PathOptions) -> None:
     """Each step looks at the gradient that it has: first all rows decay, then one."""
     p = nn.Parameter(torch.ones(3, 1))
-    opt = CautiousDecay(sgd(p), path=path)
+    opt = CautiousDecay(sgd(p), **every_path)
     for grad in (torch.zeros(3, 1), sparse([1], [[0.0]], rows=3), torch.zeros(3, 1)):
         p.grad = grad
         opt.step()
@@ -382,65 +366,60 @@ def strided(kind: str, shape: tuple[int, ...]) -> Tensor:
 LAYOUTS = ["contiguous", "channels_last", "transposed", "every other", "part of a larger one"]
 
 
-@both_paths
 @pytest.mark.parametrize("of_grad", LAYOUTS)
 @pytest.mark.parametrize("of_weight", LAYOUTS)
-def test_layouts(of_weight: str, of_grad: str, path: str) -> None:
+def test_layouts(of_weight: str, of_grad: str, every_path: PathOptions) -> None:
     """Weights and gradients of any strides, equal or not, small or large, obey the rule and keep their strides."""
     params = [nn.Parameter(strided(of_weight, shape)) for shape in (SMALL, LARGE, SMALL)]
     strides = [p.stride() for p in params]
     for p in params:
         p.grad = strided(of_grad, tuple(p.shape))
     expected = [ruled(p.detach().clone(), plain_step(p), ETA_LAM) for p in params]
-    CautiousDecay(sgd(*params), path=path).step()
+    CautiousDecay(sgd(*params), **every_path).step()
 
     assert strides == [p.stride() for p in params]
     torch.testing.assert_close(expected, [p.detach() for p in params], rtol=1e-14, atol=1e-14)
 
 
-@both_paths
-def test_memory_between_the_weights_is_left_alone(path: str) -> None:
+def test_memory_between_the_weights_is_left_alone(every_path: PathOptions) -> None:
     """A parameter that is every other number of a buffer decays; the numbers between keep their bits."""
     buffer = torch.ones(8)
     p = nn.Parameter(buffer[::2])
     p.grad = torch.zeros(4)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert [0.9375, 1.0] * 4 == buffer.tolist()
 
 
-@both_paths
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (1, 1, 1, 1, 1)])
-def test_small_shapes(shape: tuple[int, ...], path: str) -> None:
+def test_small_shapes(shape: tuple[int, ...], every_path: PathOptions) -> None:
     """0-d, empty and one-element parameters decay, or do not mind."""
     p = nn.Parameter(torch.ones(shape))
     p.grad = torch.zeros(shape)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert torch.equal(torch.full(shape, 0.9375), p)
 
 
-@both_paths
 @pytest.mark.parametrize("base", [SGD, Adam, AdamW])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_types(dtype: torch.dtype, base: Any, path: str) -> None:
+def test_types(dtype: torch.dtype, base: Any, every_path: PathOptions) -> None:
     """float64 down to bfloat16: with a zero gradient a step is one rounding of 0.9375 x, and the type stays."""
     x = torch.linspace(-2, 2, 65, dtype=dtype)
     p = nn.Parameter(x.clone())
     p.grad = torch.zeros_like(p)
     options = {} if base is SGD else {"eps": 1e-4}  # Adam's own 1e-8 is 0 in float16, and 0/0 NaN
-    CautiousDecay(base([p], lr=LR, weight_decay=LAM, **options), path=path).step()
+    CautiousDecay(base([p], lr=LR, weight_decay=LAM, **options), **every_path).step()
 
     assert dtype == p.dtype
     assert torch.equal((x.double() - ETA_LAM * x.double()).to(dtype), p)
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_obey_the_mask(dtype: torch.dtype, path: str) -> None:
+def test_sixteen_bits_obey_the_mask(dtype: torch.dtype, every_path: PathOptions) -> None:
     """In 16 bits too, of 1, 1, -1, -1 the first and the last decay; these numbers are exact in both types."""
     p = weight(1, 1, -1, -1, grad=[1, -1, 1, -1], dtype=dtype)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert [0.8125, 1.125, -1.125, -0.8125] == p.tolist()
 
@@ -456,35 +435,32 @@ def test_the_direction_sees_a_step_that_rounds_away() -> None:
     assert [1.0, 0.9375] == results
 
 
-@both_paths
 @pytest.mark.parametrize("foreach", [False, True])
-def test_types_mixed_in_one_group(foreach: bool, path: str) -> None:
+def test_types_mixed_in_one_group(foreach: bool, every_path: PathOptions) -> None:
     """Parameters of four types in one group each obey the rule in their own."""
     types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     params = [weight(1, 1, -1, -1, grad=[1, -1, 1, -1], dtype=dtype) for dtype in types * 2]
-    CautiousDecay(sgd(*params, foreach=foreach), path=path).step()
+    CautiousDecay(sgd(*params, foreach=foreach), **every_path).step()
 
     assert [[0.8125, 1.125, -1.125, -0.8125]] * 8 == [p.tolist() for p in params]
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-def test_complex_weights_decay_by_their_parts(dtype: torch.dtype, path: str) -> None:
+def test_complex_weights_decay_by_their_parts(dtype: torch.dtype, every_path: PathOptions) -> None:
     """Real and imaginary part are two weights, as torch takes them: of 1+i with gradient 1-i only the 1 decays."""
     p = nn.Parameter(torch.tensor([1 + 1j, -1 - 1j], dtype=dtype))
     p.grad = torch.tensor([1 - 1j, 1 - 1j], dtype=dtype)
-    CautiousDecay(sgd(p), path=path).step()
+    CautiousDecay(sgd(p), **every_path).step()
 
     assert [0.8125 + 1.125j, -1.125 - 0.8125j] == p.tolist()
 
 
-@both_paths
 @pytest.mark.parametrize("base", [Adam, AdamW])
-def test_complex_weights_with_a_state(base: Any, path: str) -> None:
+def test_complex_weights_with_a_state(base: Any, every_path: PathOptions) -> None:
     """Adam's moments of complex weights are complex; the mask is of the parts still."""
     p = nn.Parameter(torch.tensor([1 + 1j, -1 - 1j], dtype=torch.complex128))
     q = nn.Parameter(torch.view_as_real(p.detach()).clone())
-    opt, real = (CautiousDecay(base([w], lr=LR, weight_decay=LAM), path=path) for w in (p, q))
+    opt, real = (CautiousDecay(base([w], lr=LR, weight_decay=LAM), **every_path) for w in (p, q))
     for _ in range(3):
         p.grad = torch.randn(2, dtype=torch.complex128)
         q.grad = torch.view_as_real(p.grad).clone()
@@ -494,19 +470,17 @@ def test_complex_weights_with_a_state(base: Any, path: str) -> None:
     torch.testing.assert_close(q.detach(), torch.view_as_real(p.detach()), rtol=1e-12, atol=1e-12)
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_learning_rate_of_another_type(dtype: torch.dtype, path: str) -> None:
+def test_a_tensor_learning_rate_of_another_type(dtype: torch.dtype, every_path: PathOptions) -> None:
     """A float64 tensor lr does not change the type of the weights: 1 - 0.125*0.5."""
     p = weight(1.0, grad=[0.0], dtype=dtype)
     lr = torch.tensor(LR, dtype=torch.float64)
-    CautiousDecay(AdamW([p], lr=lr, weight_decay=LAM, foreach=False), path=path).step()
+    CautiousDecay(AdamW([p], lr=lr, weight_decay=LAM, foreach=False, **every_path.base), **every_path).step()
 
     assert (dtype, 0.9375) == (p.dtype, p.item())
 
 
-@both_paths
-def test_many_small_tensors(path: str) -> None:
+def test_many_small_tensors(every_path: PathOptions) -> None:
     """A thousand tensors of different sizes, in groups of different strengths, each decay by their own."""
     groups = [
         {"params": [nn.Parameter(torch.ones(i % 7, 3)) for i in range(100)], "weight_decay": k / 16} for k in range(10)
@@ -515,7 +489,7 @@ def test_many_small_tensors(path: str) -> None:
     for group in base.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
-    CautiousDecay(base, path=path).step()
+    CautiousDecay(base, **every_path).step()
 
     for k, group in enumerate(base.param_groups):
         assert {1 - k / 16} == {x for p in group["params"] for x in p.flatten().tolist()}

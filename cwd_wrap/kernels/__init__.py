@@ -132,4 +132,14 @@ def _triton_obstacle(device: torch.device) -> str | None:
         importlib.import_module("cwd_wrap.kernels._triton")
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
+    return None if interpreted else _launcher_obstacle()
+
+
+def _launcher_obstacle() -> str | None:
+    """Triton compiles the C code of its launcher when its driver is first used; slim images have no compiler for it."""
+    try:
+        importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018 - made at the first look
+    except Exception as error:  # noqa: BLE001 - what a failed build raises is Triton's own affair
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"Triton cannot build its launcher, which takes a C compiler and Python's headers ({reason})"
     return None

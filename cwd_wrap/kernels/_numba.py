@@ -1,6 +1,6 @@
 # Functions under register_jitable are compiled, not run: their arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN202, PLR0124
 """The rules in numba, on the CPU: one pass over memory, for all tensors of the same types in one call.
 
 A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` is the
@@ -129,17 +129,19 @@ def _(addresses, column, tensor, start, stop, tag):
     ]
 
 
-def _get(line, i):
-    """Element ``i``, in float32 or wider; None where there is no such column."""
+def _get(line, i, like):
+    """Element ``i`` in the type that the rule computes in, that of ``like``; None where there is no such column."""
 
 
 @overload(_get, inline="always")
-def _(line, i):
+def _(line, i, like):
     if line is types.none:
-        return lambda line, i: None
+        return lambda line, i, like: None
     if line.dtype in (_BFLOAT16, _FLOAT16):
-        return lambda line, i: _wide(line[i])
-    return lambda line, i: line[i]
+        return lambda line, i, like: _wide(line[i])
+    if like == types.float32:
+        return lambda line, i, like: np.float32(line[i])
+    return lambda line, i, like: line[i]
 
 
 def _put(line, i, value, random):
@@ -269,7 +271,7 @@ def _amsgrad(x, g, m, v, largest, n, strict):
     g = n[0] * g
     m = m + n[3] * (g - m)
     v = n[4] * v + n[5] * g * g
-    largest = largest if largest >= v else v
+    largest = v if (v > largest) | (v != v) else largest  # NaN stays
     mask = _aligned(m, x, strict)
     return _decay(x - n[1] * m / (np.sqrt(largest) / n[7] + n[6]), x, mask, n[2]), None, m, v, largest, mask
 
@@ -322,8 +324,9 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
             count = 0
             for i in range(stop - start):
                 new0, new1, new2, new3, new4, mask = rule(
-                    _get(line0, i), _get(line1, i), _get(line2, i), _get(line3, i), _get(line4, i), n, strict
-                )
+                    _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
+                    _get(line4, i, n[0]), n, strict,
+                )  # fmt: skip
                 random = _words(seed, tensor, start + i)
                 _put(line0, i, new0, random[0])
                 _put(line1, i, new1, None)
@@ -449,7 +452,7 @@ def _numbers(buckets: Sequence[Bucket], rows: Sequence[Sequence[float]]) -> np.n
 def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
     sizes = _sizes(columns[0])
     numbers = np.zeros((len(sizes), NUMBERS), np.float64 if columns[0][0].dtype == torch.float64 else np.float32)
-    counts = _run(rule, columns, numbers)
+    counts = _run(rule, _in_lines(columns), numbers)
     per_tensor = np.zeros(len(sizes), np.int64)
     np.add.at(per_tensor, _chunks(sizes.tobytes())[:, 0], counts)
     return torch.from_numpy(per_tensor)
@@ -469,16 +472,19 @@ def _launch(
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     narrow = any(columns[i][0].element_size() == 2 for i in written)
     seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
-    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
-        return _run(rule, columns, numbers, strict, seed)
-    lines = list(
-        zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True)
-    )
+    lines = _in_lines(columns)
     counts = _run(rule, lines, numbers, strict, seed)
-    for i in written:
+    for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
     return counts
+
+
+def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """The columns with each row as contiguous lines of one order."""
+    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        return columns
+    return list(zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True))
 
 
 def _run(

@@ -1,45 +1,65 @@
 # Functions under triton.jit are compiled, not run: their arguments have no Python types, and constants are in capitals.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202, ARG001, N803
+# ruff: noqa: ANN001, ANN202, ARG001, N803, PLR0124, SIM102
 """The rules in Triton: one launch for all tensors of one device and the same types, whatever their number.
 
-A launch works through chunks. A table on the device says which tensor each chunk is of, another where the tensors are;
-both are sent up again only when something has moved. What changes from step to step, eta*lam above all, is read from
-device memory, so that no value is ever compiled in and a CUDA graph sees new ones.
+A launch works through chunks. A table on the device says which tensor and which bucket each chunk is of, another where
+the tensors are; both are sent again only when something has moved. What changes from step to step (eta*lam, the
+learning rate, the counters) is read from device memory, so no value is ever compiled in and a CUDA graph sees new ones.
 
-`_sweep` is the walk, the same for every rule. A rule is a function of the values of up to three tensors in one
-place, of two coefficients and of a strength; it returns what to write, and whether to count it. A rule that needs a
-number of each whole tensor takes two launches: one that counts, and one that reads what was made of the counts.
+`_sweep` is the walk, the same for every rule. A decay is a function of the values of up to three tensors in one place,
+of eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update
+is a function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns. A rule
+that needs a number of each whole tensor takes two launches: one that counts, and one that reads what was made of the
+counts.
+
+What is written is rounded as in rules.py: no multiplication is fused with an addition, and float32 roots and quotients
+are those of the IEEE standard.
 """
 
 import contextlib
 import functools
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
-from typing import Any, cast
+from itertools import chain, repeat
+from operator import attrgetter
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwd_wrap.kernels._eager import _lines, _write_back
+from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.kernels._eager import _order, _write_back
+from cwd_wrap.updates import SGD, Adam, Update
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
 ALIGNMENT = 16  # bytes
-TABLES = 64  # kept on the device at once; an optimizer needs three to six for each combination of types
+TABLES = 64  # kept on the device at once; an optimizer needs three to seven for each combination of types
+NUMBERS = 7  # coefficients in a row of the table of buckets
+ROW = (
+    4 + NUMBERS
+)  # before them: eta*lam and the learning rate, as an address on the device (or 0) or as numbers (or 0.0)
 
+_COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
+_DTYPE = attrgetter("dtype")
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+_Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
+"""What the tensors of a bucket share: eta*lam, the learning rate, the coefficients."""
+
 _recorded: list[Tensor] = []
-"""Pinned memory that CUDA graphs copy from when they are replayed. Nobody says when a graph is gone, so it stays."""
+"""Pinned memory that CUDA graphs copy from at each replay. A graph gives no signal when it is freed, so these are never
+released."""
 
 
-# ---- the rules, each the twin of a function in _eager.py
+# ---- the decays, each the twin of a function in _eager.py
 
 
 @triton.jit
@@ -54,13 +74,13 @@ def _aligned(u, x, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _along_gradient(x, g, z, sign, beta, eta_lam, STRICT: tl.constexpr):
+def _along_gradient(x, g, z, eta_lam, sign, beta, STRICT: tl.constexpr):
     mask = _aligned(sign * g, x, STRICT)
     return _decay(x, x, mask, eta_lam), mask
 
 
 @triton.jit
-def _along_momentum(x, m, g, slope, is_average, eta_lam, STRICT: tl.constexpr):
+def _along_momentum(x, m, g, eta_lam, slope, is_average, STRICT: tl.constexpr):
     # Where a and b add up to 1, as torch.lerp computes it, so that near-cancellations come out as the optimizer's own.
     low = tl.abs(slope) < 0.5
     average = tl.fma(tl.where(low, slope, slope - 1), g - m, tl.where(low, m, g))
@@ -70,49 +90,100 @@ def _along_momentum(x, m, g, slope, is_average, eta_lam, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _from_snapshot(w, x, z, alpha, beta, eta_lam, STRICT: tl.constexpr):
+def _from_snapshot(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
     mask = (w < x) & (x > 0) | (w > x) & (x < 0) if STRICT else (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
     return _decay(w, x, mask, eta_lam), mask
 
 
 @triton.jit
-def _copy(x, y, z, alpha, beta, strength, STRICT: tl.constexpr):
-    return x, tl.zeros_like(x) == 0
+def _copy(to, source, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+    return source, tl.zeros_like(source) == 0
 
 
 @triton.jit
-def _agrees(w, x, g, alpha, beta, strength, STRICT: tl.constexpr):
+def _agrees(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
     return w, (w < x) & (g > 0) | (w > x) & (g < 0)
 
 
 @triton.jit
-def _nonzero(x, y, z, alpha, beta, strength, STRICT: tl.constexpr):
+def _nonzero(x, y, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
     return x, x != 0
 
 
 @triton.jit
-def _cautious_update(w, x, g, alpha, beta, eta_lam, STRICT: tl.constexpr):
-    w, mask = _agrees(w, x, g, alpha, beta, eta_lam, STRICT)
+def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
+    w, mask = _agrees(w, x, g, eta_lam, alpha, beta, STRICT)
     v = x + alpha * mask.to(w.dtype) * (w - x)
     return v - eta_lam * v, mask
 
 
 @triton.jit
-def _p_norm_decay(w, x, z, p, exponent, eta_lam, STRICT: tl.constexpr):
+def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
     # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf.
     strength = p * eta_lam
     power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(tl.abs(x))))
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
+# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, state ...), where the state has three
+# entries, of which only those that the optimizer has are written
+
+
 @triton.jit
-def _round_stochastically(wide, seed, tensor, block, FLOAT16: tl.constexpr, BLOCK: tl.constexpr):
+def _divide(a, b):
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _root(a):
+    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
+
+
+@triton.jit
+def _adam(g, m, v, largest, eta, root, rest1, beta2, rest2, eps):
+    # eta and root: eta / (1 - beta1**t) and sqrt(1 - beta2**t); rest: 1 - beta.
+    m = m + rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
+    most = v
+    if largest is not None:
+        most = tl.where((v > largest) | (v != v), v, largest)  # NaN stays
+    return m, _divide(eta * m, _divide(_root(most), root) + eps), m, v, most
+
+
+@triton.jit
+def _sgd(g, m, v, largest, eta, root, momentum, rest, nesterov, eps):
+    u = g
+    if m is not None:
+        m = momentum * m + rest * g
+        u = tl.where(nesterov != 0, g + momentum * m, m)
+    else:
+        m = g
+    return u, eta * u, m, m, m
+
+
+@triton.jit
+def _lion(g, m, v, largest, eta, root, rest1, rest2, beta, eps):
+    u = m + rest1 * (g - m)
+    u = (u > 0).to(g.dtype) - (u < 0).to(g.dtype)
+    m = m + rest2 * (g - m)
+    return u, eta * u, m, m, m
+
+
+# ---- the walk
+
+
+@triton.jit
+def _round_stochastically(wide, seed, tensor, block, COLUMN: tl.constexpr, FLOAT16: tl.constexpr, BLOCK: tl.constexpr):
     # The twin of rules.stochastic_rounding: add random bits below the last one that is kept, and cut them off.
-    # Each counter (place, block, tensor) gives the random words of four neighbours.
+    # Each counter (place, block, tensor, words) gives the random words of four neighbours. A column in bfloat16 takes
+    # one half of each word, one in float16 a word of its own.
+    words: tl.constexpr = 4 + COLUMN if FLOAT16 else COLUMN // 2
     lane = tl.arange(0, BLOCK // 4)
     zero = lane * 0
-    a, b, c, d = tl.philox(seed, lane, (zero + block // BLOCK).to(tl.int32), (zero + tensor).to(tl.int32), zero)
+    a, b, c, d = tl.philox(seed, lane, (zero + block // BLOCK).to(tl.int32), (zero + tensor).to(tl.int32), zero + words)
     random = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
+    if not FLOAT16:
+        random = random >> 16 * (COLUMN % 2)
     bits = wide.to(tl.int32, bitcast=True)
     spare: tl.constexpr = 0x1FFF if FLOAT16 else 0xFFFF
     largest: tl.constexpr = 65504.0 if FLOAT16 else 3.3895313892515355e38
@@ -126,64 +197,106 @@ def _round_stochastically(wide, seed, tensor, block, FLOAT16: tl.constexpr, BLOC
     return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and what overflows as always
 
 
-# ---- the walk
-
-
 @triton.jit
-def _pointer(addresses, tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _pointer(addresses, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     # Triton 3.0 makes no pointer type of a constant, but of the type of a tensor.
-    pointer = tl.load(addresses + tensor).to(tl.pointer_type(tl.zeros([1], TYPE).dtype))
+    pointer = tl.load(addresses + at).to(tl.pointer_type(tl.zeros([1], TYPE).dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
 
 @triton.jit
+def _number(addresses, numbers, at, TYPE: tl.constexpr):
+    """A number of a row in float64: the one at the address, if there is one, else the one in the row."""
+    there = tl.load(_pointer(addresses, at, TYPE, False), mask=tl.load(addresses + at) != 0, other=0.0)
+    return there.to(tl.float64) + tl.load(numbers + at + 2)
+
+
+@triton.jit
+def _load(pointer, at, inside, WIDE: tl.constexpr):
+    return tl.load(pointer + at, mask=inside).to(WIDE)
+
+
+@triton.jit
+def _store(pointer, value, at, inside, seed, tensor, block, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
+    if seed is not None:
+        if (pointer.dtype.element_ty == tl.float16) | (pointer.dtype.element_ty == tl.bfloat16):
+            value = _round_stochastically(
+                value, seed, tensor, block, COLUMN, pointer.dtype.element_ty == tl.float16, BLOCK
+            )
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _piece(
-    out,
     first,
     second,
     third,
+    fourth,
+    fifth,
     at,
     inside,
-    alpha,
-    beta,
-    strength,
+    eta_lam,
+    eta,
+    root,
+    sign,
+    n0,
+    n1,
+    n2,
+    n3,
     seed,
     tensor,
     block,
     RULE: tl.constexpr,
+    UPDATE: tl.constexpr,
+    WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    x = tl.load(first + at, mask=inside).to(WIDE)
-    y = tl.load(second + at, mask=inside).to(WIDE) if second is not None else x
-    z = tl.load(third + at, mask=inside).to(WIDE) if third is not None else x
-    new, mask = RULE(x, y, z, alpha, beta, strength, STRICT)
-    if seed is not None:
-        new = _round_stochastically(new, seed, tensor, block, out.dtype.element_ty == tl.float16, BLOCK)
-    if out is not None:
-        tl.store(out + at, new.to(out.dtype.element_ty), mask=inside)
+    x = _load(first, at, inside, WIDE)
+    y = _load(second, at, inside, WIDE) if second is not None else x
+    z = _load(third, at, inside, WIDE) if third is not None else None
+    if UPDATE:
+        v = _load(fourth, at, inside, WIDE) if fourth is not None else None
+        largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
+        direction, step, z, v, largest = RULE(sign * y, z, v, largest, eta, root, n0, n1, n2, n3)
+        mask = _aligned(direction, x, STRICT)
+        x = _decay(x - step, x, mask, eta_lam)
+        if third is not None:
+            _store(third, z, at, inside, seed, tensor, block, 1, BLOCK)
+        if fourth is not None:
+            _store(fourth, v, at, inside, seed, tensor, block, 2, BLOCK)
+        if fifth is not None:
+            _store(fifth, largest, at, inside, seed, tensor, block, 3, BLOCK)
+    else:
+        x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
+    if WRITE:
+        _store(first, x, at, inside, seed, tensor, block, 0, BLOCK)
     return mask
 
 
-@triton.jit(do_not_specialize=["addresses", "tensors", "chunks", "strengths", "coefficients"])
+@triton.jit(do_not_specialize=["addresses", "tensors", "chunks", "rows", "numbers", "steps"])
 def _sweep(
     addresses,
     tensors,
     chunks,
-    strengths,
-    coefficients,
+    rows,
+    numbers,
+    steps,
     counts,
     seeds,
     per_tensor,
     RULE: tl.constexpr,
-    OUT: tl.constexpr,
+    UPDATE: tl.constexpr,
+    WRITE: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
-    COLUMN: tl.constexpr,
+    FOURTH: tl.constexpr,
+    FIFTH: tl.constexpr,
+    ROW: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     STRICT: tl.constexpr,
@@ -192,42 +305,56 @@ def _sweep(
 ):
     """Carry RULE out on chunk number ``program_id``.
 
-    ``addresses``: columns of ``tensors`` each, first those of the inputs; what is written is in column COLUMN, and
-    nothing is where OUT is None.
-    ``chunks``: for each its tensor, its first element, the one after its last, and its row. For each row,
-    ``coefficients`` holds two numbers and the strength, unless ``strengths`` has the address of one. ``seeds``: None
-    rounds to nearest; otherwise the one seed there makes the random numbers that round. ``per_tensor``: None, or
-    a number for each tensor, in place of the first coefficient.
+    ``addresses``: columns of ``tensors`` each, of the types FIRST to FIFTH; the first is written if WRITE, the third to
+    the fifth if RULE is an UPDATE.
+    ``chunks``: for each its tensor, its first element, the one after its last, and its row.
+    ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
+    ``steps``: the address of each tensor's counter, for an update that corrects biases; the last two numbers of the row
+    are log2(beta) of its two averages.
+    ``seeds``: None rounds to nearest; otherwise the one seed there makes the random numbers that round. ``per_tensor``:
+    None, or a number for each tensor, in place of the first coefficient.
     """
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
-    tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3)
+    tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3) * ROW
     start = tl.multiple_of(start, BLOCK)
-    alpha = tl.load(coefficients + row * 3) if per_tensor is None else tl.load(per_tensor + tensor)
-    beta = tl.load(coefficients + row * 3 + 1)
-    number = tl.load(coefficients + row * 3 + 2)
-    address = tl.load(strengths + row)
-    strength = tl.load(address.to(coefficients.dtype), mask=address != 0, other=number)
+    eta_lam = _number(rows, numbers, row, WIDE).to(WIDE)
+    eta = _number(rows, numbers, row + 1, WIDE)
+    root = eta
+    if steps is not None:
+        # In float64, whose 2**y is right to an ulp or two: 1 - beta**t is off by some 1e-16, relatively 1e-13 at 0.001.
+        t = tl.load(_pointer(steps, tensor, tl.float32, False)).to(tl.float64)
+        eta = eta / (1 - tl.exp2(t * tl.load(numbers + row + 9)))
+        root = tl.sqrt(1 - tl.exp2(t * tl.load(numbers + row + 10)))
+    eta, root = eta.to(WIDE), root.to(WIDE)
+    n0 = tl.load(numbers + row + 4).to(WIDE) if per_tensor is None else tl.load(per_tensor + tensor)
+    n1 = tl.load(numbers + row + 5).to(WIDE)
+    n2 = tl.load(numbers + row + 6).to(WIDE)
+    n3 = tl.load(numbers + row + 7).to(WIDE)
+    sign = tl.load(numbers + row + 8).to(WIDE)
     column = tl.cast(tensors, tl.int64)
-    out = _pointer(addresses + column * COLUMN, tensor, OUT, ALIGNED) if OUT is not None else None
     first = _pointer(addresses, tensor, FIRST, ALIGNED)
     second = _pointer(addresses + column, tensor, SECOND, ALIGNED) if SECOND is not None else None
     third = _pointer(addresses + column * 2, tensor, THIRD, ALIGNED) if THIRD is not None else None
+    fourth = _pointer(addresses + column * 3, tensor, FOURTH, ALIGNED) if FOURTH is not None else None
+    fifth = _pointer(addresses + column * 4, tensor, FIFTH, ALIGNED) if FIFTH is not None else None
     seed = tl.load(seeds) if seeds is not None else None
     active = tl.zeros([BLOCK], tl.int32)
     rest = stop - (stop - start) % BLOCK
     for block in range(start, rest, BLOCK):  # no mask here: it would split the wide loads
         at = block + tl.arange(0, BLOCK)
         mask = _piece(
-            out, first, second, third, at, None, alpha, beta, strength, seed, tensor, block, RULE, WIDE, STRICT, BLOCK
-        )
+            first, second, third, fourth, fifth, at, None, eta_lam, eta, root, sign, n0, n1, n2, n3,
+            seed, tensor, block, RULE, UPDATE, WRITE, WIDE, STRICT, BLOCK,
+        )  # fmt: skip
         if COUNT:
             active += mask.to(tl.int32)
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         inside = at < stop
         mask = _piece(
-            out, first, second, third, at, inside, alpha, beta, strength, seed, tensor, rest, RULE, WIDE, STRICT, BLOCK
-        )
+            first, second, third, fourth, fifth, at, inside, eta_lam, eta, root, sign, n0, n1, n2, n3,
+            seed, tensor, rest, RULE, UPDATE, WRITE, WIDE, STRICT, BLOCK,
+        )  # fmt: skip
         if COUNT:
             active += (mask & inside).to(tl.int32)
     if COUNT:
@@ -237,178 +364,184 @@ def _sweep(
 # ---- the launch
 
 
-@torch.compiler.disable  # addresses mean nothing while tensors are fake
-def decay_along(
-    w: Sequence[Tensor],
-    m: Sequence[Tensor | None],
-    g: Sequence[Tensor],
-    a: Sequence[float],
-    b: Sequence[float],
-    eta_lam: Sequence[float | Tensor],
-    *,
-    strict: bool,
-    count: bool,
-    stochastic: bool = False,
-) -> int | Tensor:
-    """What `_eager.decay_along` does, in one launch; ``m`` is None for all tensors or for none."""
-    pairs = list(zip(a, b, strict=True))
+def _uncompiled(function: _Function) -> _Function:
+    """Outside of torch.compile: addresses mean nothing while tensors are fake."""
+    uncompiled: _Function = torch.compiler.disable(function)
+    return uncompiled
+
+
+@_uncompiled
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_along`, in one launch."""
+    by_momentum = bool(buckets) and buckets[0].m is not None
+    rows = [
+        _row(bucket.eta_lam, *(_slope(bucket) if by_momentum else (math.copysign(1, bucket.b),))) for bucket in buckets
+    ]
+    rule = _along_momentum if by_momentum else _along_gradient
+    return _sum(_launch(rule, _columns(buckets), rows, strict=strict, count=count, stochastic=stochastic))
+
+
+@_uncompiled
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.decay_from_snapshot`, in one launch."""
+    columns = [(bucket.w, bucket.x) for bucket in buckets]
+    rows = [_row(bucket.eta_lam) for bucket in buckets]
+    return _sum(_launch(_from_snapshot, columns, rows, strict=strict, count=count, stochastic=stochastic))
+
+
+@_uncompiled
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    """`kernels.Backend.step_whole`, in one launch after the one that increases the counters."""
+    steps = _joined([bucket.steps for bucket in buckets])
+    if steps:
+        torch._foreach_add_(list(steps), 1)
+    rows = [_row(bucket.eta_lam, *_coefficients(bucket.update), lr=bucket.lr) for bucket in buckets]
+    rule = _UPDATES[buckets[0].update.kernel] if buckets else None
     flags: dict[str, Any] = {"strict": strict, "count": count, "stochastic": stochastic}
-    if m and m[0] is None:
-        return _sum(_launch(_along_gradient, (w, g), pairs, _sign_of, eta_lam, **flags))
-    momenta = cast("Sequence[Tensor]", m)
-    return _sum(_launch(_along_momentum, (w, momenta, g), pairs, _slope_of, eta_lam, **flags))
+    return _sum(_launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags))
 
 
-@torch.compiler.disable
-def decay_from_snapshot(
-    w: Sequence[Tensor],
-    x: Sequence[Tensor],
-    eta_lam: Sequence[float | Tensor],
-    *,
-    strict: bool,
-    count: bool,
-    stochastic: bool = False,
-) -> int | Tensor:
-    """What `_eager.decay_from_snapshot` does, in one launch."""
-    pairs = [(0.0, 0.0)] * len(w)
-    flags: dict[str, Any] = {"strict": strict, "count": count, "stochastic": stochastic}
-    return _sum(_launch(_from_snapshot, (w, x), pairs, _as_it_is, eta_lam, **flags))
-
-
-@torch.compiler.disable
+@_uncompiled
 def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """to <- source, in one launch; one entry a tensor, all of one device and type."""
-    _launch(_copy, (source,), [(0.0, 0.0)] * len(to), _as_it_is, [0.0] * len(to), to=to)
+    """`kernels.Backend.copy`, in one launch."""
+    _launch(_copy, [(to, source)], [_row(0.0)])
 
 
-@torch.compiler.disable
+@_uncompiled
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:
-    """What `_eager.count_nonzero` does, in one launch."""
-    return _counts(_nonzero, x)
+    """`kernels.Backend.count_nonzero`, in one launch."""
+    return _counts(_nonzero, [(x,)])
 
 
-@torch.compiler.disable
-def count_agreeing(w: Sequence[Tensor], x: Sequence[Tensor], g: Sequence[Tensor]) -> Tensor:
-    """What `_eager.count_agreeing` does, in one launch."""
-    return _counts(_agrees, w, x, g)
+@_uncompiled
+def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.count_agreeing`, in one launch."""
+    return _counts(_agrees, _columns(buckets))
 
 
-@torch.compiler.disable
+@_uncompiled
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """What `_eager.vector` does, without a launch; not to be written to."""
+    """`kernels.Backend.vector`, without a launch."""
     with _guard(device):
-        return _table(_plain, device, array("q", numbers).tobytes()).view(torch.int64)
+        return _table(_plain, device, _bytes(list(numbers))).view(torch.int64)
 
 
-@torch.compiler.disable
-def cautious_update(
-    w: Sequence[Tensor],
-    x: Sequence[Tensor],
-    g: Sequence[Tensor],
-    alpha: Tensor,
-    eta_lam: Sequence[float | Tensor],
-) -> None:
-    """What `_eager.cautious_update` does, in one launch."""
-    _launch(_cautious_update, (w, x, g), [(0.0, 0.0)] * len(w), _as_it_is, eta_lam, per_tensor=alpha)
+@_uncompiled
+def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
+    """`kernels.Backend.cautious_update`, in one launch."""
+    _launch(_cautious_update, _columns(buckets), [_row(bucket.eta_lam) for bucket in buckets], per_tensor=alpha)
 
 
-@torch.compiler.disable
-def p_norm_decay(
-    w: Sequence[Tensor], x: Sequence[Tensor], p: float, eta_lam: Sequence[float | Tensor], nonzero: Tensor
-) -> None:
-    """What `_eager.p_norm_decay` does, in one launch."""
-    wide = torch.promote_types(w[0].dtype, torch.float32)
-    p_or_0 = (nonzero != 0).to(wide) * p
-    _launch(_p_norm_decay, (w, x), [(0.0, p - 2)] * len(w), _as_it_is, eta_lam, per_tensor=p_or_0)
+@_uncompiled
+def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
+    """`kernels.Backend.p_norm_decay`, in one launch."""
+    columns = [(bucket.w, bucket.x) for bucket in buckets]
+    rows = [_row(bucket.eta_lam, 0.0, p - 2) for bucket in buckets]
+    wide = torch.promote_types(buckets[0].w[0].dtype, torch.float32)
+    _launch(_p_norm_decay, columns, rows, per_tensor=(nonzero != 0).to(wide) * p)
 
 
-def _counts(rule: Any, *inputs: Sequence[Tensor]) -> Tensor:
-    """For each tensor, in how many places ``rule`` says to count; nothing is written."""
-    first = inputs[0]
-    counts = _launch(rule, inputs, [(0.0, 0.0)] * len(first), _as_it_is, [0.0] * len(first), count=True, write=False)
-    return torch.zeros(len(first), dtype=torch.int64, device=first[0].device) if counts is None else counts
+_UPDATES = {"adam": _adam, "amsgrad": _adam, "sgd": _sgd, "sgd_momentum": _sgd, "lion": _lion}
 
 
-def _sign_of(a: float, b: float) -> tuple[float, float]:
-    return (-1.0 if b < 0 else 1.0), 0.0
+def _slope(bucket: Coming) -> tuple[float, float]:
+    """(b, 1) where a*m + b*g is an average of the two, else (b/a, 0)."""
+    return (bucket.b, 1.0) if bucket.b == 1 - bucket.a else (bucket.b / bucket.a, 0.0)
 
 
-def _slope_of(a: float, b: float) -> tuple[float, float]:
-    return (b, 1.0) if b == 1 - a else (b / a, 0.0)
+def _coefficients(update: Update) -> tuple[float, ...]:
+    """What the kernel of ``update`` reads: up to four coefficients; then its sign, and log2(beta) of two averages."""
+    sign = -1.0 if update.maximize else 1.0
+    if isinstance(update, Adam):
+        logarithms = (math.log2(beta) if beta else -math.inf for beta in (update.beta1, update.beta2))
+        return (1 - update.beta1, update.beta2, 1 - update.beta2, update.eps, sign, *logarithms)
+    if isinstance(update, SGD):
+        return (update.momentum, 1 - update.dampening, float(update.nesterov), 0.0, sign)
+    return (1 - update.beta1, 1 - update.beta2, 0.0, 0.0, sign)
 
 
-def _as_it_is(a: float, b: float) -> tuple[float, float]:
-    return a, b
+def _row(eta_lam: float | Tensor, *numbers: float, lr: float | Tensor = 0.0) -> _Row:
+    return eta_lam, lr, numbers
 
 
-def _sum(counts: Tensor | None) -> int | Tensor:
+def _columns(buckets: Sequence[Coming | Stepped | Whole]) -> list[tuple[Sequence[Tensor], ...]]:
+    return [bucket.columns for bucket in buckets]
+
+
+def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
+
+
+def _sum(counts: Tensor | None) -> Count:
     return 0 if counts is None else counts.sum()
+
+
+def _counts(rule: Any, of_buckets: Sequence[tuple[Sequence[Tensor], ...]]) -> Tensor:
+    """For each tensor, in how many places ``rule`` says to count; nothing is written."""
+    counts = _launch(rule, of_buckets, [_row(0.0)] * len(of_buckets), count=True, write=False)
+    if counts is not None:
+        return counts
+    first = _joined([columns[0] for columns in of_buckets])
+    return torch.zeros(len(first), dtype=torch.int64, device=first[0].device)
 
 
 def _launch(
     rule: Any,
-    inputs: Sequence[Sequence[Tensor]],
-    pairs: Sequence[tuple[float, float]],
-    coefficients: Callable[[float, float], tuple[float, float]],
-    eta_lam: Sequence[float | Tensor],
+    of_buckets: Sequence[tuple[Sequence[Tensor], ...]],
+    rows: Sequence[_Row],
     *,
+    update: bool = False,
+    steps: Sequence[Tensor] = (),
     strict: bool = False,
     count: bool = False,
     stochastic: bool = False,
     write: bool = True,
-    to: Sequence[Tensor] | None = None,
     per_tensor: Tensor | None = None,
 ) -> Tensor | None:
-    """Write ``rule`` of ``inputs`` over the first of them, or ``to``, elementwise. Return each tensor's count if asked.
+    """Carry ``rule`` out on the columns of each bucket, which share a row. Return each tensor's count if asked.
 
-    The lists run in parallel. The rule is given ``coefficients`` of the tensor's pair, or in place of the first of them
-    the tensor's entry in ``per_tensor``.
+    It writes to the first column, and to the third and those after it if it is an ``update``. In place of its first
+    coefficient it is given the tensor's entry in ``per_tensor``, if there is one.
     """
-    columns = inputs if to is None else (*inputs, to)
-    sizes = array("q", map(Tensor.numel, columns[0]))
+    columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
+    sizes = list(map(Tensor.numel, columns[0])) if columns else []
     if not any(sizes):
         return None
-    out = 0 if to is None else len(inputs)
-    contiguous = all(map(Tensor.is_contiguous, chain.from_iterable(columns)))
-    lines = columns if contiguous else list(zip(*map(_flat, columns[out], *columns), strict=True))[1:]
+    lines = _in_order(columns)
     types = [line[0].dtype for line in lines]
-    wide = torch.float64 if types[out] == torch.float64 else torch.float32
-    addresses = array("q", map(Tensor.data_ptr, chain.from_iterable(lines))).tobytes()
-    # Tensors of one group share a row, so that a new learning rate is a few bytes to send.
-    keys = list(zip(pairs, map(id, eta_lam), strict=True))
-    rows = dict(zip(keys, eta_lam, strict=True))
-    place = {key: row for row, key in enumerate(rows)}
-    row_of = array("q", map(place.__getitem__, keys))
-    device = columns[0][0].device
+    wide = torch.float64 if types[0] == torch.float64 else torch.float32
+    written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
+    addresses = _bytes(list(map(Tensor.data_ptr, chain.from_iterable(lines))))
+    row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
+    first = columns[0][0]
+    device = first.device
+    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {first.get_device(), torch.float32}:
+        steps = [step.to(device, torch.float32) for step in steps]
+    counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
-        strengths = [_on_device(strength, device, wide) for strength in rows.values()]
-        numbers, pointers = array("d" if wide == torch.float64 else "f"), array("q")
-        for (pair, _), strength in zip(rows, strengths, strict=True):
-            number, pointer = (0.0, strength.data_ptr()) if isinstance(strength, Tensor) else (strength, 0)
-            numbers.extend((*coefficients(*pair), number))
-            pointers.append(pointer)
-        chunks = _table(_chunks, device, sizes.tobytes(), row_of.tobytes())
-        table = _table(_plain, device, pointers.tobytes(), numbers.tobytes())
+        rows = [(_on_device(eta_lam, device, wide), _on_device(lr, device, wide), more) for eta_lam, lr, more in rows]
+        table = _table(_plain, device, b"".join(map(_packed, rows)))
+        chunks = _table(_chunks, device, _bytes(sizes), _bytes(row_of))
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
         seeds = None
-        if stochastic and types[out].itemsize == 2:  # drawn on the device: nothing waits, and a graph draws anew
+        if stochastic and any(types[column].itemsize == 2 for column in written):
+            # Drawn on the device: nothing waits, and a graph draws anew.
             seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
-        first, second, third = ([_TYPES[t] for t in types[: len(inputs)]] + [None, None])[:3]
         _sweep[(len(chunks),)](
             _table(_plain, device, addresses).view(torch.int64),
             len(sizes),
             chunks,
-            table[: 8 * len(rows)].view(torch.int64),
-            table[8 * len(rows) :].view(wide),
+            table.view(torch.int64),
+            table.view(torch.float64),
+            _table(_plain, device, counters).view(torch.int64) if counters else None,
             counts,
             seeds,
             per_tensor,
             RULE=rule,
-            OUT=_TYPES[types[out]] if write else None,
-            FIRST=first,
-            SECOND=second,
-            THIRD=third,
-            COLUMN=out,
+            UPDATE=update,
+            WRITE=write,
+            **dict(zip(_COLUMNS, [*map(_TYPES.get, types), None, None, None, None], strict=False)),
+            ROW=ROW,
             WIDE=_TYPES[wide],
             ALIGNED=_aligned_all(addresses),
             STRICT=strict,
@@ -417,14 +550,24 @@ def _launch(
             num_warps=THREADS // (64 if torch.version.hip else 32),
             enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
         )
-    if write and not contiguous:
-        for tensor, line in zip(columns[out], lines[out], strict=True):
-            _write_back(tensor, line)
+    for column in written if lines is not columns else ():
+        for t, line, first in zip(columns[column], lines[column], columns[0], strict=True):
+            if line is not t:
+                _write_back(t, line, _order(first))
     return counts
 
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    return [line.contiguous() for line in _lines(*tensors)]
+def _in_order(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
+    """The columns, each row contiguous and in one order of its elements: views of what is dense, copies of the rest."""
+    if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
+        return columns
+    lines = [list(column) for column in columns]
+    for i, row in enumerate(zip(*columns, strict=True)):
+        if not all(map(Tensor.is_contiguous, row)):
+            order = _order(row[0])
+            for line, t in zip(lines, row, strict=True):
+                line[i] = t.permute(order).contiguous()
+    return lines
 
 
 def _guard(device: torch.device) -> AbstractContextManager[object]:
@@ -435,11 +578,20 @@ def _guard(device: torch.device) -> AbstractContextManager[object]:
     return guard
 
 
-def _on_device(strength: float | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
+def _on_device(scalar: float | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
     """A number, or a tensor of type ``wide`` on ``device``; nothing that an accelerator may be writing is read here."""
-    if isinstance(strength, Tensor) and (strength.device.type != "cpu" or device.type == "cpu"):
-        return strength.to(device, wide, non_blocking=True)
-    return float(strength)
+    if isinstance(scalar, Tensor) and (scalar.device.type != "cpu" or device.type == "cpu"):
+        return scalar.to(device, wide, non_blocking=True)
+    return float(scalar)
+
+
+def _packed(row: _Row) -> bytes:
+    """A row as it is in the table, see `ROW`."""
+    *scalars, numbers = row
+    addresses = array("q", (scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars))
+    values = array("d", (0.0 if isinstance(scalar, Tensor) else scalar for scalar in scalars))
+    values.extend([*numbers, *[0.0] * (NUMBERS - len(numbers))])
+    return addresses.tobytes() + values.tobytes()
 
 
 # ---- the tables
@@ -453,6 +605,10 @@ def _chunks(sizes: bytes, rows: bytes) -> Tensor:
     number = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
     start = number * CHUNK
     return torch.stack([tensor, start, torch.minimum(start + CHUNK, numel[tensor]), row[tensor]], dim=1)
+
+
+def _bytes(numbers: list[int]) -> bytes:
+    return array("q", numbers).tobytes()  # of a list: an array takes twice as long to read an iterator
 
 
 def _plain(*parts: bytes) -> Tensor:

@@ -1,0 +1,62 @@
+"""Every method on one tensor, in float64, written from the papers: nothing of `cwd_wrap.rules` is used.
+
+A reference is given the weights ``x`` from before a step, the weights ``w`` to which the plain base takes them, the
+gradient ``g`` that it goes down, and eta*lam. It returns the weights to which the wrapped base takes them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reference = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
+    """1[u*x >= 0], or > for ``strict``. By signs, because the product may underflow."""
+    product = torch.sign(u) * torch.sign(x)
+    return product > 0 if strict else product >= 0
+
+
+def decay(mask: str = "update", strict: bool = False) -> Reference:
+    """arXiv 2510.12402, Algorithm 1, and the masks of its ablations."""
+
+    def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
+        chosen = {
+            "update": lambda: aligned(x - w, x, strict),
+            "gradient": lambda: aligned(g, x, strict),
+            "random": lambda: torch.rand(x.shape) < aligned(x - w, x, strict).float().mean(),
+            "all": lambda: torch.ones_like(x, dtype=torch.bool),
+        }[mask]()
+        return torch.where(chosen, w - eta_lam * x, w)
+
+    return reference
+
+
+def update(scale: str | None = "mean") -> Reference:
+    """arXiv 2411.16085, Algorithm 1 (``numel``), as the authors' code has it (``mean``), and without the factor."""
+
+    def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
+        kept = aligned(x - w, g, strict=True).double()
+        if scale == "mean":
+            alpha = 1 / kept.mean().clamp(min=1e-3)
+        else:
+            alpha = kept.numel() / (kept.sum() + 1) if scale == "numel" else torch.ones(())
+        return (1 - eta_lam) * (x + alpha * kept * (w - x))
+
+    return reference
+
+
+def p_norm(p: float = 0.8) -> Reference:
+    """The line of the authors' code for arXiv 2404.10824: X = |x|**(2-p); w *= X / (X + p*eta*lam)."""
+
+    def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
+        size = x.abs() ** (2 - p)
+        return w * size / (size + p * eta_lam) if eta_lam and x.any() else w
+
+    return reference
+
+
+def ruled(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
+    """The paper's rule for a step that took ``x`` to ``w``, in the type of ``w``."""
+    return decay()(x, w, x, eta_lam)
