@@ -27,6 +27,10 @@ $(BIN)/.lint: $(BIN)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	touch $@
 
+$(BIN)/.docs: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 demo: $(BIN)/.examples  ## train a small language model with AdamW and with CautiousDecay(AdamW): about two minutes
 	$(BIN)/python examples/language_model.py
 
@@ -81,9 +85,8 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
-docs: $(BIN)/.test  ## the API as web pages in site/, from the docstrings
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	$(BIN)/python -m pdoc cwd_wrap -o site
+docs: $(BIN)/.docs  ## the pages and the API as a site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) $(VENV)-cpu $(VENV)-oldest demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -152,7 +152,7 @@ class Contract(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base, or of this. Its ``weight_decay`` is the decay from here on, as with torch."""
+        """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
         state_dict = state_dict.copy()  # the hooks may change it, the caller's stays
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

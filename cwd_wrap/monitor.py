@@ -1,4 +1,4 @@
-"""Watches how much of the weights is decayed. It is handed reports and knows no wrapper."""
+"""Collects the share of weights that decays. It takes reports, and does not import the wrappers."""
 
 from typing import Protocol
 
@@ -18,7 +18,7 @@ class StepReport(Protocol):
 
 
 class MaskMonitor:
-    """Collects the share of weights decayed at each step: ``1[u*x >= 0]``'s mean over all that take part.
+    """Collects the share of weights that decayed at each step: the mean of the mask over all weights that took part.
 
     Example:
         >>> import torch
@@ -36,10 +36,10 @@ class MaskMonitor:
         self._counts: list[tuple[int | Tensor, int]] = []
 
     def __call__(self, report: StepReport) -> None:
-        """Note down one step."""
+        """Record one step."""
         self._counts.append((report.active, report.total))
 
     @property
     def ratios(self) -> list[float]:
-        """One number a step, NaN for a step in which nothing took part. Reading it waits for an accelerator."""
+        """One number for each step, NaN if no weight took part. Reading it synchronises with the accelerator."""
         return [float(active) / total if total else float("nan") for active, total in self._counts]

@@ -1,4 +1,4 @@
-"""Pictures of what a `MaskMonitor` saw. Needs matplotlib (``pip install cwd-wrap[plots]``), imported when called."""
+"""Pictures of what a `MaskMonitor` collected. Needs matplotlib (``pip install cwd-wrap[plots]``), imported on call."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def plot_mask_ratio(ratios: Sequence[float], *, ax: "Axes | None" = None, label: str | None = None) -> "Axes":
-    """Draw the share of decayed weights over the steps, into ``ax`` or a new figure; returns the axes."""
+    """Draw the share of decayed weights over the steps into ``ax``, or into a new figure. Returns the axes."""
     import matplotlib.pyplot as plt
 
     if ax is None:

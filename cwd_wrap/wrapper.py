@@ -60,13 +60,13 @@ class OptimizerWrapper(Contract):
 
     @classmethod
     def over(cls, base_class: Callable[..., Optimizer], **options: Any) -> "Callable[..., Self]":
-        """A class that builds ``base_class`` from parameters and wraps it, for every place that asks for a class.
+        """Make a class that builds ``base_class`` from parameters and wraps it, for places that expect a class.
 
-        ``base_class`` is a class, or a function that returns an optimizer. The constructor takes its arguments:
-        ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are keyword arguments of this wrapper, checked
-        at once, as its constructor checks them. Called again with the same arguments it returns the same class. The
-        class and its instances can be copied, and pickled where ``base_class`` and the options can. Raises TypeError
-        for anything but a class of optimizers or a function, and for unknown or unhashable options.
+        ``base_class`` is a class of optimizers, or a function that returns an optimizer. The new class takes its
+        arguments: ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are keyword arguments of this
+        wrapper. They are checked at once, as by its constructor. The same arguments return the same class. The class
+        and its instances can be copied, and pickled if ``base_class`` and the options can. Raises TypeError for
+        anything but a class of optimizers or a function, and for unknown or unhashable options.
         """
         return cast("Callable[..., Self]", params_first.over(cls, base_class, options))
 
@@ -85,11 +85,11 @@ class OptimizerWrapper(Contract):
     @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled, the decay put back would be lost
     @with_hooks
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """One step of the base with its decay off, and the wrapper's own rule.
+        """Step the base with its decay off, and apply the wrapper's own rule.
 
-        ``closure`` runs with gradients enabled, as often as the base evaluates it. A parameter without a gradient, or a
-        row without one where gradients are sparse, is not decayed. Raises ValueError where a group's ``weight_decay``
-        or step size is negative, NaN, infinite or unknown; nothing is changed then.
+        ``closure`` runs with gradients enabled, as often as the base evaluates it. A parameter without a gradient does
+        not decay, nor does a row without one in a sparse gradient. Raises ValueError if a group's ``weight_decay`` or
+        step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
         count = self.observer is not None
         work = Work(self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, count)
@@ -133,7 +133,7 @@ class OptimizerWrapper(Contract):
         return chosen
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group to the base. One that names no ``weight_decay`` gets ``lam``, if that was given."""
+        """Add a group to the base. If it names no ``weight_decay``, it gets ``lam``, if that was given."""
         if not isinstance(param_group, dict):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
@@ -145,20 +145,20 @@ class OptimizerWrapper(Contract):
             added["weight_decay"] = self.lam
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base, or of this. Its ``weight_decay`` is the decay from here on, as with torch."""
+        """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
         super().load_state_dict(state_dict)
         self._warn_if_idle()
 
     def drop_snapshot(self) -> None:
-        """Give back the memory of the copies; the next step allocates anew. Nothing happens where none were made."""
+        """Free the copies of weights, if there are any. The next step that needs them allocates them again."""
         self._buffers.drop()
 
     @property
     def snapshot_bytes(self) -> int:
-        """Extra bytes needed at the peak of a step, on this rank.
+        """Extra bytes that a step needs at its peak, on this rank.
 
-        A copy of the decaying weights of groups on the path "snapshot", one piece on the path "pieces", else 0.
-        Parameters whose gradient is sparse count with all their rows until the gradient is there.
+        For groups on the path "snapshot" this is a copy of their decaying weights; for groups on the path "pieces" one
+        piece; otherwise 0. Parameters with a sparse gradient count with all their rows until the gradient exists.
         """
         of_path: dict[str, list[Tensor]] = {}
         for i, path, _ in self.paths():

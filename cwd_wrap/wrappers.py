@@ -28,39 +28,42 @@ class CautiousDecay(OptimizerWrapper):
 
         x <- x - eta * (u + lam * 1[u*x >= 0] * x)
 
-    ``u`` is the base's update (subtracted): a weight decays only where the step already moves it towards zero, or
-    leaves it. The decay is decoupled, whatever the base's own kind is; mask and decay use ``x`` from before the step.
+    ``u`` is the base's update, which is subtracted. A weight decays only where the step moves it towards zero or leaves
+    it in place. The decay is decoupled, whatever the base's own decay is. Mask and decay use the ``x`` before the step.
 
     Args:
-        base_optimizer: a torch.optim.Optimizer, ready made, over weights of any shape and any real or complex type. Its
-            groups' ``weight_decay`` is lam, in units of 1/eta: one step takes at most the share eta*lam off a weight.
-            It may be scheduled.
+        base_optimizer: an instance of torch.optim.Optimizer, over weights of any shape and any real or complex type.
+            Its groups' ``weight_decay`` is lam: one step takes at most the share ``eta*lam`` off a weight. It may be
+            scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
-            ``weight_decay`` is not 0, or into all if none has one; for optimizers without that option it is kept here.
-        mask: which weights decay. ``"update"`` is the paper's. The others are its ablations, and compare with a copy:
-            ``"gradient"``, 1[g*x >= 0]; ``"random"``, each weight with the probability that the paper's mask is 1 in
-            its tensor, drawn from torch's default generator (replicas on several ranks must be seeded alike);
-            ``"all"``, plain decoupled decay.
-        strict: decay where u*x > 0 only, so that weights which the step leaves in place (rows of an embedding that
-            were not looked up) stay as they are.
+            ``weight_decay`` is not 0, or into all groups if none has one. If the optimizer has no ``weight_decay``,
+            the wrapper keeps the number.
+        mask: which weights decay. ``"update"`` is the paper's mask. The others are its ablations, and compare with a
+            copy. ``"gradient"``: where ``g*x >= 0``. ``"random"``: each weight with the probability that the paper's
+            mask is 1 in its tensor, drawn from torch's default generator (seed replicas on several ranks alike).
+            ``"all"``: all weights, which is plain decoupled decay.
+        strict: decay only where ``u*x > 0``. Weights that the step leaves in place (rows of an embedding that were not
+            looked up) then stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
-            default eta is what the optimizer multiplies its own decay by: see `cwd_wrap.weight_decay.eta`.
+            default eta is the factor by which the optimizer multiplies its own decay.
         path: None takes the cheapest path that each param group can take (see `paths`). ``"one_pass"``: one kernel
             decays and makes the base's step. ``"direction"``: decay before the step, along the sign of the coming
-            update. ``"pieces"``: the base steps its parameters piece by piece, each compared with a copy of the piece.
-            ``"snapshot"``: the same with a copy of all decaying weights (`snapshot_bytes`). A path that cannot be
-            taken is refused with the reason.
-        rounding: how bfloat16 and float16 weights are written. ``"stochastic"``: up or down at random, so that decays
-            too small for one step are kept on average; on the path "one_pass" so is the whole step, weights and
-            state. Drawn from torch's default generator of the device. Other types draw nothing.
-        backend: None lets the library choose, for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU
-            where it is installed, else ``"eager"``, torch operations.
+            update. ``"pieces"``: the base steps its parameters piece by piece, and each piece is compared with a copy.
+            ``"snapshot"``: the same with one copy of all decaying weights (`snapshot_bytes`). A path that the base
+            cannot take raises ValueError with the reason.
+        rounding: how bfloat16 and float16 weights are written. ``"stochastic"`` rounds up or down at random, so that
+            decays too small for one step add up on average. On the path "one_pass" this covers the whole step,
+            weights and state. The random numbers come from torch's default generator of the device. Other types draw
+            none.
+        backend: None chooses one for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU if it is
+            installed, else ``"eager"``, which uses torch operations.
 
     Raises:
-        TypeError: not an optimizer, or a class of them; lam or a group's ``weight_decay`` not a number.
-        ValueError: lam, a group's ``weight_decay`` or a step size negative, NaN or infinite; an unknown mask,
-            rounding, path or backend; a base that decays cautiously already or keeps its own copy of the weights; no
-            known learning rate; a path that the base cannot take; a backend that cannot run.
+        TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or a group's ``weight_decay`` is not a
+            number.
+        ValueError: lam, a group's ``weight_decay`` or a step size is negative, NaN or infinite; mask, rounding, path or
+            backend is unknown; the base decays cautiously already or keeps its own copy of the weights; its learning
+            rate is unknown; it cannot take the path; the backend cannot run.
 
     Example:
         >>> import torch
@@ -68,7 +71,7 @@ class CautiousDecay(OptimizerWrapper):
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
         >>> opt = CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5)
         >>> w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        >>> opt.step()  # the first and the last weight are on their way to zero: they decay by 0.1 * 0.5
+        >>> opt.step()  # the first and the last weight move towards zero: they decay by 0.1 * 0.5
         >>> w.data
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
@@ -161,21 +164,23 @@ class CautiousUpdate(OptimizerWrapper):
 
         x <- x - eta * alpha * 1[u*g > 0] * u            then, if the group decays:  x <- x - eta*lam*x
 
-    The base's update ``u`` is kept only where it goes down the current gradient ``g``, and what is kept is scaled up by
-    ``alpha``, one number a parameter. The base's own state is not masked. Its own decay is taken off and applied
-    decoupled, after the masked update. Always copies the weights. It means nothing where the update has the gradient's
-    sign by construction (SGD without momentum, Adagrad, RMSprop): all is kept.
+    The base's update ``u`` is kept only where it goes down the current gradient ``g``. The part that is kept is scaled
+    up by ``alpha``, one number a parameter. The base's own state is not masked. Its own decay is switched off and
+    applied decoupled, after the masked update. This always copies the weights. It has no effect where the update always
+    has the gradient's sign (SGD without momentum, Adagrad, RMSprop), because all of it is kept.
 
     Args:
-        base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
-        scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as the authors' code and timm have it; ``"numel"``: numel /
-            (kept + 1), as the paper prints it; None: 1. A sharded parameter (DTensor) is counted whole.
+        base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
+        scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as in the authors' code and timm. ``"numel"``: numel / (kept + 1),
+            as in the paper. None: 1. A sharded parameter (DTensor) is counted whole.
+        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
         backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
-        TypeError: not an optimizer, or a class of them.
-        ValueError: an unknown scale or backend; a base that masks its updates already, or decays cautiously (wrap that
-            around this instead); what `CautiousDecay` raises for the base's groups. At a step: sparse gradients.
+        TypeError: ``base_optimizer`` is not an optimizer, or is a class.
+        ValueError: scale or backend is unknown; the base masks its updates already, or decays cautiously (put that
+            decay around this instead); what `CautiousDecay` raises for the base's groups. At a step: a gradient is
+            sparse.
 
     Example:
         >>> import torch
@@ -185,7 +190,7 @@ class CautiousUpdate(OptimizerWrapper):
         >>> for gradient in (torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -0.5])):
         ...     w.grad = gradient
         ...     opt.step()
-        >>> w.data  # the last one's momentum still goes up its gradient: it waits, and the others take 4/3 of a step
+        >>> w.data  # the last momentum still goes up its gradient: no update there; the others take 4/3 of a step
         tensor([-0.3533, -0.3533, -0.3533, -0.1000])
     """
 
@@ -228,21 +233,22 @@ class PNormDecay(OptimizerWrapper):
 
         w <- w * X / (X + p*eta*lam),    X = |x|**(2-p),    x the weight before the step, w after it
 
-    For p below 2 small weights are pulled to zero ever faster, so that many become (almost) 0: sparsity from decay.
-    p = 2 is L2 decay in implicit form, p = 1 takes eta*lam off a weight's size. Below 2 a weight that is exactly 0
-    stays 0, as in the authors' code, except in a tensor that is 0 as a whole (a zero-initialised layer), which must be
-    able to train. Always copies the weights.
+    For p below 2 the decay pulls small weights to zero faster and faster. Many become (almost) 0: this makes weights
+    sparse. p = 2 is L2 decay in implicit form; p = 1 takes ``eta*lam`` off a weight's size. For p below 2 a weight that
+    is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a zero-initialised
+    layer), which must be able to train. This always copies the weights.
 
     Args:
-        base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
-        lam: as for `CautiousDecay`. It is the lam of the authors' code; a summary of the paper has lam*p in its place.
-        p: above 0, up to 2.
+        base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
+        lam: as for `CautiousDecay`. It is the lam of the authors' code; a summary of the paper writes ``lam*p`` there.
+        p: a number above 0, up to 2.
         step_size: as for `CautiousDecay`.
+        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
         backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
-        TypeError: not an optimizer, or a class of them; lam or p not a number.
-        ValueError: p not above 0 and at most 2, and what `CautiousDecay` raises.
+        TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or p is not a number.
+        ValueError: p is not above 0 and at most 2; what `CautiousDecay` raises.
 
     Example:
         >>> import torch

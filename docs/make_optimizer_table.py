@@ -15,24 +15,29 @@ from zoo import Case, cases  # noqa: E402
 
 from cwd_wrap import CautiousDecay  # noqa: E402
 
-HEAD = """# Which optimizers it holds for
+HEAD = """# Which optimizer
 
-Made by `python docs/make_optimizer_table.py` from the table that [the conformance test](../tests/test_conformance.py)
-runs: for each step of each optimizer, the wrapped result must be the optimizer's own step with its decay off, plus the
-rule in float64, to one rounding (four where the decay comes before the step). **{holds} optimizers hold**; {other} do
-not or cannot be run here, and the reason stands beside them.
+**{holds} optimizers work**; {other} do not, or cannot be run here. The reason stands beside each of these.
 
-- [The paths](how_it_works.md#four-paths): *one_pass* and *direction* need no memory, *pieces* needs 64 MiB or the
-  largest tensor, *snapshot* a copy of the decaying weights.
-- The path is that of the registered defaults on the CPU with numba. `fused=True` turns *direction* into *one_pass* for
-  torch's AdamW, Adam and SGD; `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's turn *direction*
-  into *pieces*; `opt.paths()` tells.
-- Where eta is not `lr`, it is what the optimizer multiplies its own decay by
-  ([measured](../tests/test_own_decay.py)). *given*: that is no one number with the defaults. The error says why and
-  which option changes it, or pass `step_size=`.
-- *fades*: each step obeys the rule, but the optimizer pulls weights back to a copy of its own: decay acts weaker.
+For each step of each optimizer, [a test](../tests/test_conformance.py) computes the optimizer's own step with its decay
+off, adds the rule in float64, and compares. The wrapped result must be the same up to one rounding (up to four where
+the decay comes before the step).
+
+- **path**: [one_pass and direction](how_it_works.md#four-paths) need no memory, pieces needs 64 MiB or the largest
+  tensor, snapshot needs a copy of the decaying weights.
+- The path is that of the default options on the CPU with numba. `fused=True` turns direction into one_pass for
+  torch's AdamW, Adam and SGD. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's optimizers turn
+  direction into pieces. `opt.paths()` tells.
+- **eta** is the factor by which the optimizer multiplies its own decay, [measured](../tests/test_own_decay.py). Where
+  nothing is said it is `lr`. *given*: with the default options eta is not one number. The error says why and which
+  option changes it; or pass `step_size=`.
+- **fades**: each step obeys the rule, but the optimizer pulls weights back to a copy of its own, so decay acts weaker.
 - Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
   prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.
+
+`python docs/make_optimizer_table.py` writes this page.
+
+## The table
 
 | optimizer | path | holds | remarks |
 |---|---|---|---|

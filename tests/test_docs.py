@@ -1,12 +1,17 @@
-"""Every snippet in the documentation runs, every link leads somewhere, and the tables say what the tests found."""
+"""Every snippet in the documentation runs, every link leads somewhere, and what the pages say of the project is so."""
 
 import contextlib
 import doctest
 import importlib
 import io
+import os
 import pkgutil
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -26,12 +31,25 @@ def snippets(page: Path) -> list[str]:
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The python blocks of a page run one after the other, in one namespace, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, source in enumerate(snippets(page)):
         for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
             pytest.importorskip(package)
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("sign", ["-", "+"])
+def test_the_diff_of_the_readme_runs(sign: str) -> None:
+    """The README's diff runs as it was before the change and as it is after it."""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line[1:] for line in diff.splitlines() if line[0] in {sign, " "}]
+    namespace: dict[str, object] = {}
+
+    exec("\n".join(["import torch", "model = torch.nn.Linear(2, 2)", *lines]), namespace)
+
+    assert type(namespace["opt"]).__name__ == {"-": "AdamW", "+": "CautiousDecay"}[sign]
 
 
 @pytest.mark.parametrize("name", ["cwd_wrap", *MODULES])
@@ -44,9 +62,10 @@ def test_docstrings_run(name: str) -> None:
     assert result.failed == 0
 
 
-def test_the_readme_has_snippets() -> None:
-    """The check above is not one over nothing."""
-    assert len(snippets(ROOT / "README.md")) >= 2
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/clients.md", "docs/how_it_works.md"])
+def test_pages_have_snippets(page: str) -> None:
+    """The check of snippets is not one over nothing."""
+    assert snippets(ROOT / page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -56,9 +75,126 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_file_tree_of_the_readme_is_complete() -> None:
-    """The README's tree names every module of the package."""
-    readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "cwd_wrap").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in readme, path.name
+def test_the_readme_is_short() -> None:
+    """The README has at most 120 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_badges_say_what_the_package_says() -> None:
+    """The README's badges name the versions and the licence of pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text()
+    python, torch, licence = (
+        re.search(pattern, project)[1]
+        for pattern in (r'requires-python = ">=([\d.]+)"', r'"torch>=([\d.]+)"', r'license = "(\w+)"')
+    )
+    badges = re.findall(r"img\.shields\.io/badge/([^)]+)-blue", (ROOT / "README.md").read_text())
+
+    assert [unquote(badge) for badge in badges] == [f"python-≥ {python}", f"torch-≥ {torch}", f"licence-{licence}"]
+
+
+def test_the_file_tree_is_complete() -> None:
+    """The tree in CONTRIBUTING.md names every module of the package, once."""
+    tree = re.findall(r"^ {4,8}(\w+\.py) ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+
+    assert sorted(tree) == sorted(
+        path.name for path in (ROOT / "cwd_wrap").rglob("*.py") if path != ROOT / "cwd_wrap/__init__.py"
+    )
+
+
+@pytest.mark.parametrize("name", ["step", "mask"])
+def test_the_drawings_come_from_their_script(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/draw.py draws the SVG files that are there."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+
+    assert getattr(importlib.import_module("draw"), name)() == (ROOT / f"docs/{name}.svg").read_text()
+
+
+# ------------------------------------------------------------------------------------------------
+# The site
+# ------------------------------------------------------------------------------------------------
+
+
+class Html(HTMLParser):
+    """What a page points to, and the places in it that can be pointed to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: set[str] = {""}
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids |= {value for key, value in attrs if key in {"id", "name"} and value}
+        self.targets += [value for key in ("href", "src") if (value := found.get(key)) is not None]
+
+
+def broken(site: Path) -> list[str]:
+    """Links, pictures, scripts and styles of a folder of pages that lead to nothing in it."""
+    pages = {path: Html(path) for path in site.rglob("*.html")}
+    bad = []
+    for page, html in pages.items():
+        for target in html.targets:
+            url = urlsplit(target)
+            if url.scheme or url.netloc:
+                continue
+            start = site if url.path.startswith("/") else page.parent
+            path = (start / unquote(url.path).lstrip("/")).resolve() if url.path else page
+            path = path / "index.html" if path.is_dir() else path
+            if not path.is_file() or (path in pages and unquote(url.fragment) not in pages[path].ids):
+                bad.append(f"{page.relative_to(site)}: {target}")
+    return bad
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        pytest.importorskip(package, reason=f"the site needs the docs extra: no {package}")
+    folder = tmp_path_factory.mktemp("site").resolve()
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_the_site_has_no_broken_link(site: Path) -> None:
+    """Every link, anchor, picture, script and style of the built site leads to something in it."""
+    assert broken(site) == []
+
+
+def test_the_site_asks_no_other_host(site: Path) -> None:
+    """Pictures, scripts, styles and fonts come with the site."""
+    loaded = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=[\"']?(https?://[^\"'\s>]+)")
+    for page in site.rglob("*.html"):
+        assert not loaded.findall(page.read_text()), page.name
+
+
+def test_formulas_keep_their_stars(site: Path) -> None:
+    """No formula is taken for emphasis: `eta*lam*x` without its ticks would lose its stars."""
+    for page in site.glob("*.html"):
+        assert not re.findall(r".*\w<em>.*|.*</em>\w.*", page.read_text()), page.name
+
+
+def test_every_page_is_part_of_the_site(site: Path) -> None:
+    """Each page of docs/ is built, and the navigation of the first page leads to it."""
+    linked = {urlsplit(target).path for target in Html(site / "index.html").targets}
+
+    assert {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")} <= linked | {"index.html"}
+
+
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    """The API page documents all of cwd_wrap's names, from their docstrings."""
+    assert {f"cwd_wrap.{name}" for name in cwd_wrap.__all__} <= Html(site / "api.html").ids
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    """The check can fail: a missing page, picture and anchor are found, what is there is not."""
+    (tmp_path / "a.html").write_text(
+        '<p id="x"><a href="b.html">1</a><a href="#y">2</a><a href="a.html#x">3</a><img src="c.png">'
+    )
+
+    assert broken(tmp_path) == ["a.html: b.html", "a.html: #y", "a.html: c.png"]
