@@ -38,7 +38,7 @@ demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_a
 	$(BIN)/python examples/with_timm.py
 
 test: $(BIN)/.test  ## all tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_triton_values.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
 	$(BIN)/python -m pytest -q -n 2
 
 # The package with torch alone, in virtual environments of their own.

@@ -124,6 +124,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         "ALIGNED": kernel.aligned,
         "STRICT": False,
         "COUNT": not kernel.write,
+        "IN_RUNS": False,
         "BLOCK": _triton.BLOCK,
     }
     names = _triton._sweep.arg_names
@@ -131,7 +132,8 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     optional = {
         "steps": "*i64" if kernel.rule is _triton._adam else None,
         "counts": None if kernel.write else "*i64",
-        "seeds": "*i64" if kernel.stochastic else None,
+        "streams": "*i64" if kernel.stochastic else None,
+        "shards": "*i64" if kernel.stochastic else None,
         "per_tensor": "*fp32" if kernel.per_tensor else None,
     }
     pointers |= {name: pointer for name, pointer in optional.items() if pointer is not None}
@@ -238,7 +240,7 @@ def host_microseconds(tensors: int, calls: int, *, schedule: bool, whole: bool =
             coming = Coming(w, g, m, 0.9, 1 - 0.9, eta_lam)
             bucket = Whole(w, g, (m, v), steps, adam, 10 * eta_lam, eta_lam) if whole else coming
             start = time.perf_counter()
-            act([bucket], strict=False, count=False, stochastic=False)
+            act([bucket], strict=False, count=False)
             seconds.append(time.perf_counter() - start)
     return min(seconds[3:]) * 1e6
 

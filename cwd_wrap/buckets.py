@@ -1,6 +1,7 @@
 """Containers passed from the paths to the kernels: tensors of one param group, one device and the same types.
 
 The columns of a bucket run in parallel, one entry a tensor. ``eta_lam`` is the decay of one step where the mask is 1.
+``draws`` is there for rules that draw random numbers; with it, 16-bit tensors are rounded stochastically.
 `coming`, `whole` and `stepped` fill them from the `Members` of a param group.
 """
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import directions, updates
+from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.snapshot import Kept
-from cwd_wrap.tensors import companion, companions, local_real_views
+from cwd_wrap.tensors import companion, companions, local_real_views, shard
 from cwd_wrap.updates import Update
 
 _NO_STATE: Mapping[str, Any] = {}
@@ -40,6 +42,7 @@ class Coming:
     a: float
     b: float
     eta_lam: float | Tensor
+    draws: Draws | None = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -60,6 +63,7 @@ class Stepped:
     x: Sequence[Tensor]
     g: Sequence[Tensor] | None
     eta_lam: float | Tensor
+    draws: Draws | None = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -82,6 +86,7 @@ class Whole:
     update: Update
     lr: float | Tensor
     eta_lam: float | Tensor
+    draws: Draws | None = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -107,6 +112,10 @@ class Members:
     parameters: list[Tensor]
     gradients: list[Tensor | None]
     """As they are just before the step."""
+    numbers: Sequence[int] = ()
+    """Each parameter's number among all of the optimizer's."""
+    stream: Stream | None = None
+    """The random numbers of the step, for rules that draw some."""
     kept: list[Kept | None] = field(default_factory=list)
     """The gradients for a rule that reads them after the step."""
 
@@ -116,7 +125,16 @@ class Members:
             self,
             parameters=[self.parameters[i] for i in rows],
             gradients=[self.gradients[i] for i in rows],
+            numbers=[self.numbers[i] for i in rows],
         )
+
+    def draws(self, rows: Sequence[int]) -> Draws | None:
+        """Where the random numbers for the members at ``rows`` come from, on the device of the first."""
+        if self.stream is None or not rows:
+            return None
+        shards = [shard(self.parameters[i]) for i in rows]
+        on_device = self.stream.on(self.parameters[rows[0]].device)
+        return Draws(on_device, [self.numbers[i] for i in rows], shards)
 
 
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
@@ -151,9 +169,9 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
         numbers = [found.numbers(states[i]) for i in chosen] if with_momentum and found.varying else None
         for some in _split((w, along, average), numbers):
             a, b = numbers[some[0]] if numbers else found.pair if with_momentum else (0.0, found.first)
-            yield Coming(
-                _at(w, some), _at(along, some), None if average is None else _at(average, some), a, b, members.eta_lam
-            )
+            m_of = None if average is None else _at(average, some)
+            draws = members.draws([chosen[i] for i in some])
+            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, draws)
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
@@ -165,10 +183,13 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     g = companions(cast("list[Tensor]", members.gradients), p, w)
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
+    lr = members.group["lr"]
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch takes one element in any shape, a 0-d weight does not
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
-        yield Whole(_at(w, some), _at(g, some), columns, counters, update, members.group["lr"], members.eta_lam)
+        lr, draws = members.group["lr"], members.draws(some)
+        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws)
 
 
 def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[Stepped]:
@@ -183,7 +204,9 @@ def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[
         kept = [companion(cast("Kept", members.kept[i]).gradient, members.parameters[i]) for i in took]
         g = [-each for each in kept] if maximizes else kept
     for some in _split((w, x, g)):
-        yield Stepped(_at(p, some), _at(w, some), _at(x, some), None if g is None else _at(g, some), members.eta_lam)
+        g_of = None if g is None else _at(g, some)
+        draws = members.draws([took[i] for i in some])
+        yield Stepped(_at(p, some), _at(w, some), _at(x, some), g_of, members.eta_lam, draws)
 
 
 def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object] | None = None) -> list[list[int]]:

@@ -37,6 +37,8 @@ class Rule:
     """Does ``after`` need the gradients?"""
     every_group: bool = False
     """Does it act on groups that do not decay too?"""
+    draws: bool = False
+    """Does it draw random numbers?"""
     rounds: bool = False
     """Does ``whole`` round 16-bit weights as the base does not? Then it steps groups that do not decay too."""
 
@@ -106,8 +108,10 @@ def _why_not(
     if path == "snapshot":
         return None
     if path == "pieces":
-        compiled = hasattr(base.step, "_torchdynamo_orig_callable")  # the groups are set up for compiled code only
-        return f"the step of {type(base).__name__} is compiled" if compiled else pieces.why_not(base, group)
+        # Compiling sets the groups up for compiled code only.
+        return (
+            f"the step of {type(base).__name__} is compiled" if _is_compiled(base.step) else pieces.why_not(base, group)
+        )
     if rule.needs_copy is not None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
@@ -122,3 +126,8 @@ def _why_not(
         )
         return f"no compiled kernel runs on {device}: {why}"
     return None
+
+
+def _is_compiled(step: object) -> bool:
+    """By torch.compile, which marks what it shall not compile (RAdam.step, say) in nearly the same way."""
+    return hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False)

@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from cwd_wrap import kernels, notices, quirks
 from cwd_wrap.buckets import Bucket, Count, Members, Stepped, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
+from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients
-from cwd_wrap.tensors import local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import Shard, local_real_view, local_real_views, sparse_indices
 
 PIECE = 64 << 20  # bytes
 
@@ -44,6 +45,7 @@ class Work:
     backend: str | None
     buffers: Buffers
     gradients: Gradients
+    stream: Stream
     count: bool
     active: Count = 0
     """How many weights were decayed, if counted."""
@@ -145,7 +147,7 @@ def snapshot(work: Work, members: Sequence[Members], take: Callable[..., list[Te
         for p, copy, g in zip(of_group.parameters, x, of_group.gradients, strict=True):
             if g is not None and g.is_sparse and work.rule.has_work(of_group.eta_lam):
                 indices = sparse_indices(g)
-                _finish_rows(work, p, indices, copy[indices], of_group.eta_lam)
+                _finish_rows(work, p, indices, copy[indices], of_group.eta_lam, _draws_of_rows(of_group, p, indices))
 
 
 @contextmanager
@@ -155,7 +157,8 @@ def rows(work: Work, members: Sequence[Members]) -> Iterator[None]:
     for of_group in members:
         for p, g in zip(of_group.parameters, of_group.gradients, strict=True):
             indices = sparse_indices(cast("Tensor", g))
-            before.append((p, indices, local_real_view(p)[indices], of_group.eta_lam))
+            draws = _draws_of_rows(of_group, p, indices)
+            before.append((p, indices, local_real_view(p)[indices], of_group.eta_lam, draws))
     yield
     for row in before:
         _finish_rows(work, *row)
@@ -190,13 +193,21 @@ def _lent_only(base: Optimizer, members: Sequence[Members]) -> AbstractContextMa
 
 def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
     taken = {id(p) for some in members for p in some.parameters}
-    return _lent(base, [[p for p in group["params"] if id(p) not in taken] for group in base.param_groups])
+
+    def left(p: Tensor) -> bool:
+        if id(p) not in taken:
+            return True
+        taken.remove(id(p))  # torch steps a parameter that is listed twice twice: the second time is left to the base
+        return False
+
+    return _lent(base, [list(filter(left, group["params"])) for group in base.param_groups])
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
     """The base's own step without its hooks: those belong to the whole step."""
-    step = type(base).step
-    own = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    own = type(base).step
+    while getattr(own, "hooked", False):  # by torch, and once more where dynamo has put a mark around that
+        own = own.__wrapped__  # type: ignore[attr-defined]
     return lambda: own(base)
 
 
@@ -222,12 +233,25 @@ def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
 # ---- the ends of paths
 
 
+def _draws_of_rows(members: Members, parameter: Tensor, indices: tuple[Tensor, ...]) -> Draws | None:
+    """Rows are numbered as they come: the first place of the first is 0."""
+    at = next(i for i, p in enumerate(members.parameters) if p is parameter)
+    draws = members.draws([at])
+    numel = local_real_view(parameter)[indices].numel()
+    return None if draws is None else draws._replace(shards=[Shard(0, numel, numel, numel)])
+
+
 def _finish_rows(
-    work: Work, parameter: Tensor, indices: tuple[Tensor, ...], before: Tensor, eta_lam: float | Tensor
+    work: Work,
+    parameter: Tensor,
+    indices: tuple[Tensor, ...],
+    before: Tensor,
+    eta_lam: float | Tensor,
+    draws: Draws | None,
 ) -> None:
     w = local_real_view(parameter)
     touched = w[indices]
-    work.carry_out(work.rule.after, [Stepped([parameter], [touched], [before], None, eta_lam)])
+    work.carry_out(work.rule.after, [Stepped([parameter], [touched], [before], None, eta_lam, draws)])
     w[indices] = touched
 
 

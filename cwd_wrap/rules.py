@@ -102,6 +102,36 @@ def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: floa
     return u, eta * u, m + (1 - beta2) * (g - m)
 
 
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as an int64
+
+
+def mix(z: Tensor) -> Tensor:
+    """SplitMix64's output function, bit for bit, on int64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
+    return z ^ _shifted(z, 31)
+
+
+def stream(of: Tensor, number: Tensor | int) -> Tensor:
+    """The stream with a ``number`` among those of another stream, or of a seed."""
+    return mix(of + torch.as_tensor(number) * _GOLDEN)
+
+
+def random_words(of: Tensor, places: Tensor) -> Tensor:
+    """64 random bits for each place of a stream, as int64."""
+    return mix(of + places * _GOLDEN)
+
+
+def uniform(words: Tensor, column: int) -> Tensor:
+    """Numbers in [0, 1), multiples of 2**-16, one for each word: each of its four ``column``s gives its own."""
+    return (_shifted(words, 16 * column) & 0xFFFF).float() * 2.0**-16
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """``z >> bits`` of an unsigned number."""
+    return (z >> bits) & (2 ** (64 - bits) - 1) if bits else z
+
+
 def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
     """1[u*g > 0]: did the step from ``x`` to ``w`` go down the current gradient? By comparison, so without rounding."""
     return (w < x) & (g > 0) | (w > x) & (g < 0)

@@ -87,6 +87,8 @@ class Step:
     @torch.no_grad()
     def _begin(self) -> None:
         self.begun = True
+        if self._work.rule.draws:
+            self._work.stream.advance(self._work.base)
         plan = self._plan()
         self._around.callback(self._decay_off.on)
         self._decay_off.off()
@@ -154,22 +156,27 @@ class Step:
         """
         eta_lams = self._eta_lams()
         rule = self._work.rule
+        stream = self._work.stream if rule.draws else None
         seen: set[int] = set()
+        following = 0
         for i, group in enumerate(self._work.base.param_groups):
             parameters = list(group["params"])
+            numbers: Sequence[int] = range(following, following + len(parameters))
+            following += len(parameters)
             if not rule.has_work(eta_lams[i]) and not (rule.rounds and any(p.element_size() == 2 for p in parameters)):
                 continue
             gradients = [p.grad for p in parameters]
             ids = set(map(id, parameters))
             if len(ids) != len(parameters) or not seen.isdisjoint(ids) or any(g is None for g in gradients):
-                chosen: dict[int, tuple[Tensor, Tensor | None]] = {}
-                for p, g in zip(parameters, gradients, strict=True):
+                chosen: dict[int, tuple[Tensor, Tensor | None, int]] = {}
+                for p, g, number in zip(parameters, gradients, numbers, strict=True):
                     if id(p) not in seen and takes_part(p, g):
-                        chosen.setdefault(id(p), (p, g))
-                parameters = [p for p, _ in chosen.values()]
-                gradients = [g for _, g in chosen.values()]
+                        chosen.setdefault(id(p), (p, g, number))
+                parameters = [p for p, _, _ in chosen.values()]
+                gradients = [g for _, g, _ in chosen.values()]
+                numbers = [number for _, _, number in chosen.values()]
             seen |= ids
-            members = Members(group, eta_lams[i], parameters, gradients)
+            members = Members(group, eta_lams[i], parameters, gradients, numbers, stream)
             left_alone = quirks.exempt(self._work.base, group)
             if left_alone is not None:
                 exempt = [j for j, p in enumerate(parameters) if left_alone(p)]

@@ -1,8 +1,9 @@
 """Views of a parameter and its companions that elementwise kernels can work on."""
 
+import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,41 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
     if views is parameters and _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_neg, ts)):
         return ts
     return [companion(t, p) for t, p in zip(ts, parameters, strict=True)]
+
+
+class Shard(NamedTuple):
+    """Which places of a whole parameter a tensor holds: runs of ``run``, the first at ``offset``, ``jump`` apart."""
+
+    offset: int
+    run: int
+    jump: int
+    numel: int
+
+
+def shard(parameter: Tensor) -> Shard:
+    """The places that this rank holds of ``parameter``, as `local_real_view` shows them.
+
+    Raises ValueError where they are not evenly spaced runs: sharded along two dimensions besides the first.
+    """
+    numbers = 2 if parameter.is_complex() else 1
+    if not _is_distributed(parameter):
+        numel = parameter.numel() * numbers
+        return Shard(0, numel, numel, numel)
+    where = sys.modules[f"{_distributed().__name__}._utils"].compute_local_shape_and_global_offset
+    shape, offset = where(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    numel = math.prod(shape) * numbers
+    inner = [math.prod(parameter.shape[d + 1 :]) * numbers for d in range(parameter.dim())]
+    split = [d for d in range(1, parameter.dim()) if shape[d] != parameter.shape[d]]
+    if numel and len(split) > 1:
+        msg = (
+            f"a parameter of shape {tuple(parameter.shape)} is sharded along dimensions {split}: random numbers for "
+            "its places are known where it is sharded along the first and one more"
+        )
+        raise ValueError(msg)
+    start = sum(o * i for o, i in zip(offset, inner, strict=True))
+    if not split or not numel:
+        return Shard(start, numel, numel, numel)
+    return Shard(start, shape[split[0]] * inner[split[0]], parameter.shape[split[0]] * inner[split[0]], numel)
 
 
 def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:

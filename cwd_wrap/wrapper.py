@@ -11,6 +11,7 @@ from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
 from cwd_wrap.buckets import Report
 from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, choose
 from cwd_wrap.contract import Contract, Group, with_hooks
+from cwd_wrap.draws import Stream
 from cwd_wrap.paths import Work, copied_bytes
 from cwd_wrap.snapshot import Buffers, Gradients
 from cwd_wrap.step import Closure, Step
@@ -29,6 +30,8 @@ class OptimizerWrapper(Contract):
     """Called with a `Report` after each step, if set. Like hooks, it is not pickled."""
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
+    seed = 0
+    """Of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
     """What the user of this wrapper can do where a learning rate is unknown."""
     _what = "decay"
@@ -74,7 +77,11 @@ class OptimizerWrapper(Contract):
         super()._start()
         self._buffers = Buffers()
         self._gradients = Gradients()
+        self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
         self.observer = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
 
     def _rule(self) -> Rule:
         """The method, with its arguments as they are now."""
@@ -92,7 +99,9 @@ class OptimizerWrapper(Contract):
         step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
         count = self.observer is not None
-        work = Work(self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, count)
+        work = Work(
+            self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, self._stream, count
+        )
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         if not step.begun:
@@ -147,6 +156,7 @@ class OptimizerWrapper(Contract):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
         super().load_state_dict(state_dict)
+        self._stream.restart()
         self._warn_if_idle()
 
     def drop_snapshot(self) -> None:

@@ -40,8 +40,7 @@ class CautiousDecay(OptimizerWrapper):
             the wrapper keeps the number.
         mask: which weights decay. ``"update"`` is the paper's mask. The others are its ablations, and compare with a
             copy. ``"gradient"``: where ``g*x >= 0``. ``"random"``: each weight with the probability that the paper's
-            mask is 1 in its tensor, drawn from torch's default generator (seed replicas on several ranks alike).
-            ``"all"``: all weights, which is plain decoupled decay.
+            mask is 1 in its tensor. ``"all"``: all weights, which is plain decoupled decay.
         strict: decay only where ``u*x > 0``. Weights that the step leaves in place (rows of an embedding that were not
             looked up) then stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
@@ -53,8 +52,10 @@ class CautiousDecay(OptimizerWrapper):
             cannot take raises ValueError with the reason.
         rounding: how bfloat16 and float16 weights are written. ``"stochastic"`` rounds up or down at random, so that
             decays too small for one step add up on average. On the path "one_pass" this covers the whole step,
-            weights and state. The random numbers come from torch's default generator of the device. Other types draw
-            none.
+            weights and state.
+        seed: of the random numbers of ``mask="random"`` and ``rounding="stochastic"``. They are a function of the seed,
+            the number of steps taken (the base's own ``step`` if its state has one), the parameter and the place in
+            it. So they are the same on all ranks and in all layouts, and no generator is used.
         backend: None chooses one for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU if it is
             installed, else ``"eager"``, which uses torch operations.
 
@@ -76,7 +77,7 @@ class CautiousDecay(OptimizerWrapper):
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding")
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding", "seed")
     _warned: bool
 
     def __init__(
@@ -89,26 +90,32 @@ class CautiousDecay(OptimizerWrapper):
         step_size: StepSize | None = None,
         path: str | None = None,
         rounding: str = "nearest",
+        seed: int = 0,
         backend: str | None = None,
     ) -> None:
         _check_known("mask", mask, MASKS)
         _check_known("rounding", rounding, ROUNDINGS)
         _check_flag("strict", strict, (True, False))
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            msg = f"seed={seed!r}: pass an int from 0 up to 2**63 - 1"
+            raise TypeError(msg)
         self.mask = mask
         self.strict = strict
         self.rounding = rounding
+        self.seed = seed
         super().__init__(base_optimizer, lam, step_size, path, backend)
 
     def _rule(self) -> Rule:
         name = type(self).__name__
         if self.mask == "update":
             rounds = self.rounding == "stochastic"
-            return Rule(name, after=self._after, before=self._before, whole=self._whole, rounds=rounds)
+            return Rule(name, self._after, before=self._before, whole=self._whole, draws=rounds, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
-        return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
+        draws = self.mask == "random" or self.rounding == "stochastic"
+        return Rule(name, self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient", draws=draws)
 
     def _flags(self, count: bool) -> dict[str, bool]:
-        return {"strict": self.strict, "count": count, "stochastic": self.rounding == "stochastic"}
+        return {"strict": self.strict, "count": count}
 
     def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Count:
         self._warn_if_lost(buckets)
@@ -145,16 +152,18 @@ class CautiousDecay(OptimizerWrapper):
         active: Count = 0
         for bucket in buckets:
             for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
+                words = None if bucket.draws is None else bucket.draws.words(i).view(w.shape)
                 if self.mask == "gradient" and bucket.g is not None:
                     mask = rules.aligned(bucket.g[i], x, self.strict)
-                elif self.mask == "random":
-                    cautious = rules.moved_towards_zero(x, w, self.strict)
-                    mask = torch.rand(x.shape, device=x.device) < cautious.float().mean()
+                elif self.mask == "random" and words is not None:
+                    kept = total(bucket.p[i], rules.moved_towards_zero(x, w, self.strict).sum())
+                    mask = rules.uniform(words, 1) < kept / max(1, _numel(bucket.p[i], w))
                 else:
                     mask = torch.ones_like(x, dtype=torch.bool)
                 active = active + mask.sum() if count else 0
-                chosen = self.rounding == "stochastic" and w.element_size() == 2
-                random = torch.rand(w.shape, device=w.device) if chosen else None
+                random = None
+                if self.rounding == "stochastic" and w.element_size() == 2 and words is not None:
+                    random = rules.uniform(words, 0)
                 w.copy_(rules.decay(w, x, mask, bucket.eta_lam, random))
         return active
 
@@ -305,6 +314,15 @@ class PNormDecay(OptimizerWrapper):
             nonzero = nonzero + backend.count_nonzero(whole) - backend.count_nonzero(w)
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
         return sum(map(Tensor.numel, w)) if count else 0
+
+
+def _numel(parameter: Tensor, local: Tensor) -> int:
+    """Elements of the whole parameter; of the rows that a sparse gradient touches, where those are all there is."""
+    return (
+        local.numel()
+        if local.shape != local_real_view(parameter).shape
+        else parameter.numel() * (2 if parameter.is_complex() else 1)
+    )
 
 
 def _check_flag(what: str, value: object, known: tuple[object, ...]) -> None:

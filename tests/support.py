@@ -24,7 +24,12 @@ class PathOptions(dict[str, Any]):
     @property
     def base(self) -> dict[str, Any]:
         """The options of the base."""
-        return {"fused": True} if self["path"] == "one_pass" else {}
+        return {"fused": True} if self.get("path") == "one_pass" else {}
+
+    @property
+    def copies(self) -> bool:
+        """Does it know the update from a copy of the weights? Then it sees no step that is lost in rounding."""
+        return self["path"] in ("snapshot", "pieces")
 
     def __str__(self) -> str:
         return "-".join(self.values())
@@ -32,7 +37,7 @@ class PathOptions(dict[str, Any]):
 
 WITH_A_KERNEL = [(path, backend) for path in ("one_pass", "direction", "snapshot") for backend in ("eager", "numba")]
 ALL_PATHS = [*(PathOptions(path=path, backend=backend) for path, backend in WITH_A_KERNEL), PathOptions(path="pieces")]
-COPYING = [path for path in ALL_PATHS if path["path"] in ("snapshot", "pieces")]
+COPYING = [path for path in ALL_PATHS if path.copies]
 
 
 def can_run(path: PathOptions) -> bool:
@@ -121,6 +126,7 @@ METHODS: dict[str, tuple[Any, reference.Reference, dict[str, Any]]] = {
     "decay": (CautiousDecay, reference.decay(), {}),
     "strict": (CautiousDecay, reference.decay(strict=True), {"strict": True}),
     "gradient": (CautiousDecay, reference.decay("gradient"), {"mask": "gradient"}),
+    "gradient-strict": (CautiousDecay, reference.decay("gradient", strict=True), {"mask": "gradient", "strict": True}),
     "random": (CautiousDecay, reference.decay("random"), {"mask": "random"}),
     "all": (CautiousDecay, reference.decay("all"), {"mask": "all"}),
     "update": (CautiousUpdate, reference.update(), {}),

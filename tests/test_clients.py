@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import loss_of, net, same, train, values
+from support import PathOptions, loss_of, net, same, train, values
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,6 +21,12 @@ from cwd_wrap import CautiousDecay
 
 ROOT = Path(__file__).parents[1]
 CautiousAdamW = CautiousDecay.over(AdamW)
+CHOSEN = PathOptions()  # the library chooses
+
+
+def adamw(model: nn.Module, path: PathOptions) -> CautiousDecay:
+    return CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5, **path.base), **path)
+
 
 # ------------------------------------------------------------------------- Hugging Face Trainer
 
@@ -59,17 +65,17 @@ def inner(optimizer: Any) -> CautiousDecay:
     return optimizer
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_trainer_takes_the_class_and_resumes(tmp_path: Path, bf16: bool) -> None:
+def test_trainer_takes_the_class_and_resumes(tmp_path: Path, every_path: PathOptions) -> None:
     """`optimizer_cls_and_kwargs`: the Trainer's groups decay or do not, and a resumed run is the uninterrupted one."""
-    kwargs = {"cls": (CautiousAdamW, {"lr": 0.05}), "bf16": bf16}
+    cls = CautiousDecay.over(AdamW, **every_path)
+    kwargs = {"cls": (cls, {"lr": 0.05, **every_path.base}), "bf16": every_path["path"] == "direction"}
     first = trainer(model := language_model(), tmp_path, **kwargs)
     first.train()
     second = trainer(again := language_model(), tmp_path, **kwargs)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     opt = inner(second.optimizer)
 
-    assert type(opt) is CautiousAdamW
+    assert type(opt) is cls
     assert [group["weight_decay"] for group in opt.param_groups] == [0.5, 0.0]
     assert opt.param_groups[0]["lr"] == 0.0  # the Trainer's schedule reached the base
     assert torch.equal(values(model), values(again))
@@ -99,7 +105,7 @@ def split(of: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 # ------------------------------------------------------------------------------------ Lightning
 
 
-def lightning_module(automatic: bool = True) -> Any:
+def lightning_module(automatic: bool = True, path: PathOptions = CHOSEN) -> Any:
     """`net` as a LightningModule, with a scheduler; ``automatic=False`` steps by hand."""
     lightning = pytest.importorskip("lightning")
 
@@ -120,7 +126,7 @@ def lightning_module(automatic: bool = True) -> Any:
             return loss
 
         def configure_optimizers(self) -> Any:
-            optimizer = CautiousDecay(AdamW(self.parameters(), lr=0.05, weight_decay=0.5))
+            optimizer = adamw(self, path)
             scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -140,10 +146,10 @@ def fit(module: Any, folder: Path, ckpt: Path | None = None, **kwargs: Any) -> A
     return trainer
 
 
-def by_hand(steps: int, accumulate: int = 1) -> Tensor:
+def by_hand(steps: int, accumulate: int = 1, path: PathOptions = CHOSEN) -> Tensor:
     """The weights after the same training in a plain loop."""
     model = net()
-    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
+    optimizer = adamw(model, path)
     scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
     for step in range(steps):
         (loss_of(model, step % 6) / accumulate).backward()
@@ -156,12 +162,12 @@ def by_hand(steps: int, accumulate: int = 1) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
-def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool) -> None:
+def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every_path: PathOptions) -> None:
     """With a closure inside `step` or by hand, with a scheduler: the plain loop's weights."""
-    module = lightning_module(automatic)
+    module = lightning_module(automatic, every_path)
     fit(module, tmp_path)
 
-    assert torch.equal(values(module.net), by_hand(6))
+    assert torch.equal(values(module.net), by_hand(6, path=every_path))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,28 +180,30 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+def test_lightning_resumes_from_its_checkpoint(tmp_path: Path, every_path: PathOptions) -> None:
     """One epoch, a checkpoint, and one more epoch: two epochs in one run."""
-    first = fit(lightning_module(), tmp_path)
+    first = fit(lightning_module(path=every_path), tmp_path)
     first.save_checkpoint(tmp_path / "last.ckpt")
-    module = lightning_module()
+    module = lightning_module(path=every_path)
     fit(module, tmp_path, ckpt=tmp_path / "last.ckpt", max_epochs=2)
 
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]["state"]
-    assert torch.equal(values(module.net), by_hand(12))
+    assert torch.equal(values(module.net), by_hand(12, path=every_path))
 
 
 # ----------------------------------------------------------------------------------- accelerate
 
 
-def accelerated(folder: Path, steps: range, load: bool = False, save: bool = False) -> tuple[Tensor, Any]:
+def accelerated(
+    folder: Path, steps: range, path: PathOptions, load: bool = False, save: bool = False
+) -> tuple[Tensor, Any]:
     """Train with accelerate, two batches a step, on the batches ``steps``."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)  # what a Trainer of an earlier test left for all accelerators
     accelerate.state.GradientState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
-    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
+    optimizer = adamw(model, path)
     scheduler = LambdaLR(optimizer, lambda step: 0.9**step)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     if load:
@@ -211,20 +219,20 @@ def accelerated(folder: Path, steps: range, load: bool = False, save: bool = Fal
     return values(model), optimizer
 
 
-def test_accelerate_trains_as_a_plain_loop(tmp_path: Path) -> None:
+def test_accelerate_trains_as_a_plain_loop(tmp_path: Path, every_path: PathOptions) -> None:
     """Prepared and accumulating, the scheduler drives the base's lr and the weights are the plain loop's."""
-    trained, optimizer = accelerated(tmp_path, range(6))
+    trained, optimizer = accelerated(tmp_path, range(6), every_path)
 
-    assert torch.equal(trained, by_hand(6, accumulate=2))
+    assert torch.equal(trained, by_hand(6, 2, every_path))
     assert inner(optimizer).base_optimizer.param_groups[0]["lr"] == 0.05 * 0.9**3
 
 
-def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
+def test_accelerate_saves_and_loads(tmp_path: Path, every_path: PathOptions) -> None:
     """`save_state` and `load_state` half way change nothing."""
-    accelerated(tmp_path, range(4), save=True)
-    resumed, _ = accelerated(tmp_path, range(4, 6), load=True)
+    accelerated(tmp_path, range(4), every_path, save=True)
+    resumed, _ = accelerated(tmp_path, range(4, 6), every_path, load=True)
 
-    assert torch.equal(resumed, by_hand(6, accumulate=2))
+    assert torch.equal(resumed, by_hand(6, 2, every_path))
 
 
 # ------------------------------------------------------------- torch_optimizer, pytorch_optimizer

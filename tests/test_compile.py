@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import ALL_PATHS, BASES, Base, PathOptions, param, weight
 from torch._dynamo.testing import CompileCounter
-from torch.optim import SGD, Optimizer, RMSprop
+from torch.optim import SGD, Optimizer, RAdam, RMSprop
 
 from cwd_wrap import CautiousDecay
 
@@ -112,3 +112,16 @@ def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
     torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="path='pieces' cannot be taken by RMSprop: the step of RMSprop is compiled"):
         CautiousDecay(base, path="pieces")
+
+
+def test_pieces_of_a_class_that_is_not_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first compilation marks the step of some classes so: pieces are still possible, and hooks fire once."""
+    monkeypatch.setattr(RAdam, "step", torch._dynamo.disable(RAdam.step))
+    params, seen = [weight(1, -1, grad=[1, 1]), weight(1, -1, grad=[1, 1])], []
+    opt = CautiousDecay(RAdam(params, lr=0.1, weight_decay=0.5), path="pieces")
+    opt.base_optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    for _ in range(2):
+        opt.step()
+
+    assert ["post"] * 2 == seen
+    assert "pieces" == opt.paths()[0].path

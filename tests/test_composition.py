@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import reference
 import torch
 from support import loss_of, net, same, train, values, weight
 from torch import Tensor, nn
@@ -31,28 +32,19 @@ nestings = pytest.mark.parametrize("wrap", NESTED.values(), ids=list(NESTED))
 # ------------------------------------------------------------------------------------ by hand, in float64
 
 
-def updated(x: Tensor, w: Tensor, g: Tensor, scale: str | None) -> Tensor:
-    """The cautious update, of a base that took ``x`` to ``w``."""
-    kept = ((x - w) * g > 0).double()
-    alpha = {"mean": 1 / kept.mean().clamp(min=1e-3), "numel": kept.numel() / (kept.sum() + 1), None: 1.0}[scale]
-    return x + alpha * kept * (w - x)
-
-
-def cautiously(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
-    return w - eta_lam * ((x - w) * x >= 0).double() * x
-
-
-def p_norm(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
-    big_x = x.abs() ** (2 - P)
-    return w * big_x / (big_x + P * eta_lam)
-
-
-BY_HAND: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "decay(update)": lambda x, w, g, c: cautiously(x, updated(x, w, g, "mean"), g, c),
-    "p-norm(update)": lambda x, w, g, c: p_norm(x, updated(x, w, g, "mean"), g, c),
-    "all(update)": lambda x, w, g, c: updated(x, w, g, "numel") - c * x,
-    "gradient(update)": lambda x, w, g, c: updated(x, w, g, None) - c * (g * x >= 0).double() * x,
+# The outer method, and the scale of the inner one.
+LAYERS = {
+    "decay(update)": (reference.decay(), "mean"),
+    "p-norm(update)": (reference.p_norm(P), "mean"),
+    "all(update)": (reference.decay("all"), "numel"),
+    "gradient(update)": (reference.decay("gradient"), None),
 }
+
+
+def by_hand(name: str, x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
+    """Both layers in float64: the outer's w is what the inner one, whose decay is off, makes of the base's."""
+    outer, scale = LAYERS[name]
+    return outer(x, reference.update(scale)(x, w, g, 0.0), g, eta_lam)
 
 
 def lookahead(base: Optimizer) -> Optimizer:
@@ -85,12 +77,12 @@ def test_each_layer_sees_what_the_inner_one_made(build: Any, name: str) -> None:
         p.grad, q.grad = g.clone(), g.clone()
         opt.step()
         base.step()
-        q.data.copy_(BY_HAND[name](x, q.detach(), sign * g, LR * LAM))
+        q.data.copy_(by_hand(name, x, q.detach(), sign * g, LR * LAM))
         torch.testing.assert_close(q.detach(), p.detach(), rtol=1e-12, atol=1e-13)
         q.data.copy_(p.data)
 
 
-@pytest.mark.parametrize(("outer", "rule"), [(CautiousDecay, cautiously), (PNormDecay, p_norm)])
+@pytest.mark.parametrize(("outer", "rule"), [(CautiousDecay, reference.decay()), (PNormDecay, reference.p_norm(P))])
 def test_a_lookahead_between_the_two(outer: Any, rule: Any) -> None:
     """Around Lookahead around CautiousUpdate, the decay sees the step back to the slow weights as part of u."""
     p = nn.Parameter(torch.randn(30, dtype=F64))
@@ -102,7 +94,7 @@ def test_a_lookahead_between_the_two(outer: Any, rule: Any) -> None:
         p.grad, q.grad = g.clone(), g.clone()
         opt.step()
         base.step()
-        w = updated(x, q.detach(), g, "mean")
+        w = reference.update()(x, q.detach(), g, 0.0)
         if step % 2 == 0:
             slow = w if slow is None else slow + 0.5 * (w - slow)
             w = slow.clone()
@@ -222,13 +214,13 @@ def test_trust_ratios_stay_on_through_two_layers(wrap: Any, name: str) -> None:
     q = nn.Parameter(p.detach().clone())
     opt = wrap(timm.create_optimizer_v2([p], name, lr=LR, weight_decay=LAM))
     adapted = timm.create_optimizer_v2([q], name, lr=LR, weight_decay=0.0, always_adapt=True)
-    by_hand = BY_HAND[next(key for key, value in NESTED.items() if value is wrap)]
+    nested = next(key for key, value in NESTED.items() if value is wrap)
     for _ in range(4):
         g, x = torch.randn(4, 3, dtype=F64), p.detach().clone()
         p.grad, q.grad = g.clone(), g.clone()
         opt.step()
         adapted.step()
-        q.data.copy_(by_hand(x, q.detach(), g, LR * LAM))
+        q.data.copy_(by_hand(nested, x, q.detach(), g, LR * LAM))
         torch.testing.assert_close(q.detach(), p.detach(), rtol=1e-10, atol=1e-12)
         q.data.copy_(p.data)
 

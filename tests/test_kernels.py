@@ -2,11 +2,10 @@
 
 Each backend takes part where it runs. For the Triton kernels that is a card, or a process of its own:
 
-TRITON_INTERPRET=1 pytest tests/test_kernels.py
+TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from support import both_paths, net, train, values
-from test_stochastic_rounding import sigmas, weights
+from test_stochastic_rounding import draws, sigmas, weights
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, kernels, rules, updates
 from cwd_wrap.buckets import Coming, Stepped, Whole
+from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
+from cwd_wrap.tensors import Shard
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-45, -1e-45, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -34,7 +35,6 @@ MIXED = [
 SIZES = [0, 1, 7, 1023, 1024, 1025, 1 << 14, (1 << 14) + 1, (1 << 15) + 1027]
 SHAPES = [(0,), (), (129, 3), *((n,) for n in SIZES[1:])]
 PAIRS = {"adam": (0.9, 1 - 0.9), "gan": (0.5, 0.5), "beta 0.3": (0.3, 0.7), "sgd": (0.9, 1.0), "maximize": (0.9, -0.1)}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 strict_or_not = pytest.mark.parametrize("strict", [False, True])
@@ -179,11 +179,11 @@ def along(
     strict: bool = False,
     count: bool = False,
 ) -> Any:
-    return on.decay_along([Coming(w, g, m, *pair, eta_lam)], strict=strict, count=count, stochastic=False)
+    return on.decay_along([Coming(w, g, m, *pair, eta_lam)], strict=strict, count=count)
 
 
 def after(on: Place, w: Any, x: Any, eta_lam: Any, strict: bool = False, count: bool = False) -> Any:
-    return on.decay_from_snapshot([Stepped(w, w, x, None, eta_lam)], strict=strict, count=count, stochastic=False)
+    return on.decay_from_snapshot([Stepped(w, w, x, None, eta_lam)], strict=strict, count=count)
 
 
 def update(on: Place, w: Any, x: Any, g: Any, eta_lam: Any, scale: str | None = "mean") -> Tensor:
@@ -203,8 +203,8 @@ def shrink(on: Place, w: Any, x: Any, p: float, eta_lam: Any) -> Tensor:
     return counts
 
 
-def whole(on: Place, *buckets: Whole, strict: bool = False, count: bool = False, stochastic: bool = False) -> Any:
-    return on.step_whole(list(buckets), strict=strict, count=count, stochastic=stochastic)
+def whole(on: Place, *buckets: Whole, strict: bool = False, count: bool = False) -> Any:
+    return on.step_whole(list(buckets), strict=strict, count=count)
 
 
 # ---- before and after the step
@@ -321,7 +321,7 @@ def test_each_bucket_has_its_own_numbers(on: Place) -> None:
     rows = list(zip(cuts, pairs, eta_lam, strict=True))
     expected = [expected_along(*row, *pair, c) for at, pair, c in rows for row in zip(w[at], m[at], g[at], strict=True)]
     buckets = [Coming(w[at], g[at], m[at], *pair, c) for at, pair, c in rows]
-    on.decay_along(buckets, strict=False, count=False, stochastic=False)
+    on.decay_along(buckets, strict=False, count=False)
 
     assert on.all_equal(w, expected)
 
@@ -712,8 +712,8 @@ def test_the_whole_step_rounds_stochastically(on: Place, dtype: torch.dtype) -> 
     update = updates.Adam(0.9999, 0.9999, 1e-8, amsgrad=False, maximize=False)
     for stochastic in (True, False):
         w, m, v = ([ones.clone()] for _ in range(3))
-        bucket = Whole(w, [ones * 0], (m, v), [torch.zeros((), device=on.device)], update, 0.0, 1e-4)
-        whole(on, bucket, stochastic=stochastic)
+        steps = [torch.zeros((), device=on.device)]
+        whole(on, Whole(w, [ones * 0], (m, v), steps, update, 0.0, 1e-4, draws(*w) if stochastic else None))
         for (column, mean), (t,) in zip(expected.items(), (w, m, v), strict=True):
             if stochastic:
                 assert abs(sigmas(t.double() - mean)) < 5, column
@@ -730,8 +730,8 @@ def test_each_column_is_rounded_apart(on: Place, dtype: torch.dtype) -> None:
     update = updates.Adam(0.5, 0.25, 1e-8, amsgrad=True, maximize=False)
     state = tuple([t] for t in (ones.clone(), ones.clone(), ones * 0))
     steps = [torch.zeros((), device=on.device)]
-    bucket = Whole([ones.clone()], [ones - gap], state, steps, update, 0.0, gap / 2)
-    whole(on, bucket, stochastic=True)
+    bucket = Whole([ones.clone()], [ones - gap], state, steps, update, 0.0, gap / 2, draws(ones))
+    whole(on, bucket)
     w, m, v, largest = (t.double() for t in (bucket.w[0], *(column[0] for column in state)))
     upper = [t == t.max() for t in (w, m, v, largest)]
 
@@ -752,12 +752,11 @@ def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: 
     """Two decays by 1e-4 of 16,384 weights are those of float32 on average; without the flag none of them moves."""
     x = weights(kind, dtype)[: 1 << 14].to(on.device)
     w, plain, wide = x.clone(), x.clone(), x.float()
-    for out, stochastic in ((w, True), (w, True), (plain, False)):
-        flags = {"strict": False, "count": False, "stochastic": stochastic}
+    for out, drawn in ((w, draws(w)), (w, draws(w, step=1)), (plain, None)):
         if path == "snapshot":
-            on.decay_from_snapshot([Stepped([out], [out], [out.clone()], None, 1e-4)], **flags)
+            on.decay_from_snapshot([Stepped([out], [out], [out.clone()], None, 1e-4, drawn)], strict=False, count=False)
         else:
-            on.decay_along([Coming([out], [x], None, 0.0, 1.0, 1e-4)], **flags)
+            on.decay_along([Coming([out], [x], None, 0.0, 1.0, 1e-4, drawn)], strict=False, count=False)
     for _ in range(2):
         wide -= 1e-4 * wide
     error = (w.float() - wide) * x.sign()
@@ -769,18 +768,38 @@ def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: 
 
 @narrow_types
 def test_masked_weights_keep_their_bits(on: Place, dtype: torch.dtype) -> None:
-    """Rounded stochastically, a weight that is not decayed stays as it is, and the same seed gives the same again."""
+    """Rounded stochastically, a weight that is not decayed stays as it is, and the same step gives the same again."""
     x, g, runs = on.some(3000, dtype, 0), on.some(3000, dtype, 1), []
-    for _ in range(2):
-        torch.manual_seed(0)
+    for seed in range(2):
+        torch.manual_seed(seed)
         w = x.clone()
-        on.decay_along([Coming([w], [g], None, 0.0, 1.0, 0.01)], strict=False, count=False, stochastic=True)
+        on.decay_along([Coming([w], [g], None, 0.0, 1.0, 0.01, draws(w))], strict=False, count=False)
         runs.append(w)
     masked = ~rules.aligned(g, x)
 
     assert torch.equal(w.view(torch.int16)[masked], x.view(torch.int16)[masked])
     assert not torch.equal(w[~masked], x[~masked])
     assert torch.equal(*runs)
+
+
+@narrow_types
+def test_backends_draw_the_same_bits(on: Place, dtype: torch.dtype) -> None:
+    """Every backend rounds each place of each tensor as rules.py does, in runs of a shard too, and in every column."""
+    sizes = [3000, 64, 1500]
+    shards = [Shard(0, 3000, 3000, 3000), Shard(7, 16, 48, 64), Shard(1 << 40, 500, 1 << 20, 1500)]
+    stream = rules.stream(torch.tensor(3), torch.tensor(5)).to(on.device)
+    drawn = Draws(stream, [4, 2, 9], shards)
+    update = updates.SGD(0.9, 0.0, nesterov=False, maximize=False)
+    outcomes = []
+    for backend in (on, Place("eager", on.device)):
+        w, g, m = ([on.some((n,), dtype, i + k) for i, n in enumerate(sizes)] for k in (0, 100, 200))
+        for t in (*w, *g, *m):  # normal numbers: the interpreter writes no subnormal bfloat16
+            t.copy_(torch.nan_to_num(t).clamp(-2, 2) + torch.where(t < 0, -0.25, 0.25))
+        bucket = Whole(w, g, (m,), [], update, 0.1, 1e-3, drawn)
+        whole(backend, bucket)
+        outcomes.append([*w, *m])
+
+    assert all(map(torch.equal, *outcomes))
 
 
 # ---- through the wrapper

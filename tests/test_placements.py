@@ -1,43 +1,81 @@
 """Sharded and replicated weights: two gloo processes give what one gives, whatever layout the gradient comes in."""
 
+from typing import Any
+
 import pytest
 import torch
 from ranks import spawn
+from support import METHODS_ON_PATHS, Method
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
 
-from cwd_wrap import CautiousDecay, CautiousUpdate
+from cwd_wrap import PNormDecay
 
-WEIGHTS, GRADIENTS = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
-EXPECTED = [0.85, 1.1, -1.1, -0.85]
+# Drawn masks differ from rank to rank: `CautiousDecay` asks for the same seed on replicas, and shards draw their own.
+METHODS: list[Method] = [
+    case.values[0] for case in METHODS_ON_PATHS if not case.marks and case.values[0].name != "random"
+]
+STEPS = 3
+F64 = torch.float64
 
 
-def work(rank: int, layout: str, path: str | None) -> None:
+def starts() -> list[Tensor]:
+    """Uneven shards, an empty one, zeros in one shard only, and zero as a whole."""
+    torch.manual_seed(0)
+    half = torch.ones(5, 3, dtype=F64)
+    half[:3] = 0
+    return [torch.randn(5, 3, dtype=F64), torch.randn(1, 3, dtype=F64), half, torch.zeros(4, 3, dtype=F64)]
+
+
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(start.shape, dtype=F64, generator=generator) for start in starts()]
+
+
+def trained(method: Method, base: Any, place: Any = None, place_gradient: Any = None) -> list[Tensor]:
+    """The whole weights after some steps, with everything where ``place`` puts it."""
+    place = place or (lambda t: t)
+    params = [nn.Parameter(place(start)) for start in starts()]
+    opt = method.wrap(base(params, **method.base))
+    for step in range(STEPS):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = (place_gradient or place)(g)
+        opt.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in params]
+
+
+BASES = {
+    "SGD": lambda params, **options: SGD(params, lr=0.1, momentum=0.9, weight_decay=0.5, **options),
+    "AdamW": lambda params, **options: AdamW(params, lr=0.1, weight_decay=0.5, **options),
+}
+
+
+def work(rank: int, layout: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    whole, gradient = torch.tensor(WEIGHTS), torch.tensor(GRADIENTS)
-    placement = Shard(0) if layout == "sharded" else Replicate()
-    p = torch.nn.Parameter(distribute_tensor(whole, mesh, [placement]))
+    placement = {"rows": Shard(0), "columns": Shard(1)}.get(layout, Replicate())
+    place_gradient = None
     if layout == "partial sums":
-        p.grad = DTensor.from_local(gradient * (3.0, -2.0)[rank], mesh, [Partial()])
-    else:
-        p.grad = distribute_tensor(gradient, mesh, [placement])
-    CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.5, path=path).step()
-    torch.testing.assert_close(p.full_tensor().tolist(), EXPECTED)
+        place_gradient = lambda g: DTensor.from_local(g * (3.0, -2.0)[rank], mesh, [Partial()])  # their sum is g
+    for method in METHODS:
+        for name, base in BASES.items():
+            if method.base and name == "SGD":
+                continue  # torch's fused SGD takes no DTensor
+            ours = trained(method, base, lambda t: distribute_tensor(t, mesh, [placement]), place_gradient)
+            told = lambda text, who=f"{method} over {name}": f"{who}: {text}"
+            torch.testing.assert_close(ours, trained(method, base), rtol=1e-10, atol=1e-11, msg=told)
 
-    q = torch.nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [placement]))
-    opt = CautiousUpdate(torch.optim.SGD([q], lr=0.1, momentum=0.9))
-    for step in (torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -0.5])):
-        q.grad = distribute_tensor(step, mesh, [placement])
-        opt.step()
-    torch.testing.assert_close(
-        q.full_tensor().detach(), torch.tensor([-0.3533, -0.3533, -0.3533, -0.1]), atol=1e-4, rtol=0
-    )
+    whole = starts()
+    params = [nn.Parameter(distribute_tensor(start, mesh, [placement])) for start in whole]
+    zeros, numel = sum(int((start == 0).sum()) for start in whole), sum(map(Tensor.numel, whole))
+    assert PNormDecay(SGD(params, lr=0.1), lam=0.5).sparsity() == [zeros / numel]
 
 
-@pytest.mark.parametrize("path", ["direction", "snapshot"])
-@pytest.mark.parametrize("layout", ["sharded", "replicated", "partial sums"])
-def test_two_ranks_are_one(layout: str, path: str) -> None:
-    """The mask is that of the whole gradient on every rank, the mean of a cautious update that of the whole tensor."""
+@pytest.mark.parametrize("layout", ["rows", "columns", "replicated", "partial sums"])
+def test_two_ranks_are_one(layout: str) -> None:
+    """Every method on every path gives the whole weights of one process, on shards uneven or empty: masks are those of
+    the whole gradient, means, zeros and the sparsity those of the whole tensor."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
-    spawn(2, work, layout, path)
+    spawn(2, work, layout)

@@ -10,20 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import both_paths, net, same, train, values, weight
+from support import ALL_PATHS, PathOptions, can_run, net, param, same, train, values, weight
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, rules
 from cwd_wrap.buckets import Coming, Stepped
-from cwd_wrap.kernels import _eager
+from cwd_wrap.draws import Draws
+from cwd_wrap.kernels import Backend, choose
+from cwd_wrap.tensors import Shard
 
 ROOT = Path(__file__).parents[1]
 NARROW = [torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.filterwarnings("ignore:eta.lam = .* is lost")  # rounding to nearest is compared with
 both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
 MANY = 100_000
 STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
-ROUNDED = {"strict": False, "count": False, "stochastic": True}
+both_backends = pytest.mark.parametrize(
+    "kernel", [param(name, path=PathOptions(backend=name)) for name in ("eager", "numba")]
+)
+ROUNDED = {"strict": False, "count": False}
 
 
 def all_finite(dtype: torch.dtype) -> Tensor:
@@ -54,15 +60,26 @@ def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> 
     """``x`` after steps that leave it alone and decay all of it by 1e-4 of itself, taken by the wrapper."""
     p = torch.nn.Parameter(x.clone())
     p.grad = torch.zeros_like(x)
-    opt = CautiousDecay(SGD([p], lr=LR), lam=LAM, rounding=rounding, **options)
+    base = {"fused": True} if options.get("path") == "one_pass" else {}
+    opt = CautiousDecay(SGD([p], lr=LR, **base), lam=LAM, rounding=rounding, **options)
     for _ in range(steps):
         opt.step()
     return p.detach()
 
 
+def backend_of(name: str) -> Backend:
+    return choose(name, torch.device("cpu"))
+
+
+def draws(*tensors: Tensor, step: int = 0) -> Draws:
+    """The random numbers of a step for parameters 0, 1, ..., each whole."""
+    stream = rules.stream(torch.tensor(0), torch.tensor(step)).to(tensors[0].device)
+    return Draws(stream, range(len(tensors)), [Shard(0, t.numel(), t.numel(), t.numel()) for t in tensors])
+
+
 def stepped(w: list[Tensor], eta_lam: float | Tensor) -> Stepped:
     """Weights that a step left where they were."""
-    return Stepped(w, w, [t.clone() for t in w], None, eta_lam)
+    return Stepped(w, w, [t.clone() for t in w], None, eta_lam, draws(*w))
 
 
 # ---- the rule
@@ -115,32 +132,30 @@ def test_overflow_is_that_of_rounding_to_nearest() -> None:
 # ---- the mean
 
 
-@both_paths
-def test_one_step_of_ones(path: str) -> None:
+def test_one_step_of_ones(every_path: PathOptions) -> None:
     """100,000 ones with eta*lam = 2**-10 land on 1 and 1 - 2**-8 only, and on average on 1 - 2**-10."""
     p = torch.nn.Parameter(torch.ones(MANY, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
-    CautiousDecay(SGD([p], lr=0.5), lam=2**-9, path=path, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=0.5, **every_path.base), lam=2**-9, **every_path, rounding="stochastic").step()
 
     assert set(p.tolist()) == {1.0, 1 - 2**-8}
     assert abs(sigmas(p.detach().float() - (1 - 2**-10))) < 5
 
 
-@both_paths
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     [(torch.bfloat16, "normal"), (torch.float16, "normal"), (torch.float16, "subnormal")],
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
-def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, path: str) -> None:
+def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, every_path: PathOptions) -> None:
     """Where rounding to nearest changes 0 of 100,000 weights, the stochastic mean is the float32 decay.
 
     The same check rejects rounding to nearest, and a decay that is a tenth off.
     """
     x = weights(kind, dtype)
-    wide = decayed(x.float(), "stochastic", path=path)
-    narrow = decayed(x, "stochastic", path=path).float()
-    plain = decayed(x, "nearest", path=path)
+    wide = decayed(x.float(), "stochastic", **every_path)
+    narrow = decayed(x, "stochastic", **every_path).float()
+    plain = decayed(x, "nearest", **every_path)
     error = (narrow - wide) * x.sign()
 
     assert torch.equal(plain, x)
@@ -158,10 +173,11 @@ def test_the_ablations_too(mask: str) -> None:
     assert abs(sigmas(error * x.sign())) < 5
 
 
-def test_a_tensor_learning_rate() -> None:
+@both_backends
+def test_a_tensor_learning_rate(kernel: str) -> None:
     """eta*lam as a tensor decays by the same on average."""
     x = torch.ones(MANY, dtype=torch.bfloat16)
-    _eager.decay_from_snapshot([stepped([x], torch.tensor(1e-3))], **ROUNDED)
+    backend_of(kernel).decay_from_snapshot([stepped([x], torch.tensor(1e-3))], **ROUNDED)
 
     assert abs(sigmas(x.float() - (1 - 1e-3))) < 5
 
@@ -170,12 +186,11 @@ def test_a_tensor_learning_rate() -> None:
 
 
 @both_types
-@both_paths
-def test_only_the_two_neighbours_occur(path: str, dtype: torch.dtype) -> None:
+def test_only_the_two_neighbours_occur(every_path: PathOptions, dtype: torch.dtype) -> None:
     """Each weight is one of the two numbers around its float32 value, which lie on either side of it for some."""
     x = weights("normal", dtype)
-    low, high = neighbours(decayed(x.float(), "nearest", 1, path=path), dtype)
-    one = decayed(x, "stochastic", 1, path=path).float()
+    low, high = neighbours(decayed(x.float(), "nearest", 1, **every_path), dtype)
+    one = decayed(x, "stochastic", 1, **every_path).float()
 
     assert ((one == low) | (one == high)).all()
     assert (one == low).any()
@@ -183,68 +198,60 @@ def test_only_the_two_neighbours_occur(path: str, dtype: torch.dtype) -> None:
 
 
 @both_types
-@both_paths
-def test_masked_weights_keep_their_bits(path: str, dtype: torch.dtype) -> None:
-    """A weight that the step grows is, bit for bit, what the base makes of it."""
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "one_pass"])
+def test_masked_weights_keep_their_bits(path: PathOptions, dtype: torch.dtype) -> None:
+    """A weight that the step grows is, bit for bit, what the base makes of it. (One pass rounds the whole step.)"""
     x = weights("normal", dtype)
     p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
     p.grad = alone.grad = torch.randn(MANY).to(dtype)
     SGD([alone], lr=1.0).step()
     grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # and not rounded away: the snapshot would see no step
-    CautiousDecay(SGD([p], lr=1.0), lam=0.01, path=path, rounding="stochastic").step()
+    CautiousDecay(SGD([p], lr=1.0), lam=0.01, **path, rounding="stochastic").step()
 
     assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
     assert (p != alone)[~grown].float().mean() > 0.1
 
 
 @both_types
-def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype) -> None:
+@both_backends
+def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype, kernel: str) -> None:
     """Zeros, infinities and NaN, in every pair, come out with the bits that rounding to nearest gives them."""
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype)
     w, x = (t.reshape(-1) for t in torch.meshgrid(special, special, indexing="ij"))
-    for along in (False, True):
-        results = []
-        for stochastic in (False, True):
-            out, flags = w.clone(), ROUNDED | {"stochastic": stochastic}
-            if along:
-                _eager.decay_along([Coming([out], [x], None, 0.0, 1.0, 0.5)], **flags)
-            else:
-                _eager.decay_from_snapshot([Stepped([out], [out], [x], None, 0.5)], **flags)
-            results.append(out.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16))
-
-        assert torch.equal(*results)
+    along, after = w.clone(), w.clone()
+    backend_of(kernel).decay_along([Coming([along], [x], None, 0.0, 1.0, 0.5, draws(w))], **ROUNDED)
+    backend_of(kernel).decay_from_snapshot([Stepped([after], [after], [x], None, 0.5, draws(w))], **ROUNDED)
+    nearest = (rules.decay(w, w, rules.aligned(x, w), 0.5), rules.decay(w, x, rules.moved_towards_zero(x, w), 0.5))
+    for one, other in zip((along, after), nearest, strict=True):
+        assert torch.equal(*(t.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16) for t in (one, other)))
 
 
-@both_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_weights_draw_nothing(dtype: torch.dtype, path: str) -> None:
-    """float32 and float64 weights decay as ever, and the generator does not move."""
+def test_wide_weights_decay_as_ever(dtype: torch.dtype, every_path: PathOptions) -> None:
+    """float32 and float64 weights decay as with rounding to nearest."""
     x = weights("normal", dtype)
-    before = torch.get_rng_state()
-    one = decayed(x, "stochastic", 1, path=path)
 
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(one, decayed(x, "nearest", 1, path=path))
+    assert torch.equal(decayed(x, "stochastic", 1, **every_path), decayed(x, "nearest", 1, **every_path))
 
 
-@both_paths
-def test_rounding_to_nearest_draws_nothing(path: str) -> None:
-    """The default leaves the generator alone; the stochastic one moves it."""
-    x = weights("normal", torch.bfloat16)
-    states = [torch.get_rng_state()]
-    for rounding in ("nearest", "stochastic"):
-        decayed(x, rounding, 1, path=path)
-        states.append(torch.get_rng_state())
+def test_no_generator_is_used(every_path: PathOptions) -> None:
+    """Dropout and data are as without the wrapper: the generator does not move, and does not matter."""
+    x, runs = weights("normal", torch.bfloat16), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        runs.append(decayed(x, "stochastic", 3, **every_path))
 
-    assert torch.equal(states[0], states[1])
-    assert not torch.equal(states[1], states[2])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*runs)
 
 
-def test_equal_tensors_are_rounded_apart() -> None:
+@both_backends
+def test_equal_tensors_are_rounded_apart(kernel: str) -> None:
     """Two tensors of the same weights, packed together or not, and two blocks of one, get numbers of their own."""
     sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
     w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
-    _eager.decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
+    backend_of(kernel).decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
     for one, other in ((w[0], w[1]), (w[2], w[3]), w[4].chunk(2)):
         assert 0.45 < (one == other).float().mean() < 0.55
 
@@ -252,67 +259,115 @@ def test_equal_tensors_are_rounded_apart() -> None:
 # ---- seeds and checkpoints
 
 
-@both_paths
-def test_the_seed_decides(path: str) -> None:
-    """torch.manual_seed makes a run reproducible, and another seed makes another."""
-    x, runs = weights("normal", torch.bfloat16), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        runs.append(decayed(x, "stochastic", 3, path=path))
+def test_the_seed_decides(every_path: PathOptions) -> None:
+    """The same ``seed`` gives the same run, and another seed another one."""
+    x = weights("normal", torch.bfloat16)
+    runs = [decayed(x, "stochastic", 3, seed=seed, **every_path) for seed in (1, 1, 2)]
 
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, "1", None, 1 << 63, True])
+def test_unfit_seeds(seed: object) -> None:
+    """A seed that is no int from 0 up to 2**63 - 1 is refused."""
+    with pytest.raises(TypeError, match=r"seed=.*: pass an int from 0 up to 2\*\*63 - 1"):
+        CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, seed=seed)
+
+
+def test_steps_are_rounded_apart() -> None:
+    """Each step draws anew, with a base that counts its steps and with one that does not."""
+    for base in (SGD, AdamW):
+        p = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
+        p.grad = torch.zeros_like(p)
+        opt, moved = CautiousDecay(base([p], lr=1.0, weight_decay=2**-9), rounding="stochastic"), []
+        for _ in range(3):
+            torch.nn.init.ones_(p)
+            opt.step()
+            moved.append(p.detach() != 1)
+        for one, other in ((0, 1), (1, 2), (0, 2)):
+            assert 0.4 < (moved[one] == moved[other]).float().mean() < 0.6
+
+
+def test_the_mean_over_steps_of_a_weight_that_stays() -> None:
+    """With a constant weight and a zero gradient, the mean decay over 2,000 steps is eta*lam, at every place."""
+    p = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    p.grad = torch.zeros_like(p)
+    opt, lost = CautiousDecay(SGD([p], lr=0.25), lam=2**-10, rounding="stochastic"), torch.zeros(64)
+    for _ in range(2000):
+        torch.nn.init.ones_(p)
+        opt.step()
+        lost += 1 - p.detach().float()
+    expected = 2000 * 0.25 * 2**-10
+
+    assert lost.mean().item() == pytest.approx(expected, rel=0.05)
+    assert (lost > expected / 2).all()
+
+
 RESUME = """
 import sys, torch
-from support import train, values
+from support import ALL_PATHS, train, values
 from test_stochastic_rounding import narrow_net
 torch.set_num_threads(1)
-saved, resumed = torch.load(sys.argv[1]), []
+saved, resumed, paths = torch.load(sys.argv[1]), [], {str(path): path for path in ALL_PATHS}
 for path, states in saved.items():
-    for restored in (True, False):
-        model, opt = narrow_net(path)
-        model.load_state_dict(states["model"])
-        opt.load_state_dict(states["optimizer"])
-        if restored:
-            torch.set_rng_state(states["random"])
-        train(model.float_in, opt, range(4, 8))
-        resumed.append(values(model))
+    torch.manual_seed(99)
+    model, opt = narrow_net(paths[path])
+    model.load_state_dict(states["model"])
+    opt.load_state_dict(states["optimizer"])
+    train(model.float_in, opt, range(4, 8))
+    resumed.append(values(model))
 torch.save(resumed, sys.argv[1])
 """
 
 
-def narrow_net(path: str) -> tuple[torch.nn.Module, CautiousDecay]:
+def narrow_net(path: PathOptions) -> tuple[torch.nn.Module, CautiousDecay]:
     """A bfloat16 net that takes float32 batches through ``float_in``, and its optimizer."""
     model = net().to(torch.bfloat16)
-    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.5, **path.base)
     model.float_in = lambda x: model(x.to(torch.bfloat16)).float()
-    return model, CautiousDecay(base, path=path, rounding="stochastic")
+    return model, CautiousDecay(base, **path, rounding="stochastic")
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    """Four steps, a checkpoint, and four more in another process are eight steps, if the generator is restored."""
+    """Four steps, a checkpoint, and four more in another process, seeded otherwise, are eight steps."""
     file, saved, expected = tmp_path / "checkpoint.pt", {}, []
-    for path in ("direction", "snapshot"):
+    for path in filter(can_run, ALL_PATHS):
         model, opt = narrow_net(path)
         train(model.float_in, opt, range(4))
-        states = {"model": model.state_dict(), "optimizer": opt.state_dict(), "random": torch.get_rng_state()}
-        saved[path] = copy.deepcopy(states)
+        states = {"model": model.state_dict(), "optimizer": opt.state_dict()}
+        saved[str(path)] = copy.deepcopy(states)
         train(model.float_in, opt, range(4, 8))
-        expected += [values(model)] * 2
+        expected.append(values(model))
     torch.save(saved, file)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     subprocess.run([sys.executable, "-c", RESUME, str(file)], check=True, env=environment)
 
-    assert list(map(torch.equal, torch.load(file), expected)) == [True, False] * 2
+    assert all(map(torch.equal, torch.load(file), expected))
+
+
+def test_a_copy_goes_on_as_the_original() -> None:
+    """A copied and a pickled wrapper draw what the original draws next, over a base without a counter too."""
+    p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    p.grad = torch.full_like(p, 2**-9)
+    opt = CautiousDecay(SGD([p], lr=1.0), lam=2**-9, rounding="stochastic")
+    opt.step()
+    after = []
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), opt):
+        (q,) = other.param_groups[0]["params"]
+        q.grad = p.grad.clone()
+        other.step()
+        after.append(q.detach())
+
+    assert torch.equal(after[0], after[2])
+    assert torch.equal(after[1], after[2])
 
 
 def test_the_state_dict_is_the_plain_optimizers() -> None:
     """Nothing of it is saved: after training, the state dict has the plain optimizer's keys, group for group."""
     dicts = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
-        model, _ = narrow_net("direction")
+        model, _ = narrow_net(PathOptions())
         opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
         train(model.float_in, opt, range(2))
         dicts.append(opt.state_dict())
@@ -351,7 +406,7 @@ def test_on_a_card(dtype: torch.dtype) -> None:
 
     def work() -> None:
         w.copy_(x)
-        kernel.decay_from_snapshot([Stepped([w], [w], [x], None, 1e-4)], **ROUNDED)
+        kernel.decay_from_snapshot([Stepped([w], [w], [x], None, 1e-4, draws(w))], **ROUNDED)
 
     work()
     graph = torch.cuda.CUDAGraph()

@@ -89,7 +89,7 @@ def call(rule: str, tensors: int, eta_lam: object = 0.1, a: float = 0.9, lr: obj
         kept, numel = _triton.count_agreeing(buckets).float(), _triton.vector([8] * tensors, torch.device("cpu"))
         _triton.cautious_update(buckets, rules.alpha(kept, numel, options.get("scale", "mean")))
     else:
-        flags = {"strict": False, "count": False, "stochastic": False}
+        flags = {"strict": False, "count": False}
         getattr(_triton, rule)(buckets, **(flags | options))
 
 
@@ -149,7 +149,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, *w: torch.Tensor) -> dict[str, ob
 
     monkeypatch.setattr(_triton, "_sweep", Recorder())
     bucket = Stepped(w, w, [t.clone() for t in w], None, 0.1)
-    _triton.decay_from_snapshot([bucket], strict=False, count=False, stochastic=False)
+    _triton.decay_from_snapshot([bucket], strict=False, count=False)
     return seen
 
 
@@ -187,7 +187,7 @@ def test_tables_are_kept_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) ->
     )
     for weight in (w, w, w.clone()):
         bucket = Stepped([weight], [weight], x, None, 0.1)
-        _triton.decay_from_snapshot([bucket], strict=False, count=False, stochastic=False)
+        _triton.decay_from_snapshot([bucket], strict=False, count=False)
     first, second, moved = kept
 
     assert first[2] is second[2] is moved[2]

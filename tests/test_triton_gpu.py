@@ -83,6 +83,6 @@ def test_the_second_device() -> None:
     """Weights on a device that is not the current one are decayed there."""
     w, x = torch.ones(5, device="cuda:1"), torch.ones(5, device="cuda:1")
     bucket = Stepped([w], [w], [x], None, 0.5)
-    triton_kernels.decay_from_snapshot([bucket], strict=False, count=False, stochastic=False)
+    triton_kernels.decay_from_snapshot([bucket], strict=False, count=False)
 
     assert w.tolist() == [0.5] * 5

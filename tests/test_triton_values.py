@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from support import both_paths, net, values
-from test_stochastic_rounding import sigmas
+from test_stochastic_rounding import draws, sigmas
 from torch import Tensor
 from torch.optim import SGD
 
@@ -77,7 +77,7 @@ def test_counters_of_another_type(wide: torch.dtype) -> None:
         w, g, m, v = ([torch.ones(3)] for _ in range(4))
         adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
         steps = [torch.tensor(4, dtype=dtype)]
-        _triton.step_whole([Whole(w, g, (m, v), steps, adam, 0.1, 0.1)], strict=False, count=False, stochastic=False)
+        _triton.step_whole([Whole(w, g, (m, v), steps, adam, 0.1, 0.1)], strict=False, count=False)
         weights += w
 
         assert steps[0].item() == 5
@@ -90,7 +90,7 @@ def test_a_compiled_call_equals_an_uncompiled_one() -> None:
 
     def work(w: Tensor) -> Tensor:
         bucket = Stepped([w], [w], [x * 2], None, 0.3)
-        _triton.decay_from_snapshot([bucket], strict=False, count=False, stochastic=False)
+        _triton.decay_from_snapshot([bucket], strict=False, count=False)
         return w + 1
 
     torch._dynamo.reset()
@@ -122,7 +122,7 @@ def test_compiled_steps_equal_uncompiled_ones(path: str) -> None:
 def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """``wide`` in ``dtype``, as a kernel rounds what it writes."""
     out = torch.zeros(wide.shape, dtype=dtype)
-    _triton._launch(_triton._copy, [([out], [wide])], [_triton._row(0.0)], stochastic=True)
+    _triton._launch(_triton._copy, [([out], [wide])], [_triton._row(0.0)], draws=[draws(out)])
     return out
 
 
@@ -157,12 +157,12 @@ def test_the_mean_of_what_is_rounded(dtype: torch.dtype, wide: float) -> None:
 
 
 def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
-    """Two tensors, two blocks, two chunks, two weights side by side and two launches each get numbers of their own."""
+    """Two tensors, two blocks, two chunks, two weights side by side and two steps each get numbers of their own."""
     w = [torch.full((2 * _triton.CHUNK,), 1 - 2**-9) for _ in range(2)]
     out = [torch.zeros_like(t, dtype=torch.bfloat16) for t in w]
     launches = []
-    for _ in range(2):
-        _triton._launch(_triton._copy, [(out, w)], [_triton._row(0.0)], stochastic=True)
+    for step in range(2):
+        _triton._launch(_triton._copy, [(out, w)], [_triton._row(0.0)], draws=[draws(*out, step=step)])
         launches.append(out[0].clone())
     a = out[0]
     pairs = [(a, out[1]), (a[1024:], a[:-1024]), (a[_triton.CHUNK :], a[: -_triton.CHUNK]), launches]
@@ -173,17 +173,16 @@ def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
 
 @both_paths
 def test_the_wrapper_rounds_stochastically(path: str) -> None:
-    """Through the wrapper, bfloat16 weights draw one seed a launch and round with it; float32 ones draw nothing."""
+    """Through the wrapper, bfloat16 weights are rounded stochastically; no generator is drawn from."""
     for dtype in (torch.bfloat16, torch.float32):
         p = torch.nn.Parameter(torch.ones(2000, dtype=dtype))
         p.grad = torch.zeros_like(p)
         opt = CautiousDecay(SGD([p], lr=0.5), lam=2**-8, path=path, backend="triton", rounding="stochastic")
         before = torch.get_rng_state()
         opt.step()
-        drawn = not torch.equal(torch.get_rng_state(), before)
 
+        assert torch.equal(torch.get_rng_state(), before)
         assert set(p.tolist()) == ({1.0, 1 - 2**-8} if dtype == torch.bfloat16 else {1 - 2**-9})
-        assert drawn == (dtype == torch.bfloat16)
 
 
 def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:

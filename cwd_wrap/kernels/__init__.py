@@ -19,23 +19,25 @@ _obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile see
 class Backend(Protocol):
     """What carries the rules out: a module for each way. All buckets of a call are of one `buckets.kind`."""
 
-    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
         """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.
 
-        `rules.aligned` and `rules.decay`. Returns how many weights were decayed if ``count``, else 0.
-        ``stochastic``: `rules.stochastic_rounding` of 16-bit weights.
+        `rules.aligned` and `rules.decay`. Returns how many weights were decayed if ``count``, else 0. Buckets with
+        ``draws``: `rules.stochastic_rounding` of 16-bit weights.
         """
 
-    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
         """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
 
         `rules.moved_towards_zero` and `rules.decay`; the rest as in `decay_along`.
         """
 
-    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the state of the update ``u``.
 
         `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
+        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written. The weight takes
+        column 0 of `rules.uniform`, the tensors of the state the next ones.
         """
 
     def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:

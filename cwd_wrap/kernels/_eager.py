@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cwd_wrap import rules
 from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.draws import Draws
 from cwd_wrap.updates import Adam, Lion, Update
 
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
@@ -21,48 +22,50 @@ PACK = 1 << 18
 _SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_along`."""
     active: Count = 0
     d_all, x_all = _scratch(buckets, 2)
     for bucket in buckets:
-        a, b = bucket.a, bucket.b
-        for x, m_or_g, grad in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
+        if (draws := _draws(bucket)) is not None:
+            rows = enumerate(zip(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g, strict=True))
+            for i, (x, m, g) in rows:
+                d = torch.empty_like(x, dtype=torch.float32)
+                _direction(bucket, m, g, out=d)
+                mask = rules.aligned(d, x, strict)
+                active = active + _count(mask) if count else 0
+                x.copy_(rules.decay(x, x, mask, bucket.eta_lam, _random(draws, i, 0, x.shape)))
+            continue
+        for x, m, g in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
             d = d_all[: x.numel()]
-            if bucket.m is None:
-                torch.mul(grad, 1.0 if b > 0 else -1.0, out=d)
-            else:
-                alike = m_or_g.dtype == grad.dtype == d.dtype
-                average, step = (m_or_g, grad) if alike else (d.copy_(m_or_g), grad.to(d.dtype))
-                if b == 1 - a:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
-                    torch.lerp(average, step, b, out=d)
-                else:
-                    torch.add(average, step, alpha=b / a, out=d)
+            _direction(bucket, m, g, out=d)
             wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
-            active = active + _decay_unless_opposed(
-                wide, wide, d, -1.0, bucket.eta_lam, strict, count, stochastic, out=x
-            )
+            active = active + _decay_unless_opposed(wide, wide, d, -1.0, bucket.eta_lam, strict, count, out=x)
     return active
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_from_snapshot`."""
     active: Count = 0
     d_all, x_all = _scratch(buckets, 2)
     for bucket in buckets:
+        if (draws := _draws(bucket)) is not None:
+            for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
+                mask = rules.moved_towards_zero(x, w, strict)
+                active = active + _count(mask) if count else 0
+                w.copy_(rules.decay(w, x, mask, bucket.eta_lam, _random(draws, i, 0, w.shape)))
+            continue
         for after, before in _blocks(bucket.w, bucket.x):
             d = d_all[: after.numel()]
             w_wide, x_wide = after, before
             if after.dtype != d.dtype:
                 w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
             torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
-            active = active + _decay_unless_opposed(
-                w_wide, x_wide, d, 1.0, bucket.eta_lam, strict, count, stochastic, out=after
-            )
+            active = active + _decay_unless_opposed(w_wide, x_wide, d, 1.0, bucket.eta_lam, strict, count, out=after)
     return active
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
     active: Count = 0
     for bucket in buckets:
@@ -74,9 +77,13 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochasti
             direction, step, *new = _update(bucket.update, g.to(x.dtype), [s.to(x.dtype) for s in state], bucket.lr, t)
             mask = rules.aligned(direction, x, strict)
             active = active + _count(mask) if count else 0
-            for old, value in zip((w, *state), (rules.decay(x - step, x, mask, bucket.eta_lam), *new), strict=True):
-                random = torch.rand_like(value) if stochastic and old.element_size() == 2 else None
-                old.copy_(value if random is None else rules.stochastic_rounding(value, old.dtype, random))
+            values = (rules.decay(x - step, x, mask, bucket.eta_lam), *new)
+            for column, (old, value) in enumerate(zip((w, *state), values, strict=True)):
+                if bucket.draws is not None and old.element_size() == 2:
+                    random = _random(bucket.draws, i, column, w.shape)
+                    old.copy_(rules.stochastic_rounding(value, old.dtype, random))
+                else:
+                    old.copy_(value)
     return active
 
 
@@ -139,6 +146,29 @@ def _update(update: Update, g: Tensor, state: list[Tensor], eta: float | Tensor,
     return (direction, step) if momentum is None else (direction, step, momentum)
 
 
+def _direction(bucket: Coming, m: Tensor, g: Tensor, out: Tensor) -> None:
+    """out <- something with the sign of the coming update; ``m`` is the gradient where there is no momentum."""
+    a, b = bucket.a, bucket.b
+    if bucket.m is None:
+        torch.mul(g, 1.0 if b > 0 else -1.0, out=out)
+        return
+    average, step = (m, g) if m.dtype == g.dtype == out.dtype else (out.copy_(m), g.to(out.dtype))
+    if b == 1 - a:  # as Adam and Lion compute it, so that near-cancellations come out as theirs
+        torch.lerp(average, step, b, out=out)
+    else:
+        torch.add(average, step, alpha=b / a, out=out)
+
+
+def _draws(bucket: Coming | Stepped) -> Draws | None:
+    """The draws that round the bucket's weights; None where they are rounded to nearest."""
+    return bucket.draws if bucket.w[0].element_size() == 2 else None
+
+
+def _random(draws: Draws, i: int, column: int, shape: torch.Size) -> Tensor:
+    """A number in [0, 1) for each place of tensor ``i``."""
+    return rules.uniform(draws.words(i), column).view(shape)
+
+
 def _decay_unless_opposed(
     w: Tensor,
     x: Tensor,
@@ -147,7 +177,6 @@ def _decay_unless_opposed(
     eta_lam: float | Tensor,
     strict: bool,
     count: bool,
-    stochastic: bool,
     out: Tensor,
 ) -> Count:
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
@@ -165,7 +194,7 @@ def _decay_unless_opposed(
     else:
         w.addcmul_(x, mask, value=-eta_lam)
     if w is not out:
-        out.copy_(rules.stochastic_rounding(w, out.dtype, torch.rand_like(w)) if stochastic else w)
+        out.copy_(w)
     return active
 
 

@@ -27,9 +27,12 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
+from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
+from cwd_wrap.tensors import Shard
 from cwd_wrap.updates import Adam, Lion
 
 __all__ = [
@@ -280,10 +283,9 @@ def _amsgrad(x, g, m, v, largest, n, strict):
 
 
 @register_jitable
-def _random(seed, tensor, place):
-    """Four words of 16 random bits for a place: SplitMix64 (Steele et al., 2014) at a counter, fit for vectors."""
-    key = np.uint64(seed) + np.uint64(tensor) * np.uint64(0xD1342543DE82EF95)
-    word = key + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
+def _random(key, place):
+    """The twin of rules.random_words and rules.uniform: 16 random bits for each of four tensors."""
+    word = np.uint64(key) + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     word ^= word >> np.uint64(31)
@@ -296,24 +298,24 @@ def _random(seed, tensor, place):
     )
 
 
-def _words(seed, tensor, place):
-    """`_random`, or None for each word where there is no seed."""
+def _bits(keys, tensor, place):
+    """`_random`, or None for each tensor where there are no keys."""
 
 
-@overload(_words, inline="always")
-def _(seed, tensor, place):
-    if seed is types.none:
-        return lambda seed, tensor, place: (None, None, None, None)
-    return lambda seed, tensor, place: _random(seed, tensor, place)
+@overload(_bits, inline="always")
+def _(keys, tensor, place):
+    if keys is types.none:
+        return lambda keys, tensor, place: (None, None, None, None)
+    return lambda keys, tensor, place: _random(keys[tensor], place)
 
 
 def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
     """The walk that carries ``rule`` out on chunks ``first`` to ``last``, and counts for each where it says so."""
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def walk(addresses, chunks, numbers, tags, strict, seed, counts, first, last):
+    def walk(addresses, chunks, numbers, tags, strict, keys, counts, first, last):
         for k in range(first, last):
-            tensor, start, stop = chunks[k, 0], chunks[k, 1], chunks[k, 2]
+            tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
             row = numbers[tensor]
             n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
             line0 = _line(addresses, 0, tensor, start, stop, tags[0])
@@ -327,7 +329,7 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
                     _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
                     _get(line4, i, n[0]), n, strict,
                 )  # fmt: skip
-                random = _words(seed, tensor, start + i)
+                random = _bits(keys, tensor, place + i)
                 _put(line0, i, new0, random[0])
                 _put(line1, i, new1, None)
                 _put(line2, i, new2, random[1])
@@ -361,7 +363,7 @@ _walks = {
 # ---- the backend
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_along`."""
     rows: list[tuple[float, ...]] = []
     for bucket in buckets:
@@ -373,23 +375,23 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochas
         else:
             rows.append((b / a, 1.0, 0.0, eta_lam))
     rule = "_along_gradient" if buckets[0].m is None else "_along_momentum"
-    counts = _launch(rule, buckets, _numbers(buckets, rows), strict=strict, stochastic=stochastic)
+    counts = _launch(rule, buckets, _numbers(buckets, rows), strict=strict)
     return int(counts.sum()) if count else 0
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_from_snapshot`."""
     numbers = _numbers(buckets, [(float(bucket.eta_lam),) for bucket in buckets])
-    counts = _launch("_from_snapshot", buckets, numbers, strict=strict, stochastic=stochastic)
+    counts = _launch("_from_snapshot", buckets, numbers, strict=strict)
     return int(counts.sum()) if count else 0
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.step_whole`."""
     numbers = _numbers(buckets, [_of_update(bucket) for bucket in buckets])
     if isinstance(buckets[0].update, Adam):
         _correct_bias(buckets, numbers)
-    counts = _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict, stochastic=stochastic)
+    counts = _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict)
     return int(counts.sum()) if count else 0
 
 
@@ -464,16 +466,14 @@ def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
     return [list(chain.from_iterable(parts)) for parts in zip(*(b.columns for b in buckets), strict=True)]
 
 
-def _launch(
-    rule: str, buckets: Sequence[Bucket], numbers: np.ndarray, *, strict: bool = False, stochastic: bool = False
-) -> np.ndarray:
+def _launch(rule: str, buckets: Sequence[Bucket], numbers: np.ndarray, *, strict: bool = False) -> np.ndarray:
     """Carry ``rule`` out on all tensors of the buckets. Returns the count of each chunk."""
     columns = _columns(buckets)
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     narrow = any(columns[i][0].element_size() == 2 for i in written)
-    seed = int(torch.randint(1 << 62, ())) if stochastic and narrow else None
+    draws = [bucket.draws for bucket in buckets if bucket.draws is not None] if narrow else []
     lines = _in_lines(columns)
-    counts = _run(rule, lines, numbers, strict, seed)
+    counts = _run(rule, lines, numbers, strict, draws)
     for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
@@ -492,17 +492,21 @@ def _run(
     columns: Sequence[Sequence[Tensor]],
     numbers: np.ndarray,
     strict: bool = False,
-    seed: int | None = None,
+    draws: Sequence[Draws] = (),
 ) -> np.ndarray:
     walk = _walks[rule]
     sizes = _sizes(columns[0])
-    chunks = _chunks(sizes.tobytes())
+    keys, chunks = None, _chunks(sizes.tobytes())
+    if draws:
+        keys = np.concatenate([rules.stream(each.stream, torch.tensor(each.numbers)).numpy() for each in draws])
+        shards = np.array([shard for each in draws for shard in each.shards], np.int64).reshape(-1, len(Shard._fields))
+        chunks = _chunks(sizes.tobytes(), shards.tobytes())
     counts = np.zeros(len(chunks), np.int64)
     addresses = np.stack([_addresses(column) for column in columns])
     tags = (*(_TAGS[column[0].dtype] for column in columns), *[None] * (COLUMNS - len(columns)))
     threads = min(torch.get_num_threads(), 1 + int(sizes.sum()) // ALONE)
     if threads == 1:
-        walk(addresses, chunks, numbers, tags, strict, seed, counts, 0, len(chunks))
+        walk(addresses, chunks, numbers, tags, strict, keys, counts, 0, len(chunks))
         return counts
     turns = min(threads * TURNS, len(chunks))
     cuts = [len(chunks) * i // turns for i in range(turns + 1)]
@@ -510,7 +514,7 @@ def _run(
 
     def take_turns() -> None:
         while (i := next(turn)) < turns:
-            walk(addresses, chunks, numbers, tags, strict, seed, counts, cuts[i], cuts[i + 1])
+            walk(addresses, chunks, numbers, tags, strict, keys, counts, cuts[i], cuts[i + 1])
 
     others = [_pool(threads).submit(take_turns) for _ in range(threads - 1)]
     take_turns()
@@ -528,13 +532,30 @@ def _addresses(column: Sequence[Tensor]) -> np.ndarray:
 
 
 @functools.lru_cache(64)
-def _chunks(sizes: bytes) -> np.ndarray:
-    """For each chunk of tensors of ``sizes``: tensor, first element, the one after the last."""
+def _chunks(sizes: bytes, shards: bytes | None = None) -> np.ndarray:
+    """For each chunk: tensor, first element, the one after the last, and the place of the first in the whole parameter.
+
+    ``sizes`` of the tensors, and their ``shards``: a chunk is of one run.
+    """
     numel = np.frombuffer(sizes, np.int64)
-    per_tensor = -(-numel // CHUNK)
-    tensor = np.repeat(np.arange(len(numel)), per_tensor)
-    start = (np.arange(len(tensor)) - np.repeat(np.cumsum(per_tensor) - per_tensor, per_tensor)) * CHUNK
-    return np.stack([tensor, start, np.minimum(start + CHUNK, numel[tensor])], axis=1)
+    tensor: np.ndarray = np.arange(len(numel))
+    start: np.ndarray = np.zeros(len(numel), np.int64)
+    length, place = numel, start
+    if shards is not None:
+        offset, run, jump, _ = np.frombuffer(shards, np.int64).reshape(-1, len(Shard._fields)).T
+        tensor, number = _cut(numel, np.maximum(run, 1))
+        start, length, place = number * run[tensor], run[tensor], offset[tensor] + number * jump[tensor]
+    of, number = _cut(length, np.full(len(length), CHUNK))
+    ahead = number * CHUNK
+    stop = start[of] + np.minimum(ahead + CHUNK, length[of])
+    return np.stack([tensor[of], start[of] + ahead, stop, place[of] + ahead], axis=1)
+
+
+def _cut(sizes: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each of ``sizes`` in parts of so much: which one a part is of, and its number there."""
+    counts: np.ndarray = -(-sizes // parts)
+    of = np.repeat(np.arange(len(sizes)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @functools.lru_cache(1)

@@ -32,7 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.draws import Draws
 from cwd_wrap.kernels._eager import _order, _write_back
 from cwd_wrap.updates import SGD, Adam, Update
 
@@ -41,10 +42,10 @@ THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
 ALIGNMENT = 16  # bytes
 TABLES = 64  # kept on the device at once; an optimizer needs three to seven for each combination of types
-NUMBERS = 7  # coefficients in a row of the table of buckets
-ROW = (
-    4 + NUMBERS
-)  # before them: eta*lam and the learning rate, as an address on the device (or 0) or as numbers (or 0.0)
+NUMBERS = 7  # coefficients in a row of the table of buckets: up to four of the rule, the sign, two log2(beta)
+ROW = 4 + NUMBERS
+"""Words in a row of that table: the addresses of eta*lam and of the learning rate on the device, or 0; their values, or
+0.0 where there is an address; the coefficients. Addresses are int64, the rest float64."""
 
 _COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
 _DTYPE = attrgetter("dtype")
@@ -55,8 +56,10 @@ _Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
 """What the tensors of a bucket share: eta*lam, the learning rate, the coefficients."""
 
 _recorded: list[Tensor] = []
-"""Pinned memory that CUDA graphs copy from at each replay. A graph gives no signal when it is freed, so these are never
-released."""
+"""Pinned memory that CUDA graphs copy from at each replay.
+
+A graph gives no signal when it is freed, so these are never released.
+"""
 
 
 # ---- the decays, each the twin of a function in _eager.py
@@ -125,8 +128,9 @@ def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
-# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, state ...), where the state has three
-# entries, of which only those that the optimizer has are written
+# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, three tensors of state)
+#
+# A state that the optimizer does not have is None when given, and any tensor when returned: it is not written.
 
 
 @triton.jit
@@ -173,28 +177,43 @@ def _lion(g, m, v, largest, eta, root, rest1, rest2, beta, eps):
 
 
 @triton.jit
-def _round_stochastically(wide, seed, tensor, block, COLUMN: tl.constexpr, FLOAT16: tl.constexpr, BLOCK: tl.constexpr):
-    # The twin of rules.stochastic_rounding: add random bits below the last one that is kept, and cut them off.
-    # Each counter (place, block, tensor, words) gives the random words of four neighbours. A column in bfloat16 takes
-    # one half of each word, one in float16 a word of its own.
-    words: tl.constexpr = 4 + COLUMN if FLOAT16 else COLUMN // 2
-    lane = tl.arange(0, BLOCK // 4)
-    zero = lane * 0
-    a, b, c, d = tl.philox(seed, lane, (zero + block // BLOCK).to(tl.int32), (zero + tensor).to(tl.int32), zero + words)
-    random = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [BLOCK])
-    if not FLOAT16:
-        random = random >> 16 * (COLUMN % 2)
+def _mix(z):
+    # The twin of rules.mix, on uint64.
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _stream(of, number):
+    # The twin of rules.stream.
+    return _mix(of + number.to(tl.uint64) * 0x9E3779B97F4A7C15)
+
+
+@triton.jit
+def _round_stochastically(wide, random, FLOAT16: tl.constexpr):
+    # The twin of rules.stochastic_rounding for ``random`` * 2**-16, by the bits that are cut off: ``lost`` of 2**16.
     bits = wide.to(tl.int32, bitcast=True)
     spare: tl.constexpr = 0x1FFF if FLOAT16 else 0xFFFF
     largest: tl.constexpr = 65504.0 if FLOAT16 else 3.3895313892515355e38
-    rounded = ((bits + (random & spare).to(tl.int32)) & ~spare).to(tl.float32, bitcast=True)
+    lost = (bits & spare) * (8 if FLOAT16 else 1)
+    outwards = _outwards(lost, random, (bits & (spare + 1)) != 0)
+    rounded = ((bits & ~spare) + tl.where(outwards, spare + 1, 0)).to(tl.float32, bitcast=True)
     if FLOAT16:  # below 2**-14 its numbers are 2**-24 apart
         steps = tl.abs(wide) * 16777216.0
         whole = tl.floor(steps)
-        whole += tl.where((random >> 8).to(tl.float32) < (steps - whole) * 16777216.0, 1.0, 0.0)
+        up = _outwards((steps - whole) * 65536.0, random.to(tl.float32), whole * 0.5 != tl.floor(whole * 0.5))
+        whole += tl.where(up, 1.0, 0.0)
         small = whole * tl.where(bits < 0, -5.9604644775390625e-08, 5.9604644775390625e-08)
         rounded = tl.where(tl.abs(wide) < 6.103515625e-05, small, rounded)
-    return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and what overflows as always
+    return tl.where(tl.abs(wide) <= largest, rounded, wide)  # NaN and overflow are left to rounding to nearest
+
+
+@triton.jit
+def _outwards(lost, random, odd):
+    # Of two neighbours the nearest is taken (of two as near, the even one), unless random < the chance of the other.
+    nearest = (lost > 32768) | ((lost == 32768) & odd)
+    return tl.where(nearest, random >= 65536 - lost, random < lost)
 
 
 @triton.jit
@@ -219,12 +238,11 @@ def _load(pointer, at, inside, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, value, at, inside, seed, tensor, block, COLUMN: tl.constexpr, BLOCK: tl.constexpr):
-    if seed is not None:
+def _store(pointer, value, at, inside, words, COLUMN: tl.constexpr):
+    if words is not None:
         if (pointer.dtype.element_ty == tl.float16) | (pointer.dtype.element_ty == tl.bfloat16):
-            value = _round_stochastically(
-                value, seed, tensor, block, COLUMN, pointer.dtype.element_ty == tl.float16, BLOCK
-            )
+            random = ((words >> 16 * COLUMN) & 0xFFFF).to(tl.int32)
+            value = _round_stochastically(value, random, pointer.dtype.element_ty == tl.float16)
     tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
 
 
@@ -245,16 +263,19 @@ def _piece(
     n1,
     n2,
     n3,
-    seed,
-    tensor,
-    block,
+    key,
+    offset,
+    run,
+    jump,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
     WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
+    words = None
+    if key is not None:  # at the place in the whole parameter, of which this may be a shard
+        words = _stream(key, offset + (at if run is None else at // run * jump + at % run))
     x = _load(first, at, inside, WIDE)
     y = _load(second, at, inside, WIDE) if second is not None else x
     z = _load(third, at, inside, WIDE) if third is not None else None
@@ -265,15 +286,15 @@ def _piece(
         mask = _aligned(direction, x, STRICT)
         x = _decay(x - step, x, mask, eta_lam)
         if third is not None:
-            _store(third, z, at, inside, seed, tensor, block, 1, BLOCK)
+            _store(third, z, at, inside, words, 1)
         if fourth is not None:
-            _store(fourth, v, at, inside, seed, tensor, block, 2, BLOCK)
+            _store(fourth, v, at, inside, words, 2)
         if fifth is not None:
-            _store(fifth, largest, at, inside, seed, tensor, block, 3, BLOCK)
+            _store(fifth, largest, at, inside, words, 3)
     else:
         x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
     if WRITE:
-        _store(first, x, at, inside, seed, tensor, block, 0, BLOCK)
+        _store(first, x, at, inside, words, 0)
     return mask
 
 
@@ -286,7 +307,8 @@ def _sweep(
     numbers,
     steps,
     counts,
-    seeds,
+    streams,
+    shards,
     per_tensor,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -301,6 +323,7 @@ def _sweep(
     ALIGNED: tl.constexpr,
     STRICT: tl.constexpr,
     COUNT: tl.constexpr,
+    IN_RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Carry RULE out on chunk number ``program_id``.
@@ -311,8 +334,9 @@ def _sweep(
     ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
     ``steps``: the address of each tensor's counter, for an update that corrects biases; the last two numbers of the row
     are log2(beta) of its two averages.
-    ``seeds``: None rounds to nearest; otherwise the one seed there makes the random numbers that round. ``per_tensor``:
-    None, or a number for each tensor, in place of the first coefficient.
+    ``streams``: None rounds to nearest; otherwise the one there makes the random numbers that round, and ``shards``
+    holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: one holds several runs.
+    ``per_tensor``: None, or a number for each tensor, in place of the first coefficient.
     """
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3) * ROW
@@ -337,14 +361,20 @@ def _sweep(
     third = _pointer(addresses + column * 2, tensor, THIRD, ALIGNED) if THIRD is not None else None
     fourth = _pointer(addresses + column * 3, tensor, FOURTH, ALIGNED) if FOURTH is not None else None
     fifth = _pointer(addresses + column * 4, tensor, FIFTH, ALIGNED) if FIFTH is not None else None
-    seed = tl.load(seeds) if seeds is not None else None
+    key, offset, run, jump = None, None, None, None
+    if streams is not None:
+        of_tensor = shards + tl.cast(tensor, tl.int64) * 4
+        key = _stream(tl.load(streams).to(tl.uint64), tl.load(of_tensor))
+        offset = tl.load(of_tensor + 1)
+        if IN_RUNS:  # a division at each place
+            run, jump = tl.load(of_tensor + 2), tl.load(of_tensor + 3)
     active = tl.zeros([BLOCK], tl.int32)
     rest = stop - (stop - start) % BLOCK
     for block in range(start, rest, BLOCK):  # no mask here: it would split the wide loads
         at = block + tl.arange(0, BLOCK)
         mask = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, eta, root, sign, n0, n1, n2, n3,
-            seed, tensor, block, RULE, UPDATE, WRITE, WIDE, STRICT, BLOCK,
+            key, offset, run, jump, RULE, UPDATE, WRITE, WIDE, STRICT,
         )  # fmt: skip
         if COUNT:
             active += mask.to(tl.int32)
@@ -353,7 +383,7 @@ def _sweep(
         inside = at < stop
         mask = _piece(
             first, second, third, fourth, fifth, at, inside, eta_lam, eta, root, sign, n0, n1, n2, n3,
-            seed, tensor, rest, RULE, UPDATE, WRITE, WIDE, STRICT, BLOCK,
+            key, offset, run, jump, RULE, UPDATE, WRITE, WIDE, STRICT,
         )  # fmt: skip
         if COUNT:
             active += (mask & inside).to(tl.int32)
@@ -371,33 +401,33 @@ def _uncompiled(function: _Function) -> _Function:
 
 
 @_uncompiled
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_along`, in one launch."""
     by_momentum = bool(buckets) and buckets[0].m is not None
     rows = [
         _row(bucket.eta_lam, *(_slope(bucket) if by_momentum else (math.copysign(1, bucket.b),))) for bucket in buckets
     ]
     rule = _along_momentum if by_momentum else _along_gradient
-    return _sum(_launch(rule, _columns(buckets), rows, strict=strict, count=count, stochastic=stochastic))
+    return _sum(_launch(rule, _columns(buckets), rows, strict=strict, count=count, draws=_drawn(buckets)))
 
 
 @_uncompiled
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.decay_from_snapshot`, in one launch."""
     columns = [(bucket.w, bucket.x) for bucket in buckets]
     rows = [_row(bucket.eta_lam) for bucket in buckets]
-    return _sum(_launch(_from_snapshot, columns, rows, strict=strict, count=count, stochastic=stochastic))
+    return _sum(_launch(_from_snapshot, columns, rows, strict=strict, count=count, draws=_drawn(buckets)))
 
 
 @_uncompiled
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool, stochastic: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
     """`kernels.Backend.step_whole`, in one launch after the one that increases the counters."""
     steps = _joined([bucket.steps for bucket in buckets])
     if steps:
         torch._foreach_add_(list(steps), 1)
     rows = [_row(bucket.eta_lam, *_coefficients(bucket.update), lr=bucket.lr) for bucket in buckets]
     rule = _UPDATES[buckets[0].update.kernel] if buckets else None
-    flags: dict[str, Any] = {"strict": strict, "count": count, "stochastic": stochastic}
+    flags: dict[str, Any] = {"strict": strict, "count": count, "draws": _drawn(buckets)}
     return _sum(_launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags))
 
 
@@ -464,8 +494,12 @@ def _row(eta_lam: float | Tensor, *numbers: float, lr: float | Tensor = 0.0) -> 
     return eta_lam, lr, numbers
 
 
-def _columns(buckets: Sequence[Coming | Stepped | Whole]) -> list[tuple[Sequence[Tensor], ...]]:
+def _columns(buckets: Sequence[Bucket]) -> list[tuple[Sequence[Tensor], ...]]:
     return [bucket.columns for bucket in buckets]
+
+
+def _drawn(buckets: Sequence[Bucket]) -> list[Draws]:
+    return [bucket.draws for bucket in buckets if bucket.draws is not None]
 
 
 def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -494,7 +528,7 @@ def _launch(
     steps: Sequence[Tensor] = (),
     strict: bool = False,
     count: bool = False,
-    stochastic: bool = False,
+    draws: Sequence[Draws] = (),
     write: bool = True,
     per_tensor: Tensor | None = None,
 ) -> Tensor | None:
@@ -515,7 +549,7 @@ def _launch(
     row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
     first = columns[0][0]
     device = first.device
-    if set(map(Tensor.get_device, steps)) | set(map(_DTYPE, steps)) != {first.get_device(), torch.float32}:
+    if {*map(Tensor.get_device, steps), *map(_DTYPE, steps)} != {first.get_device(), torch.float32}:
         steps = [step.to(device, torch.float32) for step in steps]
     counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
@@ -523,10 +557,13 @@ def _launch(
         table = _table(_plain, device, b"".join(map(_packed, rows)))
         chunks = _table(_chunks, device, _bytes(sizes), _bytes(row_of))
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
-        seeds = None
-        if stochastic and any(types[column].itemsize == 2 for column in written):
-            # Drawn on the device: nothing waits, and a graph draws anew.
-            seeds = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), device=device)
+        streams, shards = None, None
+        if draws and any(types[column].itemsize == 2 for column in written):
+            streams = draws[0].stream  # on the device: nothing is read, and a graph draws anew
+            places = (
+                (number, *place[:3]) for each in draws for number, place in zip(each.numbers, each.shards, strict=True)
+            )
+            shards = _table(_plain, device, _bytes(list(chain.from_iterable(places)))).view(torch.int64)
         _sweep[(len(chunks),)](
             _table(_plain, device, addresses).view(torch.int64),
             len(sizes),
@@ -535,7 +572,8 @@ def _launch(
             table.view(torch.float64),
             _table(_plain, device, counters).view(torch.int64) if counters else None,
             counts,
-            seeds,
+            streams,
+            shards,
             per_tensor,
             RULE=rule,
             UPDATE=update,
@@ -546,6 +584,7 @@ def _launch(
             ALIGNED=_aligned_all(addresses),
             STRICT=strict,
             COUNT=count,
+            IN_RUNS=any(shard.run < shard.numel for each in draws for shard in each.shards),
             BLOCK=BLOCK,
             num_warps=THREADS // (64 if torch.version.hip else 32),
             enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
@@ -579,7 +618,7 @@ def _guard(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _on_device(scalar: float | Tensor, device: torch.device, wide: torch.dtype) -> float | Tensor:
-    """A number, or a tensor of type ``wide`` on ``device``; nothing that an accelerator may be writing is read here."""
+    """A number, or a tensor of type ``wide`` on ``device``. Tensors on an accelerator are not read: that would wait."""
     if isinstance(scalar, Tensor) and (scalar.device.type != "cpu" or device.type == "cpu"):
         return scalar.to(device, wide, non_blocking=True)
     return float(scalar)
@@ -620,7 +659,7 @@ def _table(build: Callable[..., Tensor], device: torch.device, *parts: bytes) ->
     if device.type == "cpu":
         return _kept(build, parts, device, None)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Recorded, not run: the table is not there for others to use, and what it is copied from must stay.
+        # The copy is recorded, not run: other calls cannot use this table, and each replay copies from its source.
         _recorded.append(build(*parts).pin_memory())
         return _recorded[-1].to(device, non_blocking=True)
     # One table for each stream that works with it, so that none reads it before it has arrived.

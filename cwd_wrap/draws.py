@@ -1,0 +1,77 @@
+"""Random numbers that are a function of a seed, the step, the parameter and the place in it. No generator is used.
+
+So replicas agree however they are seeded, shards agree with the whole, and nothing else in the program changes. The
+bits are SplitMix64's (Steele, Lea and Flood, 2014; `rules.mix`) at the counter (seed, step, parameter, place).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cwd_wrap import rules
+from cwd_wrap.tensors import Shard
+
+
+class Draws(NamedTuple):
+    """Where the random numbers for the tensors of a bucket come from."""
+
+    stream: Tensor
+    """The stream of this step: one int64, on the tensors' device."""
+    numbers: Sequence[int]
+    """Each tensor's number among the parameters of the optimizer."""
+    shards: Sequence[Shard]
+    """Which places of the whole parameter each tensor holds."""
+
+    def at(self, chosen: Sequence[int]) -> "Draws":
+        """The draws of some of the tensors."""
+        return Draws(self.stream, [self.numbers[i] for i in chosen], [self.shards[i] for i in chosen])
+
+    def words(self, i: int) -> Tensor:
+        """A word of 64 random bits for each place of tensor ``i``, in one line."""
+        offset, run, jump, numel = self.shards[i]
+        local = torch.arange(numel, device=self.stream.device)
+        places = local + offset if run >= numel else offset + local // run * jump + local % run
+        return rules.random_words(rules.stream(self.stream, self.numbers[i]), places)
+
+
+class Stream:
+    """The random numbers of one wrapper: of its seed, and of the steps that its base has taken.
+
+    The count is the base's own ``step`` where its state has one, so that a resumed run goes on with the same numbers.
+    For other bases it begins at 0 when a checkpoint is loaded.
+    """
+
+    def __init__(self, seed: int, steps: int | None = None) -> None:
+        self._seed = seed
+        self._counters: dict[torch.device, Tensor] = {}
+        self.steps = steps
+        """Steps that were taken before this one; None: read it from the base's state."""
+
+    def restart(self) -> None:
+        """Read the count of steps from the base's state again, at the next step."""
+        self.steps = None
+
+    def advance(self, base: Optimizer) -> None:
+        """Begin a step."""
+        if self.steps is None:
+            self.steps = _steps_taken(base.state)
+            self._counters = {}
+            return
+        self.steps += 1
+        for counter in self._counters.values():
+            counter.add_(1)  # on the device: the replay of a CUDA graph counts too
+
+    def on(self, device: torch.device) -> Tensor:
+        """The stream of this step, on ``device``."""
+        if device not in self._counters:
+            self._counters[device] = torch.tensor(self.steps, device=device)
+        return rules.stream(torch.tensor(self._seed), self._counters[device])
+
+
+def _steps_taken(state: Any) -> int:
+    """The largest ``step`` in a state; 0 where it has none."""
+    steps = [of_one["step"] for of_one in state.values() if isinstance(of_one, dict) and "step" in of_one]
+    return max((int(step) for step in steps if isinstance(step, int | float | Tensor)), default=0)

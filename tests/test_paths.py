@@ -1,0 +1,463 @@
+"""The four paths: which group takes which and why, that they agree, and that nobody but the base sees short lists."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ALL_PATHS, Base, PathOptions, can_run, net, param, same, train, values, weight
+from test_directions import make
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions
+
+NO_KERNEL = "no compiled kernel runs on cpu: backend='eager'"
+
+
+def sizes(*numbers: int) -> list[nn.Parameter]:
+    return [weight(*[1.0] * n, grad=[1.0] * n) for n in numbers]
+
+
+# ------------------------------------------------------------------------------------ which, and why
+
+
+def mixed(**options: Any) -> CautiousDecay:
+    """RMSprop with a group of 4 weights with momentum, one of 1000 without, and one of 10 that does not decay."""
+    few, many, idle = sizes(4, 1000, 10)
+    groups = [{"params": [few], "momentum": 0.9}, {"params": [many]}, {"params": [idle], "weight_decay": 0.0}]
+    return CautiousDecay(RMSprop(groups, lr=0.1, weight_decay=0.5), backend="eager", **options)
+
+
+def test_each_group_takes_its_own_path() -> None:
+    """Momentum in RMSprop hides the direction: that group is stepped in pieces, the other by direction."""
+    why = "RMSprop with momentum divides each past gradient by its own scale"
+    no_kernel = "no kernel makes the whole update of RMSprop"
+
+    assert [
+        (0, "pieces", f"{no_kernel}; {why}"),
+        (1, "direction", no_kernel),
+        (2, "plain", "its weight_decay is 0, so the base steps it alone"),
+    ] == mixed().paths()
+
+
+def test_a_group_costs_the_memory_of_its_own_path() -> None:
+    """4 weights of 4 bytes are copied, not 1004; repr says so, and the buffer is no larger."""
+    opt = mixed()
+    opt.step()
+
+    assert 16 == opt.snapshot_bytes
+    assert (
+        "CautiousDecay(RMSprop, lam=[0.5, 0.5, 0.0], path=['pieces', 'direction'], backend='eager', snapshot_bytes=16)"
+    ) == repr(opt)
+    assert {} == opt._buffers._whole
+    assert [32] == [buffer.numel() for buffer in opt._buffers._piece.values()]  # rounded up to a boundary
+
+
+def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
+    """The same with a group whose step is not known because it masks its own update."""
+    timm = pytest.importorskip("timm.optim")
+    few, many = sizes(4, 1000)
+    base = timm.NAdamW([{"params": [few], "caution": True}, {"params": [many]}], lr=0.1, weight_decay=0.5)
+    opt = CautiousDecay(base)
+    opt.step()
+    copying = [path for path in opt.paths() if path.path != "direction"]
+
+    assert [(0, "NAdamW masks its own update in a group with caution=True")] == [
+        (path.group, path.reason.split("; ")[-1]) for path in copying
+    ]
+    assert 16 == opt.snapshot_bytes
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "expected"),
+    [
+        (AdamW, {"fused": True}, ("direction", NO_KERNEL)),
+        (AdamW, {}, ("direction", "AdamW was not built with fused=True")),
+        (Adagrad, {"fused": True}, ("direction", "no kernel makes the whole update of Adagrad")),
+        (Rprop, {}, ("pieces", "the sign of Rprop's coming update is not known from its gradient and state alone")),
+    ],
+)
+def test_the_reason_tells_what_is_in_the_way(base: Any, options: dict[str, Any], expected: tuple[str, str]) -> None:
+    """paths() says why a group does not take an earlier path."""
+    (of_group,) = CautiousDecay(base([weight(1.0)], **options), lam=0.1, backend="eager").paths()
+
+    assert expected == (of_group.path, of_group.reason.split("; ")[-1])
+
+
+def test_one_pass_is_the_first_choice() -> None:
+    """A fused AdamW on the CPU takes one pass where numba is installed; Lion needs no fused=True for it."""
+    pytest.importorskip("numba")
+    bases = [AdamW([weight(1.0)], fused=True)]
+    bases += [pytest.importorskip("timm.optim").Lion([weight(1.0)], lr=0.1)]
+
+    for base in bases:
+        assert [(0, "one_pass", "a compiled kernel makes the whole step")] == CautiousDecay(base, lam=0.1).paths()
+
+
+def lookahead(params: list[nn.Parameter]) -> Optimizer:
+    return pytest.importorskip("timm.optim").Lookahead(AdamW(params))
+
+
+IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
+    "not fused": (CautiousDecay, AdamW, "one_pass", "AdamW was not built with fused=True"),
+    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no kernel makes the whole update of Adagrad"),
+    "a subclass": (CautiousDecay, type("Mine", (AdamW,), {}), "one_pass", "no kernel makes the whole update of Mine"),
+    "no direction": (CautiousDecay, Rprop, "direction", "the sign of Rprop's coming update is not known from its"),
+    "no pieces": (CautiousDecay, lookahead, "pieces", "Lookahead is not known to take the same step in pieces"),
+    "an ablation": (
+        lambda base, **options: CautiousDecay(base, mask="all", **options), SGD, "direction",
+        "mask='all' is an ablation, and compares with a copy",
+    ),
+    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "the size of the update is known only from a copy"),
+    "PNormDecay": (PNormDecay, SGD, "direction", "the decay depends on the weights from before the step and acts on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrap", "base", "path", "reason"), IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
+def test_a_path_that_cannot_be_taken_is_refused_with_its_reason(wrap: Any, base: Any, path: str, reason: str) -> None:
+    """The error names the path, the optimizer, the reason and the way out; the base is as it was."""
+    made, lam = base([weight(1.0)]), {} if wrap is CautiousUpdate else {"lam": 0.1}
+    with pytest.raises(ValueError, match=f"^path='{path}' cannot be taken by {type(made).__name__}: ") as caught:
+        wrap(made, path=path, **lam)
+
+    assert reason in str(caught.value)
+    assert str(caught.value).endswith("Pass path=None, and the library chooses one that can")
+
+
+def test_an_unknown_path_is_refused() -> None:
+    """The four names and None are listed."""
+    with pytest.raises(ValueError, match="unknown path 'fast': pass one of 'one_pass', 'direction', 'pieces', 'snapsh"):
+        CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, path="fast")
+
+
+def test_a_group_that_cannot_take_the_path_is_not_added() -> None:
+    """A forced path is checked for later groups too."""
+    opt = CautiousDecay(RMSprop([weight(1.0)], lr=0.1, weight_decay=0.5), path="direction")
+    with pytest.raises(ValueError, match="path='direction' cannot be taken by RMSprop: RMSprop with momentum"):
+        opt.add_param_group({"params": [weight(1.0)], "momentum": 0.9})
+
+    assert 1 == len(opt.param_groups)
+
+
+# ------------------------------------------------------------------------------------ what others see
+
+
+def trained(path: PathOptions, steps: int = 2) -> tuple[nn.Module, CautiousDecay]:
+    """A net in two groups, each of two pieces or more, whose state is there."""
+    model = net()
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.25}]
+    opt = CautiousDecay(AdamW(groups, lr=0.01, weight_decay=0.5, **path.base), **path)
+    train(model, opt, range(steps))
+    return model, opt
+
+
+def lists(opt: Optimizer) -> list[tuple[int, list[int]]]:
+    """The lists of parameters by identity, and what is in them."""
+    return [(id(group["params"]), [*map(id, group["params"])]) for group in opt.param_groups]
+
+
+def test_hooks_see_the_full_lists(every_path: PathOptions) -> None:
+    """All hooks, before and after, on the wrapper, the base or all optimizers, fire once and see all parameters."""
+    model, opt = trained(every_path)
+    whole, seen = lists(opt), []
+    look = lambda optimizer, *_: seen.append(lists(optimizer))
+    for optimizer in (opt, opt.base_optimizer):
+        optimizer.register_step_pre_hook(look)
+        optimizer.register_step_post_hook(look)
+    handles = [register_optimizer_step_pre_hook(look), register_optimizer_step_post_hook(look)]
+    try:
+        train(model, opt, [2])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    assert [whole] * 6 == seen
+    assert whole == lists(opt)
+
+
+def test_gradients_are_not_touched(every_path: PathOptions) -> None:
+    """After a step each parameter has the gradient object that it had, never written to."""
+    model, opt = trained(every_path)
+    train(model, opt, [2])
+    before = [(p.grad, p.grad._version, p.grad.clone()) for p in model.parameters()]
+    opt.step()
+
+    for p, (g, version, kept) in zip(model.parameters(), before, strict=True):
+        assert p.grad is g
+        assert version == g._version
+        assert torch.equal(kept, g)
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
+    every_path: PathOptions, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base raises at its first, second or third group: lists and decays are as before, and the next step works."""
+    model, opt = trained(every_path)
+    before, calls, inner = lists(opt), itertools.count(), AdamW._init_group
+
+    def init_group(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise RuntimeError("out of luck")
+        return inner(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdamW, "_init_group", init_group)
+        if call < 2 or every_path["path"] == "pieces":
+            with pytest.raises(RuntimeError, match="out of luck"):
+                opt.step()
+        else:
+            opt.step()  # there are two groups only
+
+    assert before == lists(opt)
+    assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]
+    train(model, opt, [3])
+    assert bool(values(model).isfinite().all())
+
+
+@pytest.mark.parametrize("whose", ["closure", "base's hook"])
+def test_an_error_of_the_user_leaves_the_groups_whole(every_path: PathOptions, whose: str) -> None:
+    """So it is where a closure raises, or a hook of the base, before the step or after it."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    for register in ("register_step_pre_hook", "register_step_post_hook"):
+        _, opt = trained(every_path)
+        before = lists(opt)
+        if whose == "base's hook":
+            getattr(opt.base_optimizer, register)(broken)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            opt.step(broken if whose == "closure" else None)
+
+        assert before == lists(opt)
+        assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_one_pass_begins_where_there_is_state() -> None:
+    """A parameter whose first gradient comes late takes that step by direction, with the base's own state; others
+    do not wait for it."""
+    early, late = weight(1.0, -1.0), weight(2.0, -2.0)
+    opt = CautiousDecay(AdamW([early, late], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="eager")
+    for step in range(4):
+        early.grad = torch.ones(2)
+        late.grad = torch.ones(2) if step >= 2 else None
+        opt.step()
+
+    assert [4.0, 2.0] == [opt.state[p]["step"].item() for p in (early, late)]
+
+
+# ------------------------------------------------------------------------------------ they agree
+
+F64, BF16 = torch.float64, torch.bfloat16
+ADAM = {"betas": (0.8, 0.9)}
+UPDATES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "Adam": (Adam, ADAM),
+    "AdamW": (AdamW, ADAM),
+    "AdamW-amsgrad": (AdamW, {**ADAM, "amsgrad": True}),
+    "SGD": (SGD, {}),
+    "SGD-momentum": (SGD, {"momentum": 0.9}),
+    "SGD-dampening": (SGD, {"momentum": 0.9, "dampening": 0.5}),
+    "SGD-nesterov": (SGD, {"momentum": 0.9, "nesterov": True}),
+    "timm.Lion": ("timm.optim.Lion", ADAM),
+    "lion_pytorch.Lion": ("lion_pytorch.Lion", ADAM),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "maximize": {"maximize": True},
+    "tensor-lr": {"lr": torch.tensor(0.01, dtype=F64)},
+}
+ONE_PASS = [path for path in ALL_PATHS if path["path"] == "one_pass"]
+
+
+def built(name: str, variant: str, p: Tensor) -> Optimizer:
+    cls, options = UPDATES[name]
+    options = {**options, **VARIANTS[variant]}
+    lr = options.pop("lr", 0.01)
+    base = make(cls, p, {**options, "fused": True} if not isinstance(cls, str) else options)
+    base.param_groups[0].update(lr=lr, weight_decay=0.5)
+    return base
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        (name, variant)
+        for name in UPDATES
+        for variant in VARIANTS
+        if not (name == "lion_pytorch.Lion" and variant == "maximize")
+    ],
+)
+def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torch.dtype, path: PathOptions) -> None:
+    """From the same weights and state, a step of one pass, by direction, in pieces or from a copy gives the same.
+
+    Weights and state are equal up to a few roundings, wherever the direction of the step is clear; step counters are
+    equal. The other paths take turns, each from the weights and the state dict of the one before.
+    """
+    others = [*filter(can_run, (other for other in ALL_PATHS if other != path))]
+    p = nn.Parameter(torch.randn(500, dtype=F64).to(dtype))
+    opt = CautiousDecay(built(name, variant, p), **path)
+    for step in range(6):
+        p.grad = torch.randn(500, dtype=F64).to(dtype)
+        direction = directions.find(opt.base_optimizer, opt.param_groups[0])
+        m, a, b = direction.of(opt.state.get(p, {}))
+        terms = [b * p.grad.double()] + ([] if m is None else [a * m.double()])
+        clear = sum(terms).abs() > 0.02 * sum(t.abs() for t in terms)
+        q = nn.Parameter(p.detach().clone())
+        q.grad = p.grad.clone()
+        twin = CautiousDecay(built(name, variant, q), **others[step % len(others)])
+        twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.step()
+        twin.step()
+        roundings = 4 * torch.finfo(dtype).eps
+
+        torch.testing.assert_close(q[clear], p[clear], rtol=roundings, atol=roundings)
+        assert same(twin.state_dict()["state"], opt.state_dict()["state"], roundings)
+        if step % 2:  # go on from the other's
+            p.data.copy_(q.data)
+            opt.load_state_dict(copy.deepcopy(twin.state_dict()))
+    assert clear.float().mean() > 0.9
+
+
+def test_one_pass_and_direction_end_alike(every_base: Base, every_path: PathOptions) -> None:
+    """Twenty steps on any path end where those by direction end, up to roundings."""
+    ends = []
+    for path in (every_path, PathOptions(path="direction", backend="eager")):
+        model = net().double()
+        opt = CautiousDecay(every_base(model.parameters()), **path)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=F64)
+            opt.step()
+        ends.append(values(model))
+
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_plain_optimizer_goes_on_from_one_pass(name: str, path: PathOptions) -> None:
+    """Three steps of one pass, and a fourth by the plain optimizer from its state dict: the state is a plain run's."""
+    states = []
+    for wrapped in (False, True):
+        p = nn.Parameter(torch.ones(50, dtype=F64))
+        plain, base = built(name, "", p), built(name, "", p)
+        base.param_groups[0]["weight_decay"] = 0.0
+        opt = CautiousDecay(base, lam=0.5, **path) if wrapped else base
+        for step in range(4):
+            p.grad = torch.randn(50, dtype=F64, generator=torch.Generator().manual_seed(step))
+            if step == 3:
+                plain.load_state_dict(opt.state_dict())
+                plain.param_groups[0]["weight_decay"] = 0.0  # SGD's would enter the state
+                opt = plain
+            opt.step()
+        states.append(opt.state_dict()["state"])
+
+    assert same(*states, 1e-13)
+
+
+# ------------------------------------------------------------------------------------ threads and forks
+
+
+def big_step(seed: int) -> Tensor:
+    """Three fused steps of a tensor that is large enough for several threads."""
+    torch.manual_seed(seed)
+    p = nn.Parameter(torch.randn(1 << 19))
+    opt = CautiousDecay(AdamW([p], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="numba")
+    for _ in range(3):
+        p.grad = torch.sin(p.detach() * 100)
+        opt.step()
+    return p.detach()
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_python_threads_step_different_optimizers() -> None:
+    """Four threads, each with an optimizer of its own, give bit for bit what they give one after the other."""
+    pytest.importorskip("numba")
+    starts = [nn.Parameter(torch.randn(1 << 18)) for _ in range(4)]
+
+    def run(p: nn.Parameter) -> None:
+        opt = CautiousDecay(AdamW([p], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="numba")
+        for _ in range(5):
+            p.grad = p.detach() * 0.5
+            opt.step()
+
+    alone = copy.deepcopy(starts)
+    for p in alone:
+        run(p)
+    threads = [threading.Thread(target=run, args=(p,)) for p in starts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert all(map(torch.equal, alone, starts))
+
+
+def in_a_process(program: str) -> str:
+    """What the program prints, in a process of its own that may import this file."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, threading, torch\nfrom test_paths import big_step\n{program}"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+OURS = "sum(thread.name.startswith('cwd_wrap') for thread in threading.enumerate())"
+
+
+def test_as_many_threads_as_torch_has() -> None:
+    """torch.set_num_threads says how many threads step: no thread of ours with 1, one beside the caller's with 2."""
+    pytest.importorskip("numba")
+    lines = ["results = []"]
+    for threads in (1, 2, 1):
+        lines += [f"torch.set_num_threads({threads})", "results.append(big_step(0))", f"print({OURS})"]
+    lines += ["print(all(torch.equal(results[0], other) for other in results))"]
+
+    assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that is there stays, idle
+
+
+def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
+    """A child that is forked after a step on several threads steps as its parent does."""
+    pytest.importorskip("numba")
+    program = f"""
+from cwd_wrap import CautiousDecay
+torch.set_num_threads(2)
+big_step(0)
+p = torch.nn.Parameter(torch.randn(1 << 19))
+opt = CautiousDecay(torch.optim.AdamW([p], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="numba")
+p.grad = torch.randn(1 << 19)
+opt.step()
+child = os.fork()
+opt.step()
+torch.save(p.detach(), "{tmp_path}/" + ("parent" if child else "child"))
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    in_a_process(program)
+
+    assert torch.equal(*(torch.load(tmp_path / whose) for whose in ("parent", "child")))
