@@ -188,7 +188,7 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
-        lr, draws = members.group["lr"], members.draws(some)
+        draws = members.draws(some)
         yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws)
 
 

@@ -27,20 +27,25 @@ def _version(name: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``every_path``, and maybe ``every_base``, or ``every_method`` runs for each of them."""
+    """A test that takes ``every_path``, and maybe ``every_base``, or ``every_method`` runs for each of them.
+
+    ``every_rule``: the methods that have a reference, since they draw no random numbers.
+    """
     if "every_base" in metafunc.fixturenames:
         metafunc.parametrize(("every_base", "every_path"), BASES_ON_PATHS)
     elif "every_path" in metafunc.fixturenames:
         metafunc.parametrize("every_path", [param(path, path=path) for path in ALL_PATHS])
     if "every_method" in metafunc.fixturenames:
         metafunc.parametrize("every_method", METHODS_ON_PATHS)
+    if "every_rule" in metafunc.fixturenames:
+        metafunc.parametrize("every_rule", [case for case in METHODS_ON_PATHS if case.values[0].reference is not None])
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests over every path have their bases step in more than one piece."""
     whole = paths.PIECE
-    if {"every_path", "every_method"} & set(request.fixturenames):
+    if {"every_path", "every_method", "every_rule"} & set(request.fixturenames):
         paths.PIECE = 16
     yield
     paths.PIECE = whole

@@ -25,7 +25,6 @@ def decay(mask: str = "update", strict: bool = False) -> Reference:
         chosen = {
             "update": lambda: aligned(x - w, x, strict),
             "gradient": lambda: aligned(g, x, strict),
-            "random": lambda: torch.rand(x.shape) < aligned(x - w, x, strict).float().mean(),
             "all": lambda: torch.ones_like(x, dtype=torch.bool),
         }[mask]()
         return torch.where(chosen, w - eta_lam * x, w)

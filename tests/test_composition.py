@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from support import loss_of, net, same, train, values, weight
+from support import PathOptions, loss_of, net, param, same, train, values, weight
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
@@ -20,11 +20,17 @@ from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 F64 = torch.float64
 LR, LAM, P = 0.05, 0.5, 0.8
 
-NESTED: dict[str, Callable[[Optimizer], Any]] = {
-    "decay(update)": lambda base: CautiousDecay(CautiousUpdate(base)),
-    "p-norm(update)": lambda base: PNormDecay(CautiousUpdate(base), p=P),
-    "all(update)": lambda base: CautiousDecay(CautiousUpdate(base, scale="numel"), mask="all"),
-    "gradient(update)": lambda base: CautiousDecay(CautiousUpdate(base, scale=None), mask="gradient"),
+
+def nested(outer: Any, inner: dict[str, Any], **options: Any) -> Callable[..., Any]:
+    """Wraps a base twice; ``on`` are options of both layers for one call, the outer's and the inner's."""
+    return lambda base, on=({}, {}): outer(CautiousUpdate(base, **inner, **on[1]), **options, **on[0])
+
+
+NESTED: dict[str, Callable[..., Any]] = {
+    "decay(update)": nested(CautiousDecay, {}),
+    "p-norm(update)": nested(PNormDecay, {}, p=P),
+    "all(update)": nested(CautiousDecay, {"scale": "numel"}, mask="all"),
+    "gradient(update)": nested(CautiousDecay, {"scale": None}, mask="gradient"),
 }
 nestings = pytest.mark.parametrize("wrap", NESTED.values(), ids=list(NESTED))
 
@@ -64,13 +70,18 @@ if not hasattr(torch.optim, "Muon"):  # up to torch 2.8
 bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
 
 
+BACKENDS = [PathOptions(backend=backend) for backend in ("eager", "numba")]
+INNER = [param(path, path=path) for path in (*BACKENDS, *(PathOptions(path="snapshot", **path) for path in BACKENDS))]
+
+
+@pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("name", NESTED)
 @bases
-def test_each_layer_sees_what_the_inner_one_made(build: Any, name: str) -> None:
+def test_each_layer_sees_what_the_inner_one_made(build: Any, name: str, inner: PathOptions) -> None:
     """The outer's u is the inner's masked update, and its x the weight before both: ten steps, by hand in float64."""
     p = nn.Parameter(torch.randn(6, 5, dtype=F64))
     q = nn.Parameter(p.detach().clone())
-    opt, base = NESTED[name](build(p, LAM)), build(q, 0.0)
+    opt, base = NESTED[name](build(p, LAM), ({"backend": inner["backend"]}, inner)), build(q, 0.0)
     sign = -1 if base.param_groups[0].get("maximize") else 1
     for _ in range(10):
         g, x = torch.randn(6, 5, dtype=F64), p.detach().clone()

@@ -382,12 +382,12 @@ def test_a_step_leaves_no_hook_behind(every_method: Method) -> None:
     assert 0 == len(opt.base_optimizer._optimizer_step_post_hooks)
 
 
-def test_a_base_hook_may_change_the_gradient(every_method: Method) -> None:
+def test_a_base_hook_may_change_the_gradient(every_rule: Method) -> None:
     """Every method uses the gradient that the step uses: here a hook of the base has turned it round."""
-    opt = every_method.wrap(sgd(**every_method.base))
+    opt = every_rule.wrap(sgd(**every_rule.base))
     (p,) = opt.param_groups[0]["params"]
     opt.base_optimizer.register_step_pre_hook(lambda *_: setattr(p, "grad", -p.grad))
-    expected = every_method.after_sgd(p, -p.grad)
+    expected = every_rule.after_sgd(p, -p.grad)
     opt.step()
 
     torch.testing.assert_close(expected, p.detach())
@@ -396,12 +396,12 @@ def test_a_base_hook_may_change_the_gradient(every_method: Method) -> None:
 # ------------------------------------------------------------------------------------ groups and gradients
 
 
-def test_an_added_group_is_trained_and_decayed(every_method: Method) -> None:
+def test_an_added_group_is_trained_and_decayed(every_rule: Method) -> None:
     """A group added to the wrapper is the base's: it steps, and the method acts on it."""
-    opt, p = every_method.wrap(sgd(**every_method.base)), weight(1.0, -2.0, grad=[1.0, 1.0])
+    opt, p = every_rule.wrap(sgd(**every_rule.base)), weight(1.0, -2.0, grad=[1.0, 1.0])
     opt.param_groups[0]["params"][0].grad = None
     opt.add_param_group({"params": [p]})
-    expected = every_method.after_sgd(p, p.grad)
+    expected = every_rule.after_sgd(p, p.grad)
     opt.step()
 
     assert 2 == len(opt.base_optimizer.param_groups)
@@ -467,22 +467,22 @@ def test_zero_grad(set_to_none: bool) -> None:
     assert grad is None if set_to_none else torch.equal(torch.zeros(2), grad)
 
 
-def test_replaced_parameters_are_stepped_and_decayed(every_method: Method) -> None:
+def test_replaced_parameters_are_stepped_and_decayed(every_rule: Method) -> None:
     """accelerate and FSDP2 put other tensors into a group; the next step works on those."""
-    opt, p = every_method.wrap(sgd(**every_method.base)), weight(1.0, grad=[1.0])
+    opt, p = every_rule.wrap(sgd(**every_rule.base)), weight(1.0, grad=[1.0])
     opt.step()
     opt.param_groups[0]["params"] = [p]
-    expected = every_method.after_sgd(p, p.grad)
+    expected = every_rule.after_sgd(p, p.grad)
     opt.step()
 
     torch.testing.assert_close(expected, p.detach())
 
 
-def test_groups_stepped_one_at_a_time_are_stepped_once(every_method: Method) -> None:
+def test_groups_stepped_one_at_a_time_are_stepped_once(every_rule: Method) -> None:
     """DeepSpeed assigns one group, steps, and goes on: every group takes one step in all."""
     params = [weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])]
-    base = SGD([{"params": [p]} for p in params], lr=0.1, weight_decay=0.5, **every_method.base)
-    opt, expected = every_method.wrap(base), [every_method.after_sgd(p, p.grad) for p in params]
+    base = SGD([{"params": [p]} for p in params], lr=0.1, weight_decay=0.5, **every_rule.base)
+    opt, expected = every_rule.wrap(base), [every_rule.after_sgd(p, p.grad) for p in params]
     groups = opt.param_groups
     for group in groups:
         opt.param_groups = [group]

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.optim as o
+from support import PathOptions, param
 from torch.optim import Optimizer
 
 from cwd_wrap import CautiousDecay, directions, rules
@@ -42,6 +43,8 @@ ROWS: list[tuple[type[Optimizer] | str, dict[str, object]]] = [
     ("lion_pytorch.Lion", BETAS),
 ]
 IDS = [f"{c if isinstance(c, str) else c.__name__}-{'-'.join(f'{k}={v}' for k, v in f.items())}" for c, f in ROWS]
+
+BACKENDS = [PathOptions(backend=backend) for backend in ("eager", "numba")]
 
 # Known not to follow from gradient and state, so they take the snapshot.
 UNKNOWN = [
@@ -89,15 +92,16 @@ def test_predicted_sign_is_the_sign_of_the_step(cls: type[Optimizer] | str, flag
         assert (p.detach()[size == 0] == 0).all()
 
 
+@pytest.mark.parametrize("chosen", [param(chosen, path=chosen) for chosen in BACKENDS])
 @pytest.mark.parametrize(("cls", "flags"), ROWS, ids=IDS)
 def test_direction_and_snapshot_agree_where_the_weight_moved(
-    cls: type[Optimizer] | str, flags: dict[str, object]
+    cls: type[Optimizer] | str, flags: dict[str, object], chosen: PathOptions
 ) -> None:
     """From the same weights, both paths give the same step to 4 roundings, wherever the plain step moved the weight."""
     generator = torch.Generator().manual_seed(1)
     ours, theirs, plain = (torch.nn.Parameter(torch.randn(SIZE, generator=generator)) for _ in range(3))
-    along = CautiousDecay(make(cls, ours, flags), lam=0.5, path="direction")
-    copied = CautiousDecay(make(cls, theirs, flags), lam=0.5, path="snapshot")
+    along = CautiousDecay(make(cls, ours, flags), lam=0.5, path="direction", **chosen)
+    copied = CautiousDecay(make(cls, theirs, flags), lam=0.5, path="snapshot", **chosen)
     base = make(cls, plain, flags)
     base.param_groups[0]["weight_decay"] = 0.0
     assert (along.snapshot_bytes, copied.snapshot_bytes) == (0, 4 * SIZE)

@@ -247,15 +247,15 @@ def test_a_base_that_raises_gets_its_decay_back(every_method: Method, monkeypatc
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-def test_a_base_goes_on_after_it_has_raised(every_method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_goes_on_after_it_has_raised(every_rule: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after a failed one is the base's and the method's, by the group's own strength."""
-    base = sgd(**every_method.base)
-    opt = every_method.wrap(base)
+    base = sgd(**every_rule.base)
+    opt = every_rule.wrap(base)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(SGD, "_init_group", broken)
         opt.step()
     (p,) = base.param_groups[0]["params"]
-    expected = every_method.after_sgd(p, p.grad)
+    expected = every_rule.after_sgd(p, p.grad)
     opt.step()
 
     torch.testing.assert_close(expected, p.detach())

@@ -20,7 +20,6 @@ F64 = torch.float64
 LR, LAM = 0.125, 0.5
 MASKS = ["update", "gradient", "random", "all"]
 ABLATIONS = MASKS[1:]
-all_masks = pytest.mark.parametrize("mask", MASKS)
 ablations = pytest.mark.parametrize("mask", ABLATIONS)
 
 
@@ -244,6 +243,46 @@ def run_random(steps: range, model: nn.Module, opt: Optimizer) -> Tensor:
 def fresh(seed: int = 0) -> tuple[nn.Module, Optimizer]:
     model = net()
     return model, CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), mask="random", seed=seed)
+
+
+def test_random_is_splitmix_at_a_counter() -> None:
+    """Each weight decays where its 16 bits, worked out here with Python's integers, are below the share of the mask."""
+
+    def mixed(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    def nth(stream: int, n: int) -> int:
+        return mixed((stream + n * 0x9E3779B97F4A7C15) % 2**64)
+
+    seed, weights = 3, 40
+    params = [nn.Parameter(torch.ones(weights, dtype=F64)) for _ in range(2)]
+    g = torch.where(torch.arange(weights) % 4 == 0, -0.5, 0.5).double()
+    opt = CautiousDecay(sgd(*params), mask="random", seed=seed)
+    for step in range(3):
+        for number, p in enumerate(params):
+            key = nth(nth(seed, step), number)
+            bits = [nth(key, place) >> 16 & 0xFFFF for place in range(weights)]
+            torch.nn.init.ones_(p)
+            p.grad = g.clone()
+            p.expected = [b / 2**16 < 0.75 for b in bits]
+        opt.step()
+        for p in params:
+            assert p.expected == (p.detach() != 1 - LR * g).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 3), (2, 3, 4, 5)], ids=str)
+def test_random_in_every_type_and_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Each number decays by eta*lam of itself or not at all, whatever the type, the shape and the layout."""
+    p = nn.Parameter(torch.randn(shape, dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    x = p.detach().clone()
+    CautiousDecay(SGD([p], lr=0.5), lam=0.5, mask="random").step()
+    one, other = (torch.view_as_real(t) if t.is_complex() else t for t in (p.detach(), x))
+
+    assert torch.where(one == other, other * 0.75, one).equal(other * 0.75)
 
 
 def test_random_is_reproducible() -> None:

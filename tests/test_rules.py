@@ -10,7 +10,6 @@ from cwd_wrap import CautiousDecay, rules
 
 INF, NAN = float("inf"), float("nan")
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
-steps = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def test_four_numbers() -> None:

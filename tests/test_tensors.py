@@ -22,12 +22,6 @@ def sgd(*params: nn.Parameter, **options: Any) -> SGD:
     return SGD(params, lr=LR, weight_decay=LAM, **options)
 
 
-def plain_step(p: Tensor) -> Tensor:
-    """The weights that SGD without decay takes ``p`` to."""
-    with torch.no_grad():
-        return p.detach() - LR * p.grad
-
-
 # ------------------------------------------------------------------------------------ by eye
 
 

@@ -40,7 +40,7 @@ def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = [torch.empty(0), torch.empty(0, 3)]
     buckets = [Stepped(empty, empty, empty, empty, 0.1)]
     adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
-    flags = {"strict": False, "count": True, "stochastic": True}
+    flags = {"strict": False, "count": True}
     _triton.copy(empty, empty)
     _triton.cautious_update(buckets, torch.ones(2))
     _triton.p_norm_decay(buckets, 0.8, torch.ones(2))
