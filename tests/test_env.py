@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,26 @@ def test_each_backend_can_run_or_says_why_not() -> None:
     assert [line.split(":")[0].strip() for line in of_cpu] == list(kernels.BACKENDS)
     assert all(line.endswith(("can run", "(chosen)")) or "cannot run: " in line for line in of_cpu)
     assert [line for line in of_cpu if "(chosen)" in line] == [f"  {kernels.name(None, CPU)}: can run (chosen)"]
+
+
+def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card has its name, memory and compute capability; one that is too old for Triton steps eagerly."""
+    card = SimpleNamespace(name="Old Card", total_memory=8 << 30, major=6, minor=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    lines = env.report().splitlines()
+    of_card = lines[next(i for i, line in enumerate(lines) if line.startswith("cuda:0: ")) :][:4]
+
+    assert of_card[0].startswith("cuda:0: Old Card, 8 GiB, compute capability 6.1, CUDA ")
+    assert of_card[1:] == [
+        "  eager: can run (chosen)",
+        "  numba: cannot run: numba's kernels run on the CPU",
+        "  triton: cannot run: Triton needs compute capability 7.0",
+    ]
 
 
 def test_versions_are_told() -> None:
@@ -123,7 +144,7 @@ def test_without_a_command_the_usage_is_printed(
 def test_numba_can_run_where_there_is_no_fork() -> None:
     """The report of a system without fork, as Windows is, has numba among what can run."""
     pytest.importorskip("numba")
-    program = "import os, numba, cwd_wrap.env; del os.register_at_fork; print(cwd_wrap.env.report())"
+    program = "import os, numba, cwd_wrap.env; del os.register_at_fork; print(*cwd_wrap.env._devices())"
     told = python("-c", program).stdout
 
     assert "  numba: can run" in told
