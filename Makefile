@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm test test-without-triton lint bench docs clean
+.PHONY: help demo demo-timm test test-without-triton test-oldest lint hooks wheel bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -41,16 +41,42 @@ test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
 	$(BIN)/python -m pytest -q -n 2
 
-test-without-triton:  ## the core tests on a torch without triton (the CPU build), in a virtual environment of its own
+# The package with torch alone, in virtual environments of their own.
+CORE := --ignore tests/test_examples.py
+
+$(VENV)-cpu/.core: pyproject.toml
 	test -d $(VENV)-cpu || $(PYTHON) -m venv $(VENV)-cpu
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis -e .
-	$(VENV)-cpu/bin/python -m pytest -q -n 2 --ignore tests/test_examples.py
+	$(VENV)-cpu/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes triton
+	touch $@
 
-lint: $(BIN)/.lint  ## format, lint and type checks
+# torch 2.4.1 was built for numpy 1.
+$(VENV)-oldest/.core: pyproject.toml
+	test -d $(VENV)-oldest || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.4.1 'numpy<2'
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis -e .
+	touch $@
+
+test-without-triton: $(VENV)-cpu/.core  ## the core tests without triton, numba and the optimizer libraries
+	$(VENV)-cpu/bin/python -m pytest -q -n 2 $(CORE)
+
+test-oldest: $(VENV)-oldest/.core  ## the core tests on the oldest torch that is supported (Python 3.12 or older)
+	$(VENV)-oldest/bin/python -m pytest -q -n 2 $(CORE)
+
+lint: $(BIN)/.lint  ## format, lint, types, spelling and workflows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/zizmor --quiet --offline .github
+
+hooks: $(BIN)/.lint  ## what `pre-commit` checks beside `make lint`, on all files
+	SKIP=lint $(BIN)/pre-commit run --all-files
+
+wheel: $(VENV)-cpu/.core  ## wheel and sdist in dist/, their contents checked and the README's example run
+	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dist]'
+	$(VENV)-cpu/bin/python .ci/wheel.py
 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py
@@ -63,4 +89,4 @@ docs: $(BIN)/.docs  ## the pages and the API as a site in site/; a broken link i
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-cpu $(VENV)-oldest demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,14 +57,22 @@ ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
 
 def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
     """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can."""
-    if any("ScheduleFree" in name for name in _names(optimizer)):
-        return _ANEW
+    if (by_class := refusal_of(type(optimizer))) is not None:
+        return by_class
     if rounding != "stochastic" and any(map(_has_master_bits, getattr(optimizer, "param_groups", ()))):
         return (
             "it keeps further bits of its 16-bit weights apart from them, so that its own decay counts where one of "
             "the weights alone is rounded away. Pass rounding='stochastic', or keep float32 weights"
         )
-    return next((_REFUSED[name] for name in _names(optimizer) if name in _REFUSED), None)
+    return None
+
+
+def refusal_of(cls: type[Optimizer]) -> str | None:
+    """Why no optimizer of class ``cls`` can be wrapped; None if they can."""
+    names = _names_of(cast("Hashable", cls))
+    if any("ScheduleFree" in name for name in names):
+        return _ANEW
+    return next((_REFUSED[name] for name in names if name in _REFUSED), None)
 
 
 def _has_master_bits(group: Group) -> bool:

@@ -79,7 +79,7 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     has not (Lion), always.
     """
     cls = type(optimizer)
-    make = _TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
     if make is None:
         return f"no kernel makes the whole update of {cls.__name__}"
     if "fused" in group and not group["fused"]:
@@ -110,7 +110,7 @@ def _lion(group: Group) -> Update | str:
     return Lion(beta1, beta2, bool(group.get("maximize")))
 
 
-_TABLE: Mapping[str, Callable[[Group], Update | str]] = {
+TABLE: Mapping[str, Callable[[Group], Update | str]] = {
     "torch.optim.adam.Adam": _adam,
     "torch.optim.adamw.AdamW": _adam,
     "torch.optim.sgd.SGD": _sgd,

@@ -199,6 +199,8 @@ def accelerated(
 ) -> tuple[Tensor, Any]:
     """Train with accelerate, two batches a step, on the batches ``steps``."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # what a Trainer of an earlier test left for all accelerators
+    accelerate.state.GradientState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
     optimizer = adamw(model, path)

@@ -93,7 +93,8 @@ def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool)
 
     torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
     assert [0.5, 0.5] == [opt.param_groups[0]["weight_decay"] for opt in optimizers]
-    assert counter.frame_count <= 2
+    if tensor or torch.__version__ >= "2.6":  # older ones compile for each float
+        assert counter.frame_count <= 2
 
 
 def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:

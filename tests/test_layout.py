@@ -39,6 +39,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
+    "env": {"directions", "kernels", "pieces", "quirks", "updates"},
+    "__main__": {"env"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
 # What is not torch, and the only module that may import it.

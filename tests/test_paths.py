@@ -304,6 +304,8 @@ def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torc
     Weights and state are equal up to a few roundings, wherever the direction of the step is clear; step counters are
     equal. The other paths take turns, each from the weights and the state dict of the one before.
     """
+    if torch.__version__ < "2.5" and dtype is BF16 and name.startswith("SGD-"):
+        pytest.skip("torch 2.4's fused SGD begins 16-bit momentum with memory that it did not set")
     others = [*filter(can_run, (other for other in ALL_PATHS if other != path))]
     p = nn.Parameter(torch.randn(500, dtype=F64).to(dtype))
     opt = CautiousDecay(built(name, variant, p), **path)
