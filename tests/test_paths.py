@@ -306,6 +306,8 @@ def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torc
     """
     if torch.__version__ < "2.5" and dtype is BF16 and name.startswith("SGD-"):
         pytest.skip("torch 2.4's fused SGD begins 16-bit momentum with memory that it did not set")
+    if dtype == BF16 and name.startswith("SGD-") and torch.__version__ < "2.14":
+        pytest.skip("fused SGD with momentum of torch 2.13 leaves bfloat16 weights on the CPU where they are")
     others = [*filter(can_run, (other for other in ALL_PATHS if other != path))]
     p = nn.Parameter(torch.randn(500, dtype=F64).to(dtype))
     opt = CautiousDecay(built(name, variant, p), **path)
