@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
 from cwd_wrap.buckets import Report
-from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, choose
+from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, check_pieces, choose
 from cwd_wrap.contract import Contract, Group, with_hooks
 from cwd_wrap.paths import Work, copied_bytes
 from cwd_wrap.snapshot import Buffers, Gradients
@@ -26,7 +26,7 @@ class OptimizerWrapper(Contract):
     """
 
     observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step, if set. Like hooks, it is not pickled."""
+    """Called with a `Report` after each step whose ``lr`` is not 0, if set. Like hooks, it is not pickled."""
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
     _way_out = weight_decay.WAY_OUT
@@ -75,6 +75,7 @@ class OptimizerWrapper(Contract):
         self._buffers = Buffers()
         self._gradients = Gradients()
         self.observer = None
+        self._built_with = set(map(quirks.shapes, self.param_groups))
 
     def _rule(self) -> Rule:
         """The method, with its arguments as they are now."""
@@ -91,7 +92,7 @@ class OptimizerWrapper(Contract):
         row without one where gradients are sparse, is not decayed. Raises ValueError where a group's ``weight_decay``
         or step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
-        count = self.observer is not None
+        count = self.observer is not None and not all(map(weight_decay.stands_still, self.param_groups))
         work = Work(self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, count)
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
@@ -101,7 +102,7 @@ class OptimizerWrapper(Contract):
                 f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
                 "original"
             )
-        elif self.observer is not None:
+        elif count and self.observer is not None:
             self.observer(Report(work.active, work.total))
         return loss
 
@@ -141,6 +142,7 @@ class OptimizerWrapper(Contract):
         self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self.lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        self._built_with.add(quirks.shapes(added))
         if self.lam is not None and not named and "weight_decay" in added:
             added["weight_decay"] = self.lam
 
@@ -185,10 +187,12 @@ class OptimizerWrapper(Contract):
         return choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
 
     def _eta_lams(self) -> list[float | Tensor]:
-        return [
+        eta_lams = [
             weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
+        check_pieces(self._rule(), self.base_optimizer, eta_lams, self._built_with)
+        return eta_lams
 
     def _check_base(self, base: object) -> None:
         """Raise unless ``base`` is an optimizer that this can be put around."""

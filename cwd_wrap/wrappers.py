@@ -13,13 +13,14 @@ from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.tensors import local_real_view, total, totals
+from cwd_wrap.tensors import local_real_view, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
+_FULLY_SHARD = "or shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes"
 _HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
 
 
@@ -102,7 +103,9 @@ class CautiousDecay(OptimizerWrapper):
             rounds = self.rounding == "stochastic"
             return Rule(name, after=self._after, before=self._before, whole=self._whole, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
-        return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient")
+        way_out = f"pass another mask than 'random', {_FULLY_SHARD}" if self.mask == "random" else None
+        reads = self.mask == "gradient"
+        return Rule(name, after=self._ablate, needs_copy=why, reads_gradient=reads, whole_tensors=way_out)
 
     def _flags(self, count: bool) -> dict[str, bool]:
         return {"strict": self.strict, "count": count, "stochastic": self.rounding == "stochastic"}
@@ -212,7 +215,15 @@ class CautiousUpdate(OptimizerWrapper):
 
     def _rule(self) -> Rule:
         why = "the size of the update is known only from a copy"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why, reads_gradient=True, every_group=True)
+        way_out = None if self.scale is None else f"pass scale=None in place of {self.scale!r}, {_FULLY_SHARD}"
+        return Rule(
+            type(self).__name__,
+            after=self._after,
+            needs_copy=why,
+            reads_gradient=True,
+            every_group=True,
+            whole_tensors=way_out,
+        )
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
         p = [each for bucket in buckets for each in bucket.p]
@@ -276,17 +287,28 @@ class PNormDecay(OptimizerWrapper):
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:
-        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one."""
+        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one.
+
+        Sharded parameters (DTensor) count whole, so all ranks that share one must call this together: it communicates,
+        once for each mesh and placement.
+        """
+        small: dict[int, int] = {}
+        of_device: dict[torch.device, list[Tensor]] = {}
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            of_device.setdefault(p.device, []).append(p)
+        for p in of_device.values():
+            here = torch.stack([(local_real_view(each).abs() < threshold).sum() for each in p])
+            small |= zip(map(id, p), totals(p, here).tolist(), strict=True)
         shares = []
         for group in self.param_groups:
-            small = sum(int(total(p, (local_real_view(p).abs() < threshold).sum())) for p in group["params"])
             count = sum(p.numel() * (2 if p.is_complex() else 1) for p in group["params"])
-            shares.append(small / count if count else float("nan"))
+            shares.append(sum(small[id(p)] for p in group["params"]) / count if count else float("nan"))
         return shares
 
     def _rule(self) -> Rule:
         why = "the decay depends on the weights from before the step and acts on those from after it"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why)
+        way_out = f"use CautiousDecay, {_FULLY_SHARD}"
+        return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
         p, w, x = (

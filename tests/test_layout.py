@@ -29,9 +29,9 @@ ARROWS: dict[str, set[str]] = {
     "kernels._numba": {"buckets", "kernels._eager", "updates"},
     "kernels._triton": {"buckets", "kernels._eager", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {"buckets", "directions", "kernels", "pieces", "updates"},
+    "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates"},
     "paths": {"buckets", "choice", "kernels", "notices", "quirks", "snapshot", "tensors"},
-    "step": {"buckets", "choice", "paths", "quirks", "weight_decay"},
+    "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "kernels", "notices", "params_first", "paths", "quirks", "snapshot", "step",
         "weight_decay",
