@@ -147,7 +147,7 @@ class Step:
             if decays:
                 yield from self._along(others)
             yield paths.one_pass, members
-        elif path == "direction" and self._path is None:
+        elif path == "direction":
             yield from self._along(members)
         else:
             yield paths.NAMED[path], members
@@ -156,9 +156,10 @@ class Step:
         """The path direction, but for gradients that are laid out otherwise than the weights (partial sums).
 
         The base brings those to the weights' layout anyway, which communicates, and comparing needs no gradient.
+        Unless the user forces a path.
         """
         otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
-        if otherwise:
+        if otherwise and self._path is None:
             yield paths.NAMED[copying(self._work.base, members.group)], members.only(sorted(otherwise))
             members = members.only([i for i in range(len(members.parameters)) if i not in otherwise])
         yield paths.direction, members

@@ -69,7 +69,11 @@ class Ranks:
                 raise TimeoutError(f"ranks {sorted(set(range(len(self._pipes))) - set(answers))} did not answer")
             for pipe in ready:
                 rank = self._pipes.index(pipe)
-                done, answer = pipe.recv()
+                try:
+                    done, answer = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    done, answer = False, f"the process ended with {self.processes[rank].exitcode}"
                 if not done:
                     raise AssertionError(f"rank {rank} of {len(self._pipes)}:\n{answer}")
                 answers[rank] = answer

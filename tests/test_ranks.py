@@ -1,0 +1,232 @@
+"""Engines with real processes: training on several ranks is training on one."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import engines
+import pytest
+import torch
+from ranks import spawn
+from support import ALL_PATHS, COPYING, METHODS, PathOptions, param
+from torch import Tensor
+from torch import distributed as dist
+from torch.optim import SGD, AdamW
+
+from cwd_wrap import CautiousDecay, PNormDecay
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
+pytest.importorskip("torch.distributed.fsdp").__dict__.get("fully_shard") or pytest.skip(
+    "no fully_shard", allow_module_level=True
+)
+
+ENGINES: dict[str, tuple[int, Any, Any]] = {
+    "DDP": (2, engines.ddp, engines.net),
+    "FSDP2": (2, engines.fsdp2, engines.net),
+    "FSDP2 over three": (3, engines.fsdp2, engines.net),
+    "FSDP2, Shard(1)": (2, engines.columns, engines.block),
+    "FSDP2, CPU offload": (2, engines.offloaded, engines.net),
+    "FSDP2, mixed": (2, engines.mixed, engines.net),
+    "HSDP": (4, engines.hsdp, engines.net),
+    "sequence parallel": (2, engines.sequence_parallel, engines.block),
+    "FSDP2 x TP": (4, engines.fsdp2_and_tp, engines.block),
+}
+EVERYWHERE = [(engine, path) for engine in ENGINES for path in ALL_PATHS]
+every_engine = pytest.mark.parametrize(
+    ("engine", "path"), [param(engine, path, path=path) for engine, path in EVERYWHERE]
+)
+SIBLINGS = [(name, path) for name in ("update", "update-numel", "p-norm", "p-norm-2") for path in COPYING]
+
+
+def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
+    """A method around AdamW; torch's fused form takes no DTensors beside plain tensors in one group."""
+    cls, _, options = METHODS[name]
+    parameters = list(parameters)
+    kinds = {type(p.data) for p in parameters}
+    groups = [{"params": [p for p in parameters if type(p.data) is kind]} for kind in kinds]
+    return cls(AdamW(groups, lr=0.01, weight_decay=0.5, **path.base), **options, **path)
+
+
+@cache
+def run(engine: str, path: str, name: str = "decay") -> Any:
+    """What one of the ranks returned; all returned the same."""
+    ranks, start, _ = ENGINES[engine]
+    chosen = next(each for each in ALL_PATHS if str(each) == path)
+    results = spawn(ranks, engines.trained, start, partial(adamw, path=chosen, name=name), 16)
+    for weights, _, _ in results:
+        assert (weights == results[0][0]).all()
+    return results[0]
+
+
+@every_engine
+def test_training_is_that_of_one_process(engine: str, path: PathOptions) -> None:
+    """From data to weights, over every path, training on several ranks is training on one to 1e-15."""
+    weights, _, kind = run(engine, str(path))
+    expected = engines.alone(ENGINES[engine][2](), partial(adamw, path=path))
+
+    assert "CautiousDecay" == kind
+    torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@every_engine
+def test_a_step_has_the_bits_of_one_process(engine: str, path: PathOptions) -> None:
+    """The same gradients give the same bits, however weights, gradients and state are laid out."""
+    weights, gradients, _ = run(engine, str(path))
+    expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path), gradients)
+
+    assert torch.equal(torch.from_numpy(weights), expected)
+
+
+@pytest.mark.parametrize(("name", "path"), [param(*each, path=each[1]) for each in SIBLINGS])
+@pytest.mark.parametrize("engine", ["FSDP2 over three", "HSDP"])
+def test_siblings_count_over_whole_tensors(engine: str, name: str, path: PathOptions) -> None:
+    """CautiousUpdate's scale and PNormDecay's zeros are those of the whole tensor: the bits of one process."""
+    weights, gradients, _ = run(engine, str(path), name)
+    expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path, name=name), gradients)
+
+    assert torch.equal(torch.from_numpy(weights), expected)
+
+
+def zeroed(rank: int) -> list[float]:
+    """A layer of zeros on one rank alone, and a layer that is zero as a whole, take a step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    values = ([1.0, 1.0, 0.0, 0.0], [0.0] * 4)
+    parameters = [torch.nn.Parameter(distribute_tensor(torch.tensor(v), mesh, [Shard(0)])) for v in values]
+    for p in parameters:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    opt = PNormDecay(SGD(parameters, lr=0.1, weight_decay=0.5), p=1.0)
+    opt.step()
+    opt.zero_grad()
+    return [*parameters[0].full_tensor().tolist(), *parameters[1].full_tensor().tolist(), *opt.sparsity()]
+
+
+def test_zero_as_a_whole_is_that_of_the_whole_tensor() -> None:
+    """A shard of zeros stays zero where another rank has a weight; a tensor of zeros on all ranks trains."""
+    for result in spawn(2, zeroed):
+        torch.testing.assert_close(result, [0.9 / 1.05, 0.9 / 1.05, 0.0, 0.0, *[-0.1] * 4, 0.25])
+
+
+# ---- what is communicated
+
+
+def collectives(rank: int, make: Any, build: Any, steps: int = 2) -> int:
+    """How many collectives the last of some steps of an optimizer has."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model, parts = make()
+    optimizer = build(model.parameters())
+    for step in range(steps):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        with CommDebugMode() as counted:
+            optimizer.step()
+    return int(counted.get_total_counts())
+
+
+def plain(parameters: Any, base: Any) -> Any:
+    return base(parameters, weight_decay=0.5)
+
+
+def wrapped(parameters: Any, base: Any, name: str, **options: Any) -> Any:
+    cls, _, own = METHODS[name]
+    return cls(base(parameters, weight_decay=0.5), **own, **options)
+
+
+SGDM, FUSED = partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("base", [AdamW, SGDM, FUSED], ids=["AdamW", "SGD", "AdamW-fused"])
+@pytest.mark.parametrize("make", [engines.fsdp2, engines.sequence_parallel], ids=["FSDP2", "sequence parallel"])
+def test_decay_adds_no_collective(make: Any, base: Any) -> None:
+    """CautiousDecay communicates as little as the base alone, partial gradients or not."""
+    alone = spawn(2, collectives, make, partial(plain, base=base))
+    ours = spawn(2, collectives, make, partial(wrapped, base=base, name="decay"))
+
+    assert max(ours) <= max(alone)
+
+
+def test_forcing_the_direction_reads_partial_gradients() -> None:
+    """path="direction" has to know the sum of a partial gradient, and communicates for it, as the page says."""
+    counts = [
+        spawn(2, collectives, engines.sequence_parallel, partial(wrapped, base=SGDM, name="decay", path=path))[0]
+        for path in ("pieces", "direction")
+    ]
+
+    assert counts[0] < counts[1]
+
+
+@pytest.mark.parametrize("name", ["update", "p-norm"])
+@pytest.mark.parametrize(("ranks", "make"), [(2, engines.fsdp2), (4, engines.hsdp)], ids=["FSDP2", "HSDP"])
+def test_siblings_make_one_collective(ranks: int, make: Any, name: str) -> None:
+    """However many parameters there are, their counts share one all-reduce."""
+    assert [1] * ranks == spawn(ranks, collectives, make, partial(wrapped, base=AdamW, name=name))
+
+
+def waits(rank: int, backend: str) -> list[float]:
+    """A step along a gradient that a collective may still be filling."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.tensor([1.0, 1.0, -1.0, -1.0]), mesh, [Shard(0)]))
+    everywhere = p.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
+    (everywhere * torch.tensor([0.5, -0.5, 0.5, -0.5])).sum().backward()
+    kind = type(p.grad.to_local()).__name__
+    CautiousDecay(SGD([p], lr=0.1), lam=0.5, backend=backend).step()
+    return [kind, *p.full_tensor().tolist()]
+
+
+@pytest.mark.parametrize("backend", [param(b, path={"backend": b}) for b in ("eager", "numba")])
+def test_a_gradient_on_its_way_is_waited_for(backend: str) -> None:
+    """An AsyncCollectiveTensor has no address yet; kernels that follow addresses get the tensor in it."""
+    for kind, *weights in spawn(2, waits, backend):
+        assert "AsyncCollectiveTensor" == kind
+        torch.testing.assert_close(weights, [0.85, 1.1, -1.1, -0.85])
+
+
+# ---- flat pieces
+
+
+def fully_sharded(rank: int, views: bool, name: str, **options: Any) -> Any:
+    """Train under FSDP1; the weights, or the text of the error and what the weights were then."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(engines.net(), use_orig_params=views, device_id=torch.device("cpu"))
+    cls, _, own = METHODS[name]
+    text = ""
+    try:
+        optimizer = cls(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), **own, **options)
+        for step in range(engines.STEPS):
+            optimizer.zero_grad()
+            x = engines.part_of(engines.batch(engines.net(), step), 2)
+            (model(x) - x.square().sum(-1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    except ValueError as error:
+        text = str(error)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return text, engines.flat(p for p in model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("views", [False, True], ids=["flat", "use_orig_params"])
+def test_decay_under_fsdp1(views: bool) -> None:
+    """FSDP1's flat shards decay as weights do: each by its own."""
+    expected = engines.alone(engines.net(), partial(wrapped, base=partial(AdamW, lr=0.01), name="decay"))
+    for text, weights in spawn(2, fully_sharded, views, "decay"):
+        assert not text
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["flat", "use_orig_params"])
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("update", "pass scale=None"), ("p-norm", "use CautiousDecay"), ("random", "another mask")]
+)
+def test_numbers_over_tensors_are_refused_under_fsdp1(name: str, way_out: str, views: bool) -> None:
+    """FSDP1 does not tell an optimizer the shapes, so a number over each tensor cannot be known: that is said."""
+    for text, weights in spawn(2, fully_sharded, views, name):
+        assert "needs a number over each whole tensor, but param group 0 of AdamW has flat pieces of them" in text
+        assert way_out in text and "fully_shard" in text
+        assert torch.equal(engines.flat(engines.net().parameters()), torch.from_numpy(weights))
