@@ -179,10 +179,14 @@ def trained(rank: int, engine: Callable[[], tuple[nn.Module, int]], build: Any, 
     return flat(model.parameters()).numpy(), gradients, type(optimizer).__name__
 
 
-def alone(model: nn.Module, build: Any) -> Tensor:
-    """The weights after the same training in one process."""
+def alone(model: nn.Module, build: Any, last: Any = None) -> Tensor:
+    """The weights after the same training in one process; the last step is that of another optimizer, if given."""
     optimizer = build(model.parameters())
     for step in range(STEPS):
+        if step == STEPS - 1 and last is not None:
+            state = optimizer.state_dict()
+            optimizer = last(model.parameters())
+            optimizer.load_state_dict(state)
         optimizer.zero_grad()
         loss_of(model, batch(model, step)).backward()
         optimizer.step()

@@ -1,19 +1,20 @@
 """Engines with real processes: training on several ranks is training on one."""
 
-from collections.abc import Callable
+import math
+import time
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
 import torch
-from ranks import spawn
+from ranks import Ranks, spawn
 from support import ALL_PATHS, COPYING, METHODS, PathOptions, param
-from torch import Tensor
 from torch import distributed as dist
 from torch.optim import SGD, AdamW
 
-from cwd_wrap import CautiousDecay, PNormDecay
+from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 pytest.importorskip("torch.distributed.fsdp").__dict__.get("fully_shard") or pytest.skip(
@@ -230,3 +231,237 @@ def test_numbers_over_tensors_are_refused_under_fsdp1(name: str, way_out: str, v
         assert "needs a number over each whole tensor, but param group 0 of AdamW has flat pieces of them" in text
         assert way_out in text and "fully_shard" in text
         assert torch.equal(engines.flat(engines.net().parameters()), torch.from_numpy(weights))
+
+
+def replaced(flat: bool) -> tuple[Any, ...]:
+    """A wrapper whose parameters an engine has replaced by master weights: flat ones, or one for each."""
+    model = engines.net()
+    opt = METHODS["update"][0](AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    masters = [p.detach().clone() for p in model.parameters()]
+    masters = [torch.cat([each.flatten() for each in masters])] if flat else masters
+    opt.param_groups[0]["params"] = masters
+    for each in masters:
+        each.requires_grad_().grad = torch.ones_like(each)
+    return opt, masters
+
+
+def test_flat_master_weights_are_refused() -> None:
+    """DeepSpeed's ZeRO replaces the parameters by one flat tensor: nothing is counted over it, and nothing changed."""
+    opt, (master,) = replaced(flat=True)
+    before = master.detach().clone()
+
+    with pytest.raises(ValueError, match=r"flat pieces of them, of shape \(26,\), as FSDP1, DeepSpeed and Megatron"):
+        opt.step()
+    assert torch.equal(before, master)
+
+
+def test_master_weights_of_the_same_shapes_are_taken() -> None:
+    """Master weights in the shapes of the parameters are counted each by its own, vectors too."""
+    opt, masters = replaced(flat=False)
+    before = [master.detach().clone() for master in masters]
+    opt.step()
+
+    assert not any(torch.equal(old, new) for old, new in zip(before, masters, strict=True))
+
+
+# ---- ZeroRedundancyOptimizer
+
+
+def zero(rank: int, around: bool, path: PathOptions, piece: int) -> Any:
+    """Train under DDP with the wrapper in a ZeroRedundancyOptimizer, or around it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {"lr": 0.01, "weight_decay": 0.5, **path.base}
+
+    def build(parameters: Any) -> Any:
+        if around:
+            return CautiousDecay(ZeroRedundancyOptimizer(parameters, optimizer_class=AdamW, **options))
+        return ZeroRedundancyOptimizer(parameters, optimizer_class=CautiousDecay.over(AdamW, **path), **options)
+
+    return engines.trained(rank, engines.ddp, build, piece)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS])
+def test_the_wrapper_in_zero(path: PathOptions) -> None:
+    """Each rank steps its own parameters and sends them: the bits of one process, on both ranks."""
+    for weights, gradients, _ in spawn(2, zero, False, path, 16):
+        assert torch.equal(
+            torch.from_numpy(weights), engines.replayed(engines.net(), partial(adamw, path=path), gradients)
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_wrapper_around_zero() -> None:
+    """Around it the wrapper compares all weights, sent ones too: the bits of the path snapshot, on both ranks."""
+    path = PathOptions(path="snapshot")
+    for weights, gradients, kind in spawn(2, zero, True, path, 16):
+        assert torch.equal(
+            torch.from_numpy(weights), engines.replayed(engines.net(), partial(adamw, path=path), gradients)
+        )
+        assert "CautiousDecay" == kind
+
+
+# ---- distributed checkpoints
+
+
+def made(parameters: Any, wrap: bool, lr: Any = 0.01) -> Any:
+    base = AdamW(parameters, lr=lr, weight_decay=0.5)
+    return CautiousDecay(base) if wrap else base
+
+
+def states(model: Any, optimizer: Any, flatten: bool) -> tuple[dict[str, Any], Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    return {"model": weights, "optimizer": state}, options
+
+
+def saved(rank: int, folder: str, wrap: bool, flatten: bool) -> None:
+    """Two steps under FSDP2, and a checkpoint."""
+    from torch.distributed import checkpoint
+
+    model, parts = engines.fsdp2()
+    optimizer = made(model.parameters(), wrap)
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+    checkpoint.save(states(model, optimizer, flatten)[0], checkpoint_id=folder)
+
+
+def continued(rank: int | None, folder: str, wrap: bool, flatten: bool) -> Any:
+    """The checkpoint in a model of another start, and the third step; without ``rank`` in this process."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, parts = (engines.net(), 1) if rank is None else engines.fsdp2()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    optimizer = made(model.parameters(), wrap)
+    state, options = states(model, optimizer, flatten)
+    checkpoint.load(state, checkpoint_id=folder)
+    weights, of_optimizer = state["model"], state["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=of_optimizer, options=options)
+    x = engines.batch(model, 2)
+    optimizer.zero_grad()
+    engines.loss_of(model, x if rank is None else engines.part_of(x, parts)).backward()
+    optimizer.step()
+    return engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp_path: Path) -> None:
+    """Saved by two ranks and loaded by one or by three, training goes on as if nothing had been."""
+    spawn(2, saved, str(tmp_path), True, flatten)
+    expected = engines.alone(engines.net(), partial(made, wrap=True))
+
+    for weights in [continued(None, str(tmp_path), True, flatten), *spawn(3, continued, str(tmp_path), True, flatten)]:
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [False, True], ids=["wrapped to plain", "plain to wrapped"])
+def test_checkpoints_of_plain_and_wrapped_are_one(wrap: bool, tmp_path: Path) -> None:
+    """A checkpoint of the plain optimizer goes on in the wrapped one, and the other way round."""
+    spawn(2, saved, str(tmp_path), not wrap, False)
+    first, last = partial(made, wrap=not wrap), partial(made, wrap=wrap)
+    expected = engines.alone(engines.net(), first, last)
+
+    for weights in spawn(3, continued, str(tmp_path), wrap, False):
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+def fake_step(rank: int, name: str, as_tensor: bool) -> tuple[bool, int, int]:
+    """Did the weights move when a checkpoint was prepared; how many states and reports were made?"""
+    model, _ = engines.fsdp2()
+    before = engines.flat(model.parameters())
+    cls, _, own = METHODS[name]
+    optimizer = cls(AdamW(model.parameters(), lr=torch.tensor(0.01) if as_tensor else 0.01, weight_decay=0.5), **own)
+    optimizer.observer = monitor = MaskMonitor()
+    states(model, optimizer, flatten=False)
+    return torch.equal(before, engines.flat(model.parameters())), len(optimizer.state), len(monitor.ratios)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["float lr", "tensor lr"])
+@pytest.mark.parametrize("name", ["decay", "update", "p-norm"])
+def test_preparing_a_checkpoint_leaves_weights_alone(name: str, as_tensor: bool) -> None:
+    """torch steps with lr 0 to make state: no weight moves, and no monitor takes it for a step."""
+    assert [(True, 4, 0)] * 2 == spawn(2, fake_step, name, as_tensor)
+
+
+# ---- a worker that fails
+
+
+def trained_on(rank: int, folder: str, until: int) -> Any:
+    """Go on from the newest whole checkpoint, one at each step; the weights at the end."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, parts = engines.fsdp2()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5, fused=True))
+    whole = [step for step in range(until) if (Path(folder) / f"{step}" / ".metadata").exists()]
+    if whole:
+        state, options = states(model, optimizer, flatten=False)
+        checkpoint.load(state, checkpoint_id=f"{folder}/{whole[-1]}")
+        weights, of_optimizer = state["model"], state["optimizer"]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=of_optimizer, options=options)
+    for step in range(whole[-1] + 1 if whole else 0, until):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+        checkpoint.save(states(model, optimizer, flatten=False)[0], checkpoint_id=f"{folder}/{step}")
+    return len(whole), engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_is_killed_and_training_goes_on(tmp_path: Path) -> None:
+    """One of two workers is killed in the middle of a run; restarted from the last checkpoint it ends bit for bit."""
+    failing = Ranks(2)
+    failing.start(trained_on, str(tmp_path / "killed"), 10**6)
+    while not (tmp_path / "killed" / "3" / ".metadata").exists():
+        time.sleep(0.01)
+    failing.processes[1].kill()
+    with pytest.raises(AssertionError, match="rank"):
+        failing.results()
+    failing.kill()
+    steps = len(list((tmp_path / "killed").glob("*/.metadata"))) + 3
+    (found, weights), _ = spawn(2, trained_on, str(tmp_path / "killed"), steps)
+    (none, expected), _ = spawn(2, trained_on, str(tmp_path / "whole"), steps)
+
+    assert (steps - 3, 0) == (found, none)
+    assert (weights == expected).all()
+
+
+# ---- the monitor
+
+
+def watched(rank: int) -> tuple[list[float], float, float]:
+    """What one rank saw, what all saw together, and the same again without a step."""
+    model, parts = engines.fsdp2()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    optimizer.observer = monitor = MaskMonitor()
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+    return monitor.ratios, monitor.read(over_ranks=True), monitor.read()
+
+
+def test_the_monitor_reads_all_ranks() -> None:
+    """`ratios` are those of a rank's shards, `read(over_ranks=True)` that of all weights since the last reading."""
+    model = engines.net()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    optimizer.observer = monitor = MaskMonitor()
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.batch(model, step)).backward()
+        optimizer.step()
+    (first, together, nothing), (second, same, _) = spawn(2, watched)
+
+    assert together == same == monitor.read() == pytest.approx(sum(monitor.ratios) / 2)
+    assert first != second
+    assert math.isnan(nothing)
