@@ -465,3 +465,34 @@ def test_the_monitor_reads_all_ranks() -> None:
     assert together == same == monitor.read() == pytest.approx(sum(monitor.ratios) / 2)
     assert first != second
     assert math.isnan(nothing)
+
+
+# ---- averaging
+
+
+def averaged(rank: int) -> tuple[str, Any]:
+    """The text that refuses a wrapper around PostLocalSGDOptimizer; the weights after steps of one inside it."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    model = engines.net()
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    with pytest.raises(ValueError) as refused:
+        CautiousDecay(PostLocalSGDOptimizer(SGD(model.parameters(), lr=0.1), averager))
+    optimizer = PostLocalSGDOptimizer(CautiousDecay(SGD(model.parameters(), lr=0.1), lam=0.5), averager)
+    for step in range(engines.STEPS):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), 2)).backward()
+        optimizer.step()
+    return str(refused.value), engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_wrapper_in_an_averaging_optimizer() -> None:
+    """Around PostLocalSGDOptimizer it is refused; inside it, all ranks have the same weights after averaging."""
+    (text, weights), (_, others) = spawn(2, averaged)
+
+    assert (
+        "it averages the weights over the ranks in its step, which is no update. Wrap the optimizer inside it" in text
+    )
+    assert (weights == others).all()
