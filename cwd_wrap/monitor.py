@@ -44,8 +44,8 @@ class MaskMonitor:
     def ratios(self) -> list[float]:
         """One number for each call of `step`, NaN where nothing took part. Reading it waits for an accelerator.
 
-        Of the weights on this rank. A call with a learning rate of 0 is no step and has no number (torch's distributed
-        checkpoints make one). DeepSpeed calls ``step`` once for each param group.
+        Of the weights on this rank; `read` can take all ranks together. A call with a learning rate of 0 is no step and
+        has no number (torch's distributed checkpoints make one). DeepSpeed calls ``step`` once for each param group.
         """
         return [_share(active, total) for active, total in self._counts]
 

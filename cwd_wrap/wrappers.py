@@ -172,7 +172,8 @@ class CautiousUpdate(OptimizerWrapper):
     Args:
         base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
         scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as the authors' code and timm have it; ``"numel"``: numel /
-            (kept + 1), as the paper prints it; None: 1. A sharded parameter (DTensor) is counted whole.
+            (kept + 1), as the paper prints it; None: 1. A sharded parameter (DTensor) is counted whole, in one
+            all-reduce for all. Flat pieces, as FSDP1 and DeepSpeed make them, are refused, unless it is None.
         backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
@@ -242,7 +243,8 @@ class PNormDecay(OptimizerWrapper):
     For p below 2 small weights are pulled to zero ever faster, so that many become (almost) 0: sparsity from decay.
     p = 2 is L2 decay in implicit form, p = 1 takes eta*lam off a weight's size. Below 2 a weight that is exactly 0
     stays 0, as in the authors' code, except in a tensor that is 0 as a whole (a zero-initialised layer), which must be
-    able to train. Always copies the weights.
+    able to train. Always copies the weights. Sharded parameters (DTensor) are looked at whole, in one all-reduce for
+    all; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
 
     Args:
         base_optimizer: a torch.optim.Optimizer, ready made; its groups' ``weight_decay`` is lam.
