@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from cwd_wrap import directions, updates
 from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.snapshot import Kept
-from cwd_wrap.tensors import companion, companions, local_real_views, shard
+from cwd_wrap.tensors import companion, companions, laid_out_otherwise, local_real_views, shard
 from cwd_wrap.updates import Update
 
 _NO_STATE: Mapping[str, Any] = {}
@@ -138,16 +138,18 @@ class Members:
 
 
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
-    """The members that one pass can step, and the others: whose state the base has yet to make."""
+    """The members that one pass can step, and the others: whose state is yet to be made, or lies on other ranks."""
     update = cast("updates.Update", updates.find(base, members.group))
     keys = (*update.state_keys, "step") if update.counts else update.state_keys
     states = [base.state.get(p, _NO_STATE) for p in members.parameters] if keys else []
     columns = [[state.get(key) for state in states] for key in keys]
-    if all(isinstance(t, Tensor) for column in columns for t in column):
+    left: set[int] = set()
+    for column in columns[: len(update.state_keys)]:
+        left |= laid_out_otherwise(column, members.parameters)  # the kernel would write to a copy of it
+    if not left and all(isinstance(t, Tensor) for column in columns for t in column):
         return members, members.only([])
-    ready = [i for i, row in enumerate(zip(*columns, strict=True)) if all(isinstance(t, Tensor) for t in row)]
-    chosen = set(ready)
-    return members.only(ready), members.only([i for i in range(len(states)) if i not in chosen])
+    left |= {i for i, row in enumerate(zip(*columns, strict=True)) if not all(isinstance(t, Tensor) for t in row)}
+    return members.only([i for i in range(len(states)) if i not in left]), members.only(sorted(left))
 
 
 def coming(base: Optimizer, members: Members) -> Iterator[Coming]:

@@ -4,7 +4,7 @@ What a method needs (`Rule`), what is known of the base (`directions`, `updates`
 (`kernels`) decide.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, pieces, updates
+from cwd_wrap import directions, kernels, pieces, quirks, updates
 from cwd_wrap.buckets import Coming, Count, Stepped, Whole
 from cwd_wrap.kernels import Backend
 
@@ -39,6 +39,8 @@ class Rule:
     """Does it act on groups that do not decay too?"""
     draws: bool = False
     """Does it draw random numbers?"""
+    whole_tensors: str | None = None
+    """What to do where only flat pieces of tensors are known, if it needs a number over each tensor; else None."""
     rounds: bool = False
     """Does ``whole`` round 16-bit weights as the base does not? Then it steps groups that do not decay too."""
 
@@ -91,6 +93,28 @@ def check_path(path: str | None) -> None:
         raise ValueError(msg)
 
 
+def check_pieces(
+    rule: Rule, base: Optimizer, eta_lams: Sequence[float | Tensor], built_with: Collection[tuple[torch.Size, ...]]
+) -> None:
+    """Raise ValueError where ``rule`` needs a number over each tensor, and a group has flat pieces of tensors."""
+    if rule.whole_tensors is None:
+        return
+    for i, (group, eta_lam) in enumerate(zip(base.param_groups, eta_lams, strict=True)):
+        piece = quirks.flat_pieces(group, built_with) if rule.has_work(eta_lam) else None
+        if piece is not None:
+            msg = (
+                f"{rule.name} needs a number over each whole tensor, but param group {i} of {type(base).__name__} has "
+                f"flat pieces of them, of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron make: "
+                f"{rule.whole_tensors}"
+            )
+            raise ValueError(msg)
+
+
+def copying(base: Optimizer, group: Mapping[str, Any]) -> str:
+    """The cheapest of the paths that compare with a copy."""
+    return "pieces" if _why_not_pieces(base, group) is None else "snapshot"
+
+
 def steps_without_closure(base: Optimizer) -> bool:
     """Is ``base`` known to evaluate its closure once, before anything else?"""
     name = f"{type(base).__module__}.{type(base).__qualname__}"
@@ -108,10 +132,7 @@ def _why_not(
     if path == "snapshot":
         return None
     if path == "pieces":
-        # Compiling sets the groups up for compiled code only.
-        return (
-            f"the step of {type(base).__name__} is compiled" if _is_compiled(base.step) else pieces.why_not(base, group)
-        )
+        return _why_not_pieces(base, group)
     if rule.needs_copy is not None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
@@ -126,6 +147,12 @@ def _why_not(
         )
         return f"no compiled kernel runs on {device}: {why}"
     return None
+
+
+def _why_not_pieces(base: Optimizer, group: Mapping[str, Any]) -> str | None:
+    if _is_compiled(base.step):  # compiling sets the groups up for compiled code only
+        return f"the step of {type(base).__name__} is compiled"
+    return pieces.why_not(base, group)
 
 
 def _is_compiled(step: object) -> bool:

@@ -54,6 +54,19 @@ def with_hooks(step: StepFunction) -> StepFunction:
     return cast("StepFunction", hooked)
 
 
+def check_optimizer(name: str, base: object) -> None:
+    """Raise TypeError unless ``base`` is an instance of an optimizer."""
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        msg = (
+            f"{name} wraps an optimizer, not a class of them: pass {base.__name__}(params, ...), "
+            f"or make a class with {name}.over({base.__name__})"
+        )
+        raise TypeError(msg)
+    if not isinstance(base, Optimizer):
+        msg = f"{name} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}"
+        raise TypeError(msg)
+
+
 def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise TypeError for parameters in place of an optimizer, and for arguments that belong to the optimizer."""
     parameters = inspect.signature(cls.__init__).parameters

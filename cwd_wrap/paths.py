@@ -20,7 +20,7 @@ from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients
-from cwd_wrap.tensors import Shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
 
 PIECE = 64 << 20  # bytes
 
@@ -212,14 +212,16 @@ def _unhooked_step(base: Optimizer) -> Callable[[], object]:
 
 
 def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
-    """The members in pieces of at most `PIECE` bytes, or of one larger tensor, across groups."""
+    """The members in pieces of at most `PIECE` bytes, or of one larger tensor, across groups.
+
+    The same pieces on all ranks, whatever shards they hold: rules and optimizers communicate in a piece.
+    """
     piece: list[Members] = []
     filled = 0
     for of_group in members:
         start = 0
         for i, p in enumerate(of_group.parameters):
-            local = local_real_view(p)
-            size = local.numel() * local.element_size()
+            size = largest_shard(p)
             if filled and filled + size > PIECE:
                 piece.append(of_group.only(range(start, i)))
                 yield [some for some in piece if some.parameters]

@@ -3,7 +3,7 @@
 A name is ``library.Class``; a bare class name holds for every library.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -98,6 +98,27 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     if "weight_decay_1d" in group:  # MARS decays vectors by this instead
         entries["weight_decay_1d"] = 0.0
     return entries
+
+
+def shapes(group: Group) -> tuple[torch.Size, ...]:
+    """The shapes of a group's parameters, for `flat_pieces` to compare with later."""
+    return tuple(p.shape for p in group["params"])
+
+
+def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) -> Tensor | None:
+    """A flat piece of parameters, whose shapes nobody tells, that an engine has put into ``group``; None if none has.
+
+    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the parameters, with which the optimizer was built, by
+    tensors of one dimension that are no Parameter; ``built_with`` has the shapes of all groups then. Engines that make
+    master weights do the same, in the parameters' own shapes.
+    """
+    foreign = None
+    for p in group["params"]:
+        if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
+            return cast("Tensor", p)
+        if p.dim() == 1 and not isinstance(p, torch.nn.Parameter):
+            foreign = p
+    return None if foreign is None or shapes(group) in built_with else foreign
 
 
 def many_gradients(optimizer: Optimizer) -> str | None:

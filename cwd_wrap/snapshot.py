@@ -113,7 +113,8 @@ class Gradients:
         """
         left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
         if self.copied:
-            compared = [(local_real_view(k.gradient), local_real_view(g)) for k, g in left if k.gradient.any()]
+            pairs = [(local_real_view(k.gradient), local_real_view(g)) for k, g in left]  # each rank for itself
+            compared = [pair for pair in pairs if pair[0].any()]
             self.copied = not compared or not all(torch.equal(before, after) for before, after in compared)
             return False
         self.copied = any(g._version != k.version for k, g in left)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cwd_wrap import paths, quirks
 from cwd_wrap.buckets import Members, have_state
-from cwd_wrap.choice import choose, steps_without_closure
+from cwd_wrap.choice import choose, copying, steps_without_closure
 from cwd_wrap.paths import Work
+from cwd_wrap.tensors import laid_out_otherwise
 from cwd_wrap.weight_decay import DecayOff
 
 if TYPE_CHECKING:
@@ -144,10 +145,26 @@ class Step:
             yield paths.rows, members.only(sparse)
             members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
         if path == "one_pass":
-            members, without_state = have_state(work.base, members)
+            members, others = have_state(work.base, members)
             if decays:
-                yield paths.direction, without_state
-        yield paths.NAMED[path], members
+                yield from self._along(others)
+            yield paths.one_pass, members
+        elif path == "direction":
+            yield from self._along(members)
+        else:
+            yield paths.NAMED[path], members
+
+    def _along(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
+        """The path direction, but for gradients that are laid out otherwise than the weights (partial sums).
+
+        The base brings those to the weights' layout anyway, which communicates, and comparing needs no gradient.
+        Unless the user forces a path.
+        """
+        otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
+        if otherwise and self._path is None:
+            yield paths.NAMED[copying(self._work.base, members.group)], members.only(sorted(otherwise))
+            members = members.only([i for i in range(len(members.parameters)) if i not in otherwise])
+        yield paths.direction, members
 
     def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int | None]]:
         """The members of each group, each parameter once, and the index of the group whose decay they have.

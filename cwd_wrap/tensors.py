@@ -86,22 +86,44 @@ def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:
     return tuple(gradient.detach().coalesce().indices())
 
 
-def total(parameter: Tensor, local: Tensor) -> Tensor:
-    """The sum over all shards of ``parameter`` of a number, of which ``local`` is this rank's part."""
-    if not _is_distributed(parameter):
-        return local
-    module = _distributed()
-    of_each = parameter.placements  # type: ignore[attr-defined]
-    placements = [module.Replicate() if placement.is_replicate() else module.Partial() for placement in of_each]
-    whole: Tensor = module.DTensor.from_local(local, parameter.device_mesh, placements).full_tensor()  # type: ignore[attr-defined]
-    return whole
+def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> set[int]:
+    """Rows of ``ts`` that do not lie on the ranks as their parameter does: `companion` communicates for them."""
+    if _PLAIN.issuperset(map(type, ts)):
+        return set()
+    pairs = enumerate(zip(ts, parameters, strict=True))
+    return {i for i, (t, p) in pairs if _is_distributed(t) and t.placements != p.placements}  # type: ignore[attr-defined]
+
+
+def largest_shard(parameter: Tensor) -> int:
+    """Bytes of the parameter on the rank that has the most of it: a number that all ranks agree on."""
+    sizes = list(parameter.shape)
+    if _is_distributed(parameter):
+        for i, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+            if (dim := getattr(placement, "dim", None)) is not None:
+                sizes[dim] = -(-sizes[dim] // parameter.device_mesh.size(i))  # type: ignore[attr-defined]
+    return math.prod(sizes) * parameter.element_size()
 
 
 def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
-    """`total` for each of the ``parameters``, of whose numbers ``local`` holds this rank's parts."""
-    if not any(map(_is_distributed, parameters)):
+    """For each of the ``parameters`` the sum over its shards of a number, of which ``local`` holds this rank's part.
+
+    Ranks that share a parameter must call this together. Parameters of one mesh that are sharded over the same of its
+    dimensions share an all-reduce for each of these.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, p in enumerate(parameters):
+        if _is_distributed(p):
+            sharded = tuple(not placement.is_replicate() for placement in p.placements)  # type: ignore[attr-defined]
+            if any(sharded):
+                alike.setdefault((p.device_mesh, sharded), []).append(i)  # type: ignore[attr-defined]
+    if not alike:
         return local
-    return torch.stack([total(p, part) for p, part in zip(parameters, local, strict=True)])
+    module, whole = _distributed(), local.clone()
+    for (mesh, sharded), rows in alike.items():
+        placements = [module.Partial() if each else module.Replicate() for each in sharded]
+        chosen = slice(None) if len(rows) == len(parameters) else rows
+        whole[chosen] = module.DTensor.from_local(local[chosen], mesh, placements).full_tensor()
+    return whole
 
 
 def _is_distributed(t: Tensor) -> bool:

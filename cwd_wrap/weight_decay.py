@@ -104,7 +104,7 @@ def eta_lam(
     where = _where(index, base)
     strength = lam(group, fallback)
     check(strength, "weight_decay", where)
-    if not decays(group, fallback) or _stands_still(group):
+    if not decays(group, fallback) or stands_still(group):
         return 0.0
     if step_size is None:
         size = eta(group, where, base, way_out)
@@ -136,7 +136,7 @@ def _scalar(value: float | Tensor) -> float | Tensor:
     return value.reshape(()) if isinstance(value, Tensor) else value
 
 
-def _stands_still(group: Group) -> bool:
+def stands_still(group: Group) -> bool:
     """A learning rate of 0 is no step, so no decay, whatever eta is: distributed checkpoints step so to make state.
 
     Schedules miss 0 by a rounding, on either side (torch's LinearLR ends at -1.85e-20): up to 1e-12 counts as 0.
@@ -165,7 +165,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     =====================================================  ==========================================
     """
     lr: float | Tensor | None = group.get("lr")
-    if lr is not None and not _stands_still(group):
+    if lr is not None and not stands_still(group):
         check(lr, "lr", where)
     coupled = any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
     known = None if coupled else quirks.eta(base, group)

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
 from cwd_wrap.buckets import Report
-from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, choose
-from cwd_wrap.contract import Contract, Group, with_hooks
+from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, check_pieces, choose
+from cwd_wrap.contract import Contract, Group, check_optimizer, with_hooks
 from cwd_wrap.draws import Stream
 from cwd_wrap.paths import Work, copied_bytes
 from cwd_wrap.snapshot import Buffers, Gradients
@@ -27,7 +27,7 @@ class OptimizerWrapper(Contract):
     """
 
     observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step, if set. Like hooks, it is not pickled."""
+    """Called with a `Report` after each step whose ``lr`` is not 0, if set. Like hooks, it is not pickled."""
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
     seed = 0
@@ -79,6 +79,7 @@ class OptimizerWrapper(Contract):
         self._gradients = Gradients()
         self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
         self.observer = None
+        self._built_with = set(map(quirks.shapes, self.param_groups))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
@@ -98,10 +99,9 @@ class OptimizerWrapper(Contract):
         not decay, nor does a row without one in a sparse gradient. Raises ValueError if a group's ``weight_decay`` or
         step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
-        count = self.observer is not None
-        work = Work(
-            self.base_optimizer, self._rule(), self.backend, self._buffers, self._gradients, self._stream, count
-        )
+        count = self.observer is not None and not all(map(weight_decay.stands_still, self.param_groups))
+        of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
+        work = Work(self.base_optimizer, self._rule(), *of_wrapper, count)
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         if not step.begun:
@@ -110,7 +110,7 @@ class OptimizerWrapper(Contract):
                 f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
                 "original"
             )
-        elif self.observer is not None:
+        elif count and self.observer is not None:
             self.observer(Report(work.active, work.total))
         return loss
 
@@ -150,6 +150,7 @@ class OptimizerWrapper(Contract):
         self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self.lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        self._built_with.add(quirks.shapes(added))
         if self.lam is not None and not named and "weight_decay" in added:
             added["weight_decay"] = self.lam
 
@@ -195,23 +196,17 @@ class OptimizerWrapper(Contract):
         return choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
 
     def _eta_lams(self) -> list[float | Tensor]:
-        return [
+        eta_lams = [
             weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
+        check_pieces(self._rule(), self.base_optimizer, eta_lams, self._built_with)
+        return eta_lams
 
-    def _check_base(self, base: object) -> None:
+    def _check_base(self, base: Optimizer) -> None:
         """Raise unless ``base`` is an optimizer that this can be put around."""
         name = type(self).__name__
-        if isinstance(base, type) and issubclass(base, Optimizer):
-            msg = (
-                f"{name} wraps an optimizer, not a class of them: pass {base.__name__}(params, ...), "
-                f"or make a class with {name}.over({base.__name__})"
-            )
-            raise TypeError(msg)
-        if not isinstance(base, Optimizer):
-            msg = f"{name} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}"
-            raise TypeError(msg)
+        check_optimizer(name, base)
         for layer in quirks.layers(base):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
                 msg = f"{name} cannot be put around {layer!r}: {text}"

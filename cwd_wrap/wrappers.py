@@ -13,13 +13,14 @@ from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.tensors import local_real_view, total, totals
+from cwd_wrap.tensors import local_real_view, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
 MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
+_FULLY_SHARD = "or shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes"
 _HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
 
 
@@ -112,7 +113,9 @@ class CautiousDecay(OptimizerWrapper):
             return Rule(name, self._after, before=self._before, whole=self._whole, draws=rounds, rounds=rounds)
         why = f"mask={self.mask!r} is an ablation, and compares with a copy"
         draws = self.mask == "random" or self.rounding == "stochastic"
-        return Rule(name, self._ablate, needs_copy=why, reads_gradient=self.mask == "gradient", draws=draws)
+        way_out = f"pass another mask than 'random', {_FULLY_SHARD}" if self.mask == "random" else None
+        reads = self.mask == "gradient"
+        return Rule(name, self._ablate, needs_copy=why, reads_gradient=reads, draws=draws, whole_tensors=way_out)
 
     def _flags(self, count: bool) -> dict[str, bool]:
         return {"strict": self.strict, "count": count}
@@ -156,8 +159,8 @@ class CautiousDecay(OptimizerWrapper):
                 if self.mask == "gradient" and bucket.g is not None:
                     mask = rules.aligned(bucket.g[i], x, self.strict)
                 elif self.mask == "random" and words is not None:
-                    kept = total(bucket.p[i], rules.moved_towards_zero(x, w, self.strict).sum())
-                    mask = rules.uniform(words, 1) < kept / max(1, _numel(bucket.p[i], w))
+                    p, here = bucket.p[i], rules.moved_towards_zero(x, w, self.strict).sum()
+                    mask = rules.uniform(words, 1) < totals([p], here[None])[0] / max(1, _numel(p, w))
                 else:
                     mask = torch.ones_like(x, dtype=torch.bool)
                 active = active + mask.sum() if count else 0
@@ -181,7 +184,8 @@ class CautiousUpdate(OptimizerWrapper):
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
         scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as in the authors' code and timm. ``"numel"``: numel / (kept + 1),
-            as in the paper. None: 1. A sharded parameter (DTensor) is counted whole.
+            as in the paper. None: 1. A sharded parameter (DTensor) is counted whole, in one all-reduce for all. Flat
+            pieces, as FSDP1 and DeepSpeed make them, are refused, unless it is None.
         path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
         backend: as for `CautiousDecay`, with two launches after the step.
 
@@ -226,7 +230,15 @@ class CautiousUpdate(OptimizerWrapper):
 
     def _rule(self) -> Rule:
         why = "the size of the update is known only from a copy"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why, reads_gradient=True, every_group=True)
+        way_out = None if self.scale is None else f"pass scale=None in place of {self.scale!r}, {_FULLY_SHARD}"
+        return Rule(
+            type(self).__name__,
+            after=self._after,
+            needs_copy=why,
+            reads_gradient=True,
+            every_group=True,
+            whole_tensors=way_out,
+        )
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
         p = [each for bucket in buckets for each in bucket.p]
@@ -245,7 +257,8 @@ class PNormDecay(OptimizerWrapper):
     For p below 2 the decay pulls small weights to zero faster and faster. Many become (almost) 0: this makes weights
     sparse. p = 2 is L2 decay in implicit form; p = 1 takes ``eta*lam`` off a weight's size. For p below 2 a weight that
     is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a zero-initialised
-    layer), which must be able to train. This always copies the weights.
+    layer), which must be able to train. This always copies the weights. Sharded parameters (DTensor) are
+    counted whole, in one all-reduce for all; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
@@ -291,17 +304,28 @@ class PNormDecay(OptimizerWrapper):
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:
-        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one."""
+        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one.
+
+        Sharded parameters (DTensor) count whole, so all ranks that share one must call this together: it communicates,
+        once for each mesh and placement.
+        """
+        small: dict[int, int] = {}
+        of_device: dict[torch.device, list[Tensor]] = {}
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            of_device.setdefault(p.device, []).append(p)
+        for p in of_device.values():
+            here = torch.stack([(local_real_view(each).abs() < threshold).sum() for each in p])
+            small |= zip(map(id, p), totals(p, here).tolist(), strict=True)
         shares = []
         for group in self.param_groups:
-            small = sum(int(total(p, (local_real_view(p).abs() < threshold).sum())) for p in group["params"])
             count = sum(p.numel() * (2 if p.is_complex() else 1) for p in group["params"])
-            shares.append(small / count if count else float("nan"))
+            shares.append(sum(small[id(p)] for p in group["params"]) / count if count else float("nan"))
         return shares
 
     def _rule(self) -> Rule:
         why = "the decay depends on the weights from before the step and acts on those from after it"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why)
+        way_out = f"use CautiousDecay, {_FULLY_SHARD}"
+        return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
         p, w, x = (

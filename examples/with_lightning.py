@@ -1,16 +1,19 @@
 """Lightning with CautiousDecay: in `configure_optimizers`, or named in a config file. Seconds on a CPU, no download.
 
     python examples/with_lightning.py
+    torchrun --standalone --nproc-per-node 2 examples/with_lightning.py    # DDP
     python examples/with_lightning.py fit --config examples/with_lightning.yaml
 
 Needs: pip install cwd-wrap lightning 'jsonargparse[signatures]'
 """
 
+import os
 import sys
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,7 +53,16 @@ def main() -> None:
         return
     L.seed_everything(0)
     options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    L.Trainer(max_epochs=10, log_every_n_steps=1, **options).fit(Sums())
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        options |= {"strategy": "ddp", "devices": ranks}
+    trainer = L.Trainer(max_epochs=10, log_every_n_steps=1, **options)
+    trainer.fit(Sums())
+    assert type(trainer.optimizers[0]) is CautiousDecay
+    rank_zero_info(f"type(optimizer): {type(trainer.optimizers[0])}, loss {trainer.callback_metrics['loss']:.4f}")
+    trainer.strategy.barrier()
+    if ranks > 1:
+        os._exit(0)  # on the CPU gloo's threads can abort an orderly exit, also without this library
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """The Hugging Face Trainer with CautiousDecay, on a tiny random model (no download): seconds on a CPU.
 
+    python examples/with_trainer.py
+    torchrun --standalone --nproc-per-node 2 examples/with_trainer.py   # DDP
+
 Needs: pip install cwd-wrap transformers accelerate
 """
 
+import os
 import tempfile
 
 import torch
@@ -38,12 +42,20 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
         )
-        Trainer(
+        trainer = Trainer(
             model,
             args,
             train_dataset=Counting(),
             optimizer_cls_and_kwargs=(CautiousDecay.over(AdamW), {"lr": args.learning_rate}),
-        ).train()
+        )
+        trainer.train()
+        inner = trainer.optimizer.optimizer  # accelerate's own is around ours
+        assert isinstance(inner, CautiousDecay)
+        if trainer.is_world_process_zero():
+            print(f"type(optimizer): {type(trainer.optimizer)} around {type(inner)}", flush=True)
+        trainer.accelerator.wait_for_everyone()
+    if args.world_size > 1:
+        os._exit(0)  # on the CPU gloo's threads can abort an orderly exit, also without this library
 
 
 if __name__ == "__main__":

@@ -1,31 +1,120 @@
-"""Real processes: one rank each, joined by gloo over a file, that end cleanly."""
+"""Real processes: one rank each, joined by gloo over a file, that end cleanly. They are kept for the next test."""
 
+import atexit
+import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+LIMIT = 120.0  # seconds that a function may take
+
+_kept: dict[int, "Ranks"] = {}
 
 
-def spawn(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Run ``function(rank, *arguments)`` in ``ranks`` processes that form one group; raise if any of them fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (ranks, str(Path(folder) / "store"), function, arguments), nprocs=ranks)
+def spawn(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run ``function(rank, *arguments)`` in ``ranks`` processes that form one group; return what each returned.
 
-
-def _run(rank: int, ranks: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    Raises if any of them fails. The processes are kept: starting them takes far longer than what most functions do.
+    """
+    if ranks not in _kept:
+        _kept[ranks] = Ranks(ranks)
     try:
-        function(rank, *arguments)
+        return _kept[ranks].run(function, *arguments)
     except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+        _kept.pop(ranks).kill()
+        raise
+
+
+class Ranks:
+    """Processes that form one group over a file of their own, and run one function after the other."""
+
+    def __init__(self, ranks: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, ranks, store, there), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run ``function(rank, *arguments)`` everywhere; return what each rank returned."""
+        self.start(function, *arguments)
+        return self.results()
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begin to run ``function(rank, *arguments)`` everywhere."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+
+    def results(self) -> list[Any]:
+        """What each rank returned."""
+        answers: dict[int, Any] = {}
+        end = time.monotonic() + LIMIT
+        while len(answers) < len(self._pipes):
+            left = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            ready = wait(left, timeout=max(0.0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"ranks {sorted(set(range(len(self._pipes))) - set(answers))} did not answer")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    done, answer = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    done, answer = False, f"the process ended with {self.processes[rank].exitcode}"
+                if not done:
+                    raise AssertionError(f"rank {rank} of {len(self._pipes)}:\n{answer}")
+                answers[rank] = answer
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def end(self) -> None:
+        """Let the processes end, together."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the processes that are left, as a machine that fails does."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+@atexit.register
+def _end_all() -> None:
+    for ranks in _kept.values():
+        ranks.end()
+    _kept.clear()
+
+
+def _serve(rank: int, ranks: int, store: str, pipe: Connection) -> None:
+    import torch
+    from torch import distributed as dist
+
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=LIMIT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        try:
+            pipe.send((True, function(rank, *arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
     dist.barrier()
     # gloo's threads may still run when the interpreter takes the group apart, which aborts the process.
     os._exit(0)

@@ -30,9 +30,9 @@ ARROWS: dict[str, set[str]] = {
     "kernels._numba": {"buckets", "draws", "kernels._eager", "rules", "tensors", "updates"},
     "kernels._triton": {"buckets", "draws", "kernels._eager", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {"buckets", "directions", "kernels", "pieces", "updates"},
+    "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates"},
     "paths": {"buckets", "choice", "draws", "kernels", "notices", "quirks", "snapshot", "tensors"},
-    "step": {"buckets", "choice", "paths", "quirks", "weight_decay"},
+    "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",
         "step", "weight_decay",

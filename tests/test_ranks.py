@@ -1,0 +1,520 @@
+"""Engines with real processes: training on several ranks is training on one."""
+
+import math
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import torch
+from ranks import Ranks, spawn
+from support import ALL_PATHS, COPYING, METHODS, PathOptions, param
+from torch import distributed as dist
+from torch.optim import SGD, AdamW
+
+from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
+pytest.importorskip("torch.distributed.fsdp").__dict__.get("fully_shard") or pytest.skip(
+    "no fully_shard", allow_module_level=True
+)
+
+ENGINES: dict[str, tuple[int, Any, Any]] = {
+    "DDP": (2, engines.ddp, engines.net),
+    "FSDP2": (2, engines.fsdp2, engines.net),
+    "FSDP2 over three": (3, engines.fsdp2, engines.net),
+    "FSDP2, Shard(1)": (2, engines.columns, engines.block),
+    "FSDP2, CPU offload": (2, engines.offloaded, engines.net),
+    "FSDP2, mixed": (2, engines.mixed, engines.net),
+    "HSDP": (4, engines.hsdp, engines.net),
+    "sequence parallel": (2, engines.sequence_parallel, engines.block),
+    "FSDP2 x TP": (4, engines.fsdp2_and_tp, engines.block),
+}
+EVERYWHERE = [(engine, path) for engine in ENGINES for path in ALL_PATHS]
+every_engine = pytest.mark.parametrize(
+    ("engine", "path"), [param(engine, path, path=path) for engine, path in EVERYWHERE]
+)
+SIBLINGS = [(name, path) for name in ("update", "update-numel", "p-norm", "p-norm-2") for path in COPYING]
+
+
+def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
+    """A method around AdamW; torch's fused form takes no DTensors beside plain tensors in one group."""
+    cls, _, options = METHODS[name]
+    parameters = list(parameters)
+    kinds = {type(p.data) for p in parameters}
+    groups = [{"params": [p for p in parameters if type(p.data) is kind]} for kind in kinds]
+    return cls(AdamW(groups, lr=0.01, weight_decay=0.5, **path.base), **options, **path)
+
+
+@cache
+def run(engine: str, path: str, name: str = "decay") -> Any:
+    """What one of the ranks returned; all returned the same."""
+    ranks, start, _ = ENGINES[engine]
+    chosen = next(each for each in ALL_PATHS if str(each) == path)
+    results = spawn(ranks, engines.trained, start, partial(adamw, path=chosen, name=name), 16)
+    for weights, _, _ in results:
+        assert (weights == results[0][0]).all()
+    return results[0]
+
+
+@every_engine
+def test_training_is_that_of_one_process(engine: str, path: PathOptions) -> None:
+    """From data to weights, over every path, training on several ranks is training on one to 1e-15."""
+    weights, _, kind = run(engine, str(path))
+    expected = engines.alone(ENGINES[engine][2](), partial(adamw, path=path))
+
+    assert "CautiousDecay" == kind
+    torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@every_engine
+def test_a_step_has_the_bits_of_one_process(engine: str, path: PathOptions) -> None:
+    """The same gradients give the same bits, however weights, gradients and state are laid out."""
+    weights, gradients, _ = run(engine, str(path))
+    expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path), gradients)
+
+    assert torch.equal(torch.from_numpy(weights), expected)
+
+
+@pytest.mark.parametrize(("name", "path"), [param(*each, path=each[1]) for each in SIBLINGS])
+@pytest.mark.parametrize("engine", ["FSDP2 over three", "HSDP"])
+def test_siblings_count_over_whole_tensors(engine: str, name: str, path: PathOptions) -> None:
+    """CautiousUpdate's scale and PNormDecay's zeros are those of the whole tensor: the bits of one process."""
+    weights, gradients, _ = run(engine, str(path), name)
+    expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path, name=name), gradients)
+
+    assert torch.equal(torch.from_numpy(weights), expected)
+
+
+def zeroed(rank: int) -> list[float]:
+    """A layer of zeros on one rank alone, and a layer that is zero as a whole, take a step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    values = ([1.0, 1.0, 0.0, 0.0], [0.0] * 4)
+    parameters = [torch.nn.Parameter(distribute_tensor(torch.tensor(v), mesh, [Shard(0)])) for v in values]
+    for p in parameters:
+        p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    opt = PNormDecay(SGD(parameters, lr=0.1, weight_decay=0.5), p=1.0)
+    opt.step()
+    opt.zero_grad()
+    return [*parameters[0].full_tensor().tolist(), *parameters[1].full_tensor().tolist(), *opt.sparsity()]
+
+
+def test_zero_as_a_whole_is_that_of_the_whole_tensor() -> None:
+    """A shard of zeros stays zero where another rank has a weight; a tensor of zeros on all ranks trains."""
+    for result in spawn(2, zeroed):
+        torch.testing.assert_close(result, [0.9 / 1.05, 0.9 / 1.05, 0.0, 0.0, *[-0.1] * 4, 0.25])
+
+
+# ---- what is communicated
+
+
+def collectives(rank: int, make: Any, build: Any) -> list[int]:
+    """How many collectives each of some steps of an optimizer has."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model, parts = make()
+    optimizer = build(model.parameters())
+    counts = []
+    for step in range(engines.STEPS):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        with CommDebugMode() as counted:
+            optimizer.step()
+        counts.append(int(counted.get_total_counts()))
+    return counts
+
+
+def plain(parameters: Any, base: Any) -> Any:
+    return base(parameters, weight_decay=0.5)
+
+
+def wrapped(parameters: Any, base: Any, name: str, **options: Any) -> Any:
+    cls, _, own = METHODS[name]
+    return cls(base(parameters, weight_decay=0.5), **own, **options)
+
+
+SGDM, FUSED = partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01, fused=True)
+
+
+@pytest.mark.parametrize("base", [AdamW, SGDM, FUSED], ids=["AdamW", "SGD", "AdamW-fused"])
+@pytest.mark.parametrize("make", [engines.fsdp2, engines.sequence_parallel], ids=["FSDP2", "sequence parallel"])
+def test_decay_adds_no_collective(make: Any, base: Any) -> None:
+    """CautiousDecay communicates as little as the base alone, partial gradients or not."""
+    alone = spawn(2, collectives, make, partial(plain, base=base))
+    ours = spawn(2, collectives, make, partial(wrapped, base=base, name="decay"))
+
+    for rank in range(2):
+        assert all(own <= others for own, others in zip(ours[rank], alone[rank], strict=True))
+
+
+def test_forcing_the_direction_reads_partial_gradients() -> None:
+    """path="direction" has to know the sum of a partial gradient, and communicates for it, as the page says."""
+    counts = [
+        spawn(2, collectives, engines.sequence_parallel, partial(wrapped, base=SGDM, name="decay", path=path))[0]
+        for path in ("pieces", "direction")
+    ]
+
+    assert sum(counts[0]) < sum(counts[1])
+
+
+@pytest.mark.parametrize("name", ["update", "p-norm"])
+@pytest.mark.parametrize(("ranks", "make"), [(2, engines.fsdp2), (4, engines.hsdp)], ids=["FSDP2", "HSDP"])
+def test_siblings_make_one_collective(ranks: int, make: Any, name: str) -> None:
+    """However many parameters there are, their counts share one all-reduce."""
+    assert [[1] * engines.STEPS] * ranks == spawn(ranks, collectives, make, partial(wrapped, base=AdamW, name=name))
+
+
+def waits(rank: int, backend: str) -> list[float]:
+    """A step along a gradient that a collective may still be filling."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.tensor([1.0, 1.0, -1.0, -1.0]), mesh, [Shard(0)]))
+    everywhere = p.redistribute(placements=[Replicate()], async_op=True).to_local(grad_placements=[Partial()])
+    (everywhere * torch.tensor([0.5, -0.5, 0.5, -0.5])).sum().backward()
+    kind = type(p.grad.to_local()).__name__
+    CautiousDecay(SGD([p], lr=0.1), lam=0.5, backend=backend).step()
+    return [kind, *p.full_tensor().tolist()]
+
+
+@pytest.mark.parametrize("backend", [param(b, path={"backend": b}) for b in ("eager", "numba")])
+def test_a_gradient_on_its_way_is_waited_for(backend: str) -> None:
+    """An AsyncCollectiveTensor has no address yet; kernels that follow addresses get the tensor in it."""
+    for kind, *weights in spawn(2, waits, backend):
+        assert "AsyncCollectiveTensor" == kind
+        torch.testing.assert_close(weights, [0.85, 1.1, -1.1, -0.85])
+
+
+# ---- flat pieces
+
+
+def fully_sharded(rank: int, views: bool, name: str, **options: Any) -> Any:
+    """Train under FSDP1; the weights, or the text of the error and what the weights were then."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(engines.net(), use_orig_params=views, device_id=torch.device("cpu"))
+    cls, _, own = METHODS[name]
+    text = ""
+    try:
+        optimizer = cls(AdamW(model.parameters(), lr=0.01, weight_decay=0.5), **own, **options)
+        for step in range(engines.STEPS):
+            optimizer.zero_grad()
+            x = engines.part_of(engines.batch(engines.net(), step), 2)
+            (model(x) - x.square().sum(-1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    except ValueError as error:
+        text = str(error)
+    with FullyShardedDataParallel.summon_full_params(model):
+        return text, engines.flat(p for p in model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("views", [False, True], ids=["flat", "use_orig_params"])
+def test_decay_under_fsdp1(views: bool) -> None:
+    """FSDP1's flat shards decay as weights do: each by its own."""
+    expected = engines.alone(engines.net(), partial(wrapped, base=partial(AdamW, lr=0.01), name="decay"))
+    for text, weights in spawn(2, fully_sharded, views, "decay"):
+        assert not text
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["flat", "use_orig_params"])
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("update", "pass scale=None"), ("p-norm", "use CautiousDecay"), ("random", "another mask")]
+)
+def test_numbers_over_tensors_are_refused_under_fsdp1(name: str, way_out: str, views: bool) -> None:
+    """FSDP1 does not tell an optimizer the shapes, so a number over each tensor cannot be known: that is said."""
+    for text, weights in spawn(2, fully_sharded, views, name):
+        assert "needs a number over each whole tensor, but param group 0 of AdamW has flat pieces of them" in text
+        assert way_out in text and "fully_shard" in text
+        assert torch.equal(engines.flat(engines.net().parameters()), torch.from_numpy(weights))
+
+
+def replaced(flat: bool) -> tuple[Any, ...]:
+    """A wrapper whose parameters an engine has replaced by master weights: flat ones, or one for each."""
+    model = engines.net()
+    opt = METHODS["update"][0](AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    masters = [p.detach().clone() for p in model.parameters()]
+    masters = [torch.cat([each.flatten() for each in masters])] if flat else masters
+    opt.param_groups[0]["params"] = masters
+    for each in masters:
+        each.requires_grad_().grad = torch.ones_like(each)
+    return opt, masters
+
+
+def test_flat_master_weights_are_refused() -> None:
+    """DeepSpeed's ZeRO replaces the parameters by one flat tensor: nothing is counted over it, and nothing changed."""
+    opt, (master,) = replaced(flat=True)
+    before = master.detach().clone()
+
+    with pytest.raises(ValueError, match=r"flat pieces of them, of shape \(26,\), as FSDP1, DeepSpeed and Megatron"):
+        opt.step()
+    assert torch.equal(before, master)
+
+
+def test_master_weights_of_the_same_shapes_are_taken() -> None:
+    """Master weights in the shapes of the parameters are counted each by its own, vectors too."""
+    opt, masters = replaced(flat=False)
+    before = [master.detach().clone() for master in masters]
+    opt.step()
+
+    assert not any(torch.equal(old, new) for old, new in zip(before, masters, strict=True))
+
+
+# ---- ZeroRedundancyOptimizer
+
+
+def zero(rank: int, around: bool, path: PathOptions, piece: int) -> Any:
+    """Train under DDP with the wrapper in a ZeroRedundancyOptimizer, or around it."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {"lr": 0.01, "weight_decay": 0.5, **path.base}
+
+    def build(parameters: Any) -> Any:
+        if around:
+            return CautiousDecay(ZeroRedundancyOptimizer(parameters, optimizer_class=AdamW, **options))
+        return ZeroRedundancyOptimizer(parameters, optimizer_class=CautiousDecay.over(AdamW, **path), **options)
+
+    return engines.trained(rank, engines.ddp, build, piece)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS])
+def test_the_wrapper_in_zero(path: PathOptions) -> None:
+    """Each rank steps its own parameters and sends them: the bits of one process, on both ranks."""
+    for weights, gradients, _ in spawn(2, zero, False, path, 16):
+        assert torch.equal(
+            torch.from_numpy(weights), engines.replayed(engines.net(), partial(adamw, path=path), gradients)
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_wrapper_around_zero() -> None:
+    """Around it the wrapper compares all weights, sent ones too: the bits of the path snapshot, on both ranks."""
+    path = PathOptions(path="snapshot")
+    for weights, gradients, kind in spawn(2, zero, True, path, 16):
+        assert torch.equal(
+            torch.from_numpy(weights), engines.replayed(engines.net(), partial(adamw, path=path), gradients)
+        )
+        assert "CautiousDecay" == kind
+
+
+# ---- distributed checkpoints
+
+
+def made(parameters: Any, wrap: bool, lr: Any = 0.01) -> Any:
+    base = AdamW(parameters, lr=lr, weight_decay=0.5)
+    return CautiousDecay(base) if wrap else base
+
+
+def states(model: Any, optimizer: Any, flatten: bool) -> tuple[dict[str, Any], Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, state = get_state_dict(model, optimizer, options=options)
+    return {"model": weights, "optimizer": state}, options
+
+
+def saved(rank: int, folder: str, wrap: bool, flatten: bool) -> None:
+    """Two steps under FSDP2, and a checkpoint."""
+    from torch.distributed import checkpoint
+
+    model, parts = engines.fsdp2()
+    optimizer = made(model.parameters(), wrap)
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+    checkpoint.save(states(model, optimizer, flatten)[0], checkpoint_id=folder)
+
+
+def continued(rank: int | None, folder: str, wrap: bool, flatten: bool) -> Any:
+    """The checkpoint in a model of another start, and the third step; without ``rank`` in this process."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, parts = (engines.net(), 1) if rank is None else engines.fsdp2()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    optimizer = made(model.parameters(), wrap)
+    state, options = states(model, optimizer, flatten)
+    checkpoint.load(state, checkpoint_id=folder)
+    weights, of_optimizer = state["model"], state["optimizer"]
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=of_optimizer, options=options)
+    x = engines.batch(model, 2)
+    optimizer.zero_grad()
+    engines.loss_of(model, x if rank is None else engines.part_of(x, parts)).backward()
+    optimizer.step()
+    return engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp_path: Path) -> None:
+    """Saved by two ranks and loaded by one or by three, training goes on as if nothing had been."""
+    spawn(2, saved, str(tmp_path), True, flatten)
+    expected = engines.alone(engines.net(), partial(made, wrap=True))
+
+    for weights in [continued(None, str(tmp_path), True, flatten), *spawn(3, continued, str(tmp_path), True, flatten)]:
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [False, True], ids=["wrapped to plain", "plain to wrapped"])
+def test_checkpoints_of_plain_and_wrapped_are_one(wrap: bool, tmp_path: Path) -> None:
+    """A checkpoint of the plain optimizer goes on in the wrapped one, and the other way round."""
+    spawn(2, saved, str(tmp_path), not wrap, False)
+    first, last = partial(made, wrap=not wrap), partial(made, wrap=wrap)
+    expected = engines.alone(engines.net(), first, last)
+
+    for weights in spawn(3, continued, str(tmp_path), wrap, False):
+        torch.testing.assert_close(torch.from_numpy(weights), expected, rtol=0, atol=1e-15)
+
+
+def fake_step(rank: int, name: str, as_tensor: bool) -> tuple[bool, int, int]:
+    """Did the weights move when a checkpoint was prepared; how many states and reports were made?"""
+    model, _ = engines.fsdp2()
+    before = engines.flat(model.parameters())
+    cls, _, own = METHODS[name]
+    optimizer = cls(AdamW(model.parameters(), lr=torch.tensor(0.01) if as_tensor else 0.01, weight_decay=0.5), **own)
+    optimizer.observer = monitor = MaskMonitor()
+    states(model, optimizer, flatten=False)
+    return torch.equal(before, engines.flat(model.parameters())), len(optimizer.state), len(monitor.ratios)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["float lr", "tensor lr"])
+@pytest.mark.parametrize("name", ["decay", "update", "p-norm"])
+def test_preparing_a_checkpoint_leaves_weights_alone(name: str, as_tensor: bool) -> None:
+    """torch steps with lr 0 to make state: no weight moves, and no monitor takes it for a step."""
+    assert [(True, 4, 0)] * 2 == spawn(2, fake_step, name, as_tensor)
+
+
+# ---- a worker that fails
+
+
+def trained_on(rank: int, folder: str, until: int) -> Any:
+    """Go on from the newest whole checkpoint, one at each step; the weights at the end."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, parts = engines.fsdp2()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5, fused=True))
+    whole = [step for step in range(until) if (Path(folder) / f"{step}" / ".metadata").exists()]
+    if whole:
+        state, options = states(model, optimizer, flatten=False)
+        checkpoint.load(state, checkpoint_id=f"{folder}/{whole[-1]}")
+        weights, of_optimizer = state["model"], state["optimizer"]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=of_optimizer, options=options)
+    for step in range(whole[-1] + 1 if whole else 0, until):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+        checkpoint.save(states(model, optimizer, flatten=False)[0], checkpoint_id=f"{folder}/{step}")
+    return len(whole), engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_is_killed_and_training_goes_on(tmp_path: Path) -> None:
+    """One of two workers is killed in the middle of a run; restarted from the last checkpoint it ends bit for bit."""
+    failing = Ranks(2)
+    failing.start(trained_on, str(tmp_path / "killed"), 10**6)
+    while not (tmp_path / "killed" / "3" / ".metadata").exists():
+        time.sleep(0.01)
+    failing.processes[1].kill()
+    with pytest.raises(AssertionError, match="rank"):
+        failing.results()
+    failing.kill()
+    steps = len(list((tmp_path / "killed").glob("*/.metadata"))) + 3
+    (found, weights), _ = spawn(2, trained_on, str(tmp_path / "killed"), steps)
+    (none, expected), _ = spawn(2, trained_on, str(tmp_path / "whole"), steps)
+
+    assert (steps - 3, 0) == (found, none)
+    assert (weights == expected).all()
+
+
+# ---- the monitor
+
+
+def watched(rank: int) -> tuple[list[float], float, float]:
+    """What one rank saw, what all saw together, and the same again without a step."""
+    model, parts = engines.fsdp2()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    optimizer.observer = monitor = MaskMonitor()
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), parts)).backward()
+        optimizer.step()
+    return monitor.ratios, monitor.read(over_ranks=True), monitor.read()
+
+
+def test_the_monitor_reads_all_ranks() -> None:
+    """`ratios` are those of a rank's shards, `read(over_ranks=True)` that of all weights since the last reading."""
+    model = engines.net()
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    optimizer.observer = monitor = MaskMonitor()
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.batch(model, step)).backward()
+        optimizer.step()
+    (first, together, nothing), (second, same, _) = spawn(2, watched)
+
+    assert together == same == monitor.read() == pytest.approx(sum(monitor.ratios) / 2)
+    assert first != second
+    assert math.isnan(nothing)
+
+
+# ---- averaging
+
+
+def averaged(rank: int) -> tuple[str, Any]:
+    """The text that refuses a wrapper around PostLocalSGDOptimizer; the weights after steps of one inside it."""
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    model = engines.net()
+    averager = PeriodicModelAverager(period=1, warmup_steps=0)
+    with pytest.raises(ValueError) as refused:
+        CautiousDecay(PostLocalSGDOptimizer(SGD(model.parameters(), lr=0.1), averager))
+    optimizer = PostLocalSGDOptimizer(CautiousDecay(SGD(model.parameters(), lr=0.1), lam=0.5), averager)
+    for step in range(engines.STEPS):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.part_of(engines.batch(model, step), 2)).backward()
+        optimizer.step()
+    return str(refused.value), engines.flat(model.parameters()).numpy()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_wrapper_in_an_averaging_optimizer() -> None:
+    """Around PostLocalSGDOptimizer it is refused; inside it, all ranks have the same weights after averaging."""
+    (text, weights), (_, others) = spawn(2, averaged)
+
+    assert (
+        "it averages the weights over the ranks in its step, which is no update. Wrap the optimizer inside it" in text
+    )
+    assert (weights == others).all()
+
+
+def broken_on_one_rank(rank: int) -> bool:
+    """A gradient that is NaN in the shard of one rank, which so cannot tell whether the base modifies gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    opt = METHODS["update"][0](SGD([p], lr=0.1, momentum=0.9))
+    for _ in range(3):
+        p.grad = distribute_tensor(torch.tensor([1.0, 1.0, 1.0, math.nan]), mesh, [Shard(0)])
+        opt.step()
+    return opt._gradients.copied
+
+
+def test_what_one_rank_alone_sees_stops_no_rank() -> None:
+    """Ranks may differ in whether they copy gradients; they communicate alike all the same."""
+    assert [False, True] == spawn(2, broken_on_one_rank)
