@@ -34,14 +34,14 @@ demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_a
 	$(BIN)/python examples/with_timm.py
 
 test: $(BIN)/.test  ## all tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_triton_values.py
-	$(BIN)/python -m pytest -q -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_triton_values.py
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-without-triton:  ## the core tests on a torch without triton (the CPU build), in a virtual environment of its own
 	test -d $(VENV)-cpu || $(PYTHON) -m venv $(VENV)-cpu
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis -e .
-	$(VENV)-cpu/bin/python -m pytest -q -n 2 --ignore tests/test_examples.py
+	$(VENV)-cpu/bin/python -m pytest -q -n 2 --dist loadgroup --ignore tests/test_examples.py
 
 lint: $(BIN)/.lint  ## format, lint and type checks
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ from ranks import spawn
 
 from cwd_wrap import CautiousDecay, CautiousUpdate
 
+pytestmark = pytest.mark.xdist_group("ranks")
 WEIGHTS, GRADIENTS = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
 EXPECTED = [0.85, 1.1, -1.1, -0.85]
 
