@@ -86,6 +86,21 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
     return Choice("snapshot", "; ".join(reasons))
 
 
+def paths_of(
+    rule: Rule, base: Optimizer, lams: Sequence[float | Tensor], backend: str | None, forced: str | None
+) -> list[PathOfGroup]:
+    """The path of each param group of ``base``, whose decay strengths are ``lams``."""
+    of_groups = []
+    for i, (group, lam) in enumerate(zip(base.param_groups, lams, strict=True)):
+        choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
+        decays = rule.has_work(lam)
+        if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
+            taken = choose(rule, base, group, backend, forced)
+            choice = taken if decays or taken.path == "one_pass" else choice
+        of_groups.append(PathOfGroup(i, *choice))
+    return of_groups
+
+
 def check_path(path: str | None) -> None:
     """Raise ValueError unless ``path`` is None (the library chooses) or the name of one."""
     if path is not None and path not in PATHS:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
 from cwd_wrap.buckets import Report
-from cwd_wrap.choice import Choice, PathOfGroup, Rule, check_path, check_pieces, choose
+from cwd_wrap.choice import PathOfGroup, Rule, check_path, check_pieces, choose, paths_of
 from cwd_wrap.contract import Contract, Group, check_optimizer, with_hooks
 from cwd_wrap.draws import Stream
 from cwd_wrap.paths import Work, copied_bytes
@@ -130,16 +130,8 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why."""
-        rule = self._rule()
-        chosen = []
-        for i, group in enumerate(self.param_groups):
-            choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
-            decays = rule.has_work(weight_decay.lam(group, self.lam))
-            if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
-                taken = self._choose(group)
-                choice = taken if decays or taken.path == "one_pass" else choice
-            chosen.append(PathOfGroup(i, *choice))
-        return chosen
+        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        return paths_of(self._rule(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the base. If it names no ``weight_decay``, it gets ``lam``, if that was given."""
@@ -192,9 +184,6 @@ class OptimizerWrapper(Contract):
     def _owner(self) -> str:
         return type(self.base_optimizer).__name__
 
-    def _choose(self, group: Group) -> Choice:
-        return choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
-
     def _eta_lams(self) -> list[float | Tensor]:
         eta_lams = [
             weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
@@ -227,7 +216,7 @@ class OptimizerWrapper(Contract):
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
         if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
-            self._choose(group)
+            choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
 

@@ -1,5 +1,6 @@
 """Engines with real processes: training on several ranks is training on one."""
 
+import importlib
 import math
 import time
 from functools import cache, partial
@@ -16,10 +17,10 @@ from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
-pytest.importorskip("torch.distributed.fsdp").__dict__.get("fully_shard") or pytest.skip(
-    "no fully_shard", allow_module_level=True
-)
+if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("this torch has no fully_shard", allow_module_level=True)
+
+pytestmark = pytest.mark.xdist_group("ranks")  # in one process, which keeps the ranks
 
 ENGINES: dict[str, tuple[int, Any, Any]] = {
     "DDP": (2, engines.ddp, engines.net),

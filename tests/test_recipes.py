@@ -1,5 +1,6 @@
 """The recipes for engines run on two ranks under torchrun, as their first lines say, and name their optimizer."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -13,11 +14,16 @@ import engines
 import pytest
 import torch
 from ranks import spawn
+from torch import distributed as dist
 from torch import nn
 from torch.optim import AdamW
 
 from cwd_wrap import CautiousDecay, CautiousUpdate
 
+if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("this torch has no fully_shard", allow_module_level=True)
+
+pytestmark = pytest.mark.xdist_group("ranks")
 ROOT = Path(__file__).parents[1]
 SMALL = ["--every", 2, "--width", 32, "--layers", 1, "--context", 16, "--batch", 2]
 RECIPES = {
