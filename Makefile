@@ -38,13 +38,8 @@ demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_a
 	$(BIN)/python examples/with_timm.py
 
 test: $(BIN)/.test  ## all tests
-<<<<<<< HEAD
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
-	$(BIN)/python -m pytest -q -n 2
-=======
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/test_triton_values.py
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
->>>>>>> ranks
 
 # The package with torch alone, in virtual environments of their own.
 CORE := --ignore tests/test_examples.py
@@ -53,12 +48,8 @@ $(VENV)-cpu/.core: pyproject.toml
 	test -d $(VENV)-cpu || $(PYTHON) -m venv $(VENV)-cpu
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-xdist hypothesis -e .
-<<<<<<< HEAD
 	$(VENV)-cpu/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes triton
 	touch $@
-=======
-	$(VENV)-cpu/bin/python -m pytest -q -n 2 --dist loadgroup --ignore tests/test_examples.py
->>>>>>> ranks
 
 # torch 2.4.1 was built for numpy 1.
 $(VENV)-oldest/.core: pyproject.toml

@@ -11,18 +11,10 @@ from torch.optim import SGD, AdamW
 
 from cwd_wrap import PNormDecay
 
-<<<<<<< HEAD
-# Drawn masks differ from rank to rank: `CautiousDecay` asks for the same seed on replicas, and shards draw their own.
-METHODS: list[Method] = [
-    case.values[0] for case in METHODS_ON_PATHS if not case.marks and case.values[0].name != "random"
-]
+pytestmark = pytest.mark.xdist_group("ranks")
+METHODS: list[Method] = [case.values[0] for case in METHODS_ON_PATHS if not case.marks]
 STEPS = 3
 F64 = torch.float64
-=======
-pytestmark = pytest.mark.xdist_group("ranks")
-WEIGHTS, GRADIENTS = [1.0, 1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]
-EXPECTED = [0.85, 1.1, -1.1, -0.85]
->>>>>>> ranks
 
 
 def starts() -> list[Tensor]:

@@ -1,0 +1,100 @@
+"""Random numbers over ranks are those of one process, however ranks are seeded and weights are laid out."""
+
+import pytest
+import torch
+from ranks import spawn
+from support import ALL_PATHS, PathOptions, can_run
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from cwd_wrap import CautiousDecay, rules
+from cwd_wrap.tensors import Shard, shard
+
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.filterwarnings("ignore:eta.lam = .* is lost"),
+]
+SHAPES = [(5, 3), (1, 7), (4, 6), (3,)]
+METHODS = [{"rounding": "stochastic"}, {"mask": "random", "path": "snapshot"}]
+
+
+def trained(path: PathOptions, method: dict[str, str], place: object = None) -> list[Tensor]:
+    """Whole bfloat16 weights after three steps, with everything where ``place`` puts it; dropout runs in between."""
+    place = place or (lambda t: t)
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(place(torch.randn(shape, generator=generator).bfloat16())) for shape in SHAPES]
+    opt = CautiousDecay(AdamW(params, lr=0.01, weight_decay=0.1, **path.base), **{**path, **method})
+    for _ in range(3):
+        for p in params:
+            p.grad = place(torch.randn(p.shape, generator=generator).bfloat16())
+        torch.dropout(torch.ones(7), 0.5, train=True)
+        opt.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in params]
+
+
+def work(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    for path in filter(can_run, ALL_PATHS):
+        for method in METHODS[: 1 if path["path"] != "snapshot" else None]:
+            torch.manual_seed(17)
+            alone = trained(path, method)
+            for placement in (Replicate(), Shard(0)):
+                torch.manual_seed(rank)
+                torch.rand(3 * rank)
+                ours = trained(
+                    path, method, lambda t, to=placement: distribute_tensor(t, mesh, [to], src_data_rank=None)
+                )
+
+                assert all(map(torch.equal, ours, alone)), (path, method, placement)
+
+
+def test_ranks_draw_what_one_process_draws() -> None:
+    """Replicas and shards of ranks that are seeded differently end bit for bit where one process ends."""
+    pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
+    if torch.__version__ < "2.6":
+        pytest.skip("distribute_tensor of older torch communicates")
+    spawn(2, work)
+
+
+def places(rank: int, shape: tuple[int, ...]) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    dims = [Replicate(), *map(Shard, range(len(shape)))]
+    for placements in ((one, other) for one in dims for other in dims):
+        t = distribute_tensor(numbers, mesh, placements)
+        inner = {p.dim for p in placements if isinstance(p, Shard) and p.dim > 0}
+        if len(inner) > 1:
+            continue
+        offset, run, jump, numel = shard(t)
+        local = torch.arange(numel)
+        held = local + offset if run >= numel else offset + local // run * jump + local % run
+
+        assert torch.equal(held, t.to_local().flatten()), (rank, placements)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 6, 2)], ids=str)
+def test_places_of_a_shard(shape: tuple[int, ...]) -> None:
+    """On a mesh of four ranks a shard knows the places that it holds, sharded along one dimension, two or none."""
+    pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
+    spawn(4, places, shape)
+
+
+def test_a_plain_tensor_holds_all_places() -> None:
+    """Without DTensor a parameter is one run; a complex number takes two places."""
+    assert shard(torch.zeros(3, 4)) == Shard(0, 12, 12, 12)
+    assert shard(torch.zeros(3, dtype=torch.complex64)) == Shard(0, 6, 6, 6)
+
+
+def test_splitmix_is_the_published_one() -> None:
+    """The first outputs for the seed 1234567 are those of the reference implementation."""
+    words = rules.random_words(torch.tensor(1234567), torch.arange(1, 6))
+
+    assert [int(word) % 2**64 for word in words] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
+    ]  # fmt: skip
