@@ -80,6 +80,7 @@ wheel: $(VENV)-cpu/.core  ## wheel and sdist in dist/, their contents checked an
 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/import_time.py
