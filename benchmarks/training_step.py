@@ -15,7 +15,7 @@ from common import interleaved, print_ratios, where
 from cwd_wrap import CautiousDecay
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from language_model import GPT, decayed_weights, load_text, windows  # noqa: E402
+from language_model import GPT, decayed_weights, load_text, windows
 
 WIDTH, LAYERS, CONTEXT, BATCH, ROUNDS = 64, 2, 64, 16, 200
 
