@@ -848,7 +848,30 @@ def test_the_wrapper_gives_what_it_gives_with_eager(on: Place, wrap: Callable[..
     assert len(reports["eager"]) == 4
 
 
-# ---- the blocks of the eager kernels
+# ---- the eager kernels
+
+
+@strict_or_not
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_mask_by_signs_is_the_rule(strict: bool, sign: float) -> None:
+    """What eager does on a card, where a product would underflow: the mask of rules.py, for all special numbers."""
+    d, x = (torch.cat(parts) for parts in zip(Place("eager", "cpu").special(2), torch.randn(2, 100), strict=True))
+    mask = _eager._mask_by_signs(d.clone(), x, sign, strict)
+
+    assert torch.equal(mask, rules.aligned(-sign * d, x, strict).float())
+    assert torch.equal(mask[-100:], _eager._mask_by_product(d.clone(), x, sign, strict)[-100:])
+
+
+def test_where_the_mask_is_taken_by_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is for the CPU alone: a decay on another device compares signs."""
+    taken = []
+    for name in ("_mask_by_signs", "_mask_by_product"):
+        monkeypatch.setattr(_eager, name, lambda d, *_, name=name: taken.append(name) or d)
+    for device in ("cpu", "meta"):
+        w, g = (torch.ones(3, device=device) for _ in range(2))
+        _eager.decay_along([Coming([w], [g], None, 0.0, 1.0, 0.1)], strict=False, count=False)
+
+    assert taken == ["_mask_by_product", "_mask_by_signs"]
 
 
 def test_scratch_stays_small() -> None:
