@@ -43,8 +43,8 @@ ROOT = HERE.parents[1]
 DEVICE = "cpu" if DRY else "cuda"
 MINUTES, OF_TESTS = 8, 10
 GPU_TESTS = ("test_triton_gpu.py", "test_kernels.py", "test_triton_values.py", "test_stochastic_rounding.py")
-WEIGHTS = 1500 if DRY else 1 << 26  # in all, for the speeds of the kernels
-TENSORS = 2 if DRY else 8
+WEIGHTS = 100 if DRY else 1 << 26  # in all, for the speeds of the kernels
+TENSORS = 1 if DRY else 8
 TRIALS = 1 if DRY else 15
 Trial = tuple[str, Callable[[], object]]
 """What a row is called, and a function that returns its value, or (value, unit, ratio, remark) or the first of them."""
@@ -232,7 +232,7 @@ def kernels() -> Iterator[Trial]:
 
 
 def step_times() -> Iterator[Row]:
-    for name, parameters in models(DEVICE, 1, 3000):
+    for name, parameters in models(DEVICE, 96 if DRY else 1, 3 if DRY else 3000):
         small = parameters[-2:] if DRY else parameters
         yield from steps("steps", name, small, 2 if DRY else 10)
 
