@@ -44,6 +44,21 @@ def test_every_load_and_store_of_the_main_path_is_of_128_bits(kernel: Kernel, ta
     assert 0 < code.registers <= (144 if kernel.update else 80)
 
 
+CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
+
+
+@pytest.mark.parametrize("target", CUDA, ids=[f"sm_{target.arch}" for target in CUDA])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=str)
+def test_what_is_inexact_on_a_card(kernel: Kernel, target: object) -> None:
+    """A momentum's direction fuses, as torch.lerp does; the p-norm decay approximates. All else rounds as rules.py."""
+    code = compile_kernel(kernel, target)
+    expected: set[str] = {"fma.rn.f32"} if kernel.rule is _triton._along_momentum else set()
+    if kernel.rule is _triton._p_norm_decay:
+        expected = {"ex2.approx.ftz.f32", "div.full.f32", "fma.rn.ftz.f32"}
+
+    assert code.inexact == expected
+
+
 @all_targets
 def test_bytes_per_four_weights(target: object) -> None:
     """Four float32 weights take 3 loads and 1 store of 128 bits along a direction, 4 and 3 for the whole of Adam."""

@@ -119,9 +119,13 @@ def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
 
 @triton.jit
 def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
-    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf.
+    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf. CUDA's logarithm
+    # takes denormals for 0, so they are scaled.
     strength = p * eta_lam
-    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(tl.abs(x))))
+    size = tl.abs(x)
+    denormal = size < 1.1754943508222875e-38
+    logarithm = tl.log2(tl.where(denormal, size * 16777216.0, size)) - tl.where(denormal, 24.0, 0.0)
+    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * logarithm))
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
