@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compiled_kernels
+import triton.language as tl
 from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
 
 from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
@@ -50,13 +51,19 @@ CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
 @pytest.mark.parametrize("target", CUDA, ids=[f"sm_{target.arch}" for target in CUDA])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=str)
 def test_what_is_inexact_on_a_card(kernel: Kernel, target: object) -> None:
-    """A momentum's direction fuses, as torch.lerp does; the p-norm decay approximates. All else rounds as rules.py."""
+    """A momentum's direction fuses, as torch.lerp does; the p-norm decay approximates. All else rounds as rules.py.
+
+    Where denormals are 0 it makes no difference: in the size that exp2 compares, and in what is rounded down.
+    """
     code = compile_kernel(kernel, target)
     expected: set[str] = {"fma.rn.f32"} if kernel.rule is _triton._along_momentum else set()
     if kernel.rule is _triton._p_norm_decay:
         expected = {"ex2.approx.ftz.f32", "div.full.f32", "fma.rn.ftz.f32"}
+    harmless = {"abs.ftz.f32"} if kernel.rule is _triton._adam else set()
+    if kernel.stochastic and tl.float16 in kernel.types:
+        harmless = {"cvt.rmi.ftz.f32.f32"}
 
-    assert code.inexact == expected
+    assert code.inexact - harmless == expected
 
 
 @all_targets
