@@ -160,7 +160,9 @@ def _read_cuda(assembly: dict[str, Any]) -> Code:
         Path(file.name).write_bytes(assembly["cubin"])
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    inexact = re.findall(r"\b(fma\.rn\.f32(?=\s|x2)|\w+(?:\.\w+)*\.(?:approx|full|ftz)(?:\.\w+)*)[\sx]", assembly["ptx"])
+    inexact = re.findall(
+        r"\b(fma\.rn\.f32(?=\s|x2)|\w+(?:\.\w+)*\.(?:approx|full|ftz)(?:\.\w+)*)[\sx]", assembly["ptx"]
+    )
     return Code(
         _count(widths, "ld"), _count(widths, "st"), used["REG"], used["LOCAL"], used["STACK"], frozenset(inexact)
     )
