@@ -125,6 +125,20 @@ def test_no_part_begins_after_the_last_minute(tmp_path: Path, monkeypatch: pytes
     assert gpu_proof.page(rows).splitlines()[2].startswith("2 rows, 0 failed, 2 skipped.")
 
 
+def test_the_tests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest's last line is a row, failed if pytest is; without pytest the row says so."""
+    monkeypatch.setattr(gpu_proof, "GPU_TESTS", ["no_such_test.py"])
+    (row,) = gpu_proof.tests()
+
+    assert (row.part, row.outcome) == ("tests", "failed")
+    monkeypatch.setattr(gpu_proof, "GPU_TESTS", ["test_gpu_proof.py"])
+    (row,) = gpu_proof.tests()
+    assert "deselected" in row.remark  # none of these is for a card, so pytest returns 5
+    monkeypatch.setattr(gpu_proof.importlib.util, "find_spec", lambda _: None)
+    (row,) = gpu_proof.tests()
+    assert (row.outcome, row.remark) == ("skipped", "pytest is not installed")
+
+
 def test_a_step_that_does_nothing_is_not_timed() -> None:
     """A benchmark of steps that leave the weights as they are is refused, as a row."""
     parameters = [torch.nn.Parameter(torch.ones(64))]

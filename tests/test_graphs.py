@@ -153,6 +153,24 @@ def test_large_tables_are_let_go_of(capture: Capture, monkeypatch: pytest.Monkey
     assert tables.of_any_stream(numbers, (bytes([0]) * (1 << 20),)) is None
 
 
+def test_each_stream_has_tables_of_its_own(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is sent once for each stream, from pinned memory, so that none reads it before it has arrived."""
+    sent: list[bool] = []
+    now = ["first"]
+    monkeypatch.setattr(Tensor, "to", lambda t, _, non_blocking: sent.append(non_blocking) or t)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: now[0])
+    card = torch.device("cuda", 0)
+    of_first = [_tables.table(numbers, card, b"1") for _ in range(2)]
+    now[0] = "second"
+    of_second = _tables.table(numbers, card, b"1")
+
+    assert of_first[0] is of_first[1] is not of_second
+    assert sent == [True, True]
+    with capture():
+        assert _tables.table(numbers, card, b"1") is of_first[0]
+    assert sent == [True, True]
+
+
 # ---- copies of weights and gradients
 
 
