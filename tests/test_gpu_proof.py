@@ -1,5 +1,6 @@
 """The proof for a card, run without one: each of its rows works, and one that does not costs only itself."""
 
+import contextlib
 import csv
 import os
 import subprocess
@@ -148,3 +149,59 @@ def test_a_step_that_does_nothing_is_not_timed() -> None:
 
     with pytest.raises(RuntimeError, match="a step moved 0% of the weights only, so its time means nothing"):
         gpu_step_time.moved(opt, lambda: None)
+
+
+class Card:
+    """Stands in for torch.cuda: an event takes 2 ms, a graph replays what ``captured`` was last called with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+        done = not busy
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None: ...
+
+            def record(self) -> None: ...
+
+            def synchronize(self) -> None: ...
+
+            def query(self) -> bool:
+                return done
+
+            def elapsed_time(self, _: object) -> float:
+                return 2.0
+
+        class Graph:
+            def replay(self) -> None: ...
+
+        class Stream:
+            def wait_stream(self, _: object) -> None: ...
+
+        stubs = {"Event": Event, "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream}
+        nothing = ("_sleep", "synchronize")
+        stubs |= {"is_available": lambda: True, **{name: lambda *_: None for name in nothing}}
+        stubs |= {name: lambda _: contextlib.nullcontext() for name in ("stream", "graph")}
+        for name, stub in stubs.items():
+            monkeypatch.setattr(torch.cuda, name, stub)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_the_three_times_of_a_step(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    """On a card, here stubbed: a row for each path and time; what fails costs itself."""
+    Card(monkeypatch, busy)
+    p = torch.nn.Parameter(torch.zeros(16))
+    p.grad = -torch.ones(16)
+    base = torch.optim.SGD([p], lr=0.1)
+    calls = {gpu_step_time.BASELINE: base.step, "one_pass": base.step, "direction": lambda: 1 / 0, "pieces": lambda: 0}
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None, raising=False)
+    monkeypatch.setattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check", lambda _: None, raising=False)
+    monkeypatch.setattr(gpu_step_time, "candidates", lambda _: (base, calls))
+    rows = {row.what: row for row in gpu_step_time.steps("steps", "net", [p], 3)}
+
+    assert rows["net: direction"].remark == "ZeroDivisionError: division by zero"
+    assert "moved 0% of the weights" in rows["net: pieces"].remark
+    assert (rows["net: one_pass, device"].value, rows["net: one_pass, device"].ratio) == (2.0, 1.0)
+    assert rows["net: one_pass, wall"].outcome == "ok"
+    if busy:
+        assert rows["net: one_pass, host"].value > 0
+    else:
+        assert "the call waits for the card" in rows["net: one_pass, host"].remark
