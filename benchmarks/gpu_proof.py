@@ -43,7 +43,13 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
 DEVICE = "cpu" if DRY else "cuda"
 MINUTES, OF_TESTS = 8, 10
-GPU_TESTS = ("test_triton_gpu.py", "test_kernels.py", "test_triton_values.py", "test_stochastic_rounding.py")
+GPU_TESTS = (
+    "test_triton_gpu.py",
+    "test_triton_values.py",
+    "test_kernels.py",
+    "test_stochastic_rounding.py",
+    "test_pieces.py",
+)
 WEIGHTS = 100 if DRY else 1 << 26  # in all, for the speeds of the kernels
 TENSORS = 1 if DRY else 8
 TRIALS = 1 if DRY else 15
