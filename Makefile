@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm test test-without-triton test-oldest lint hooks wheel bench docs clean
+.PHONY: help demo demo-timm test test-without-triton test-oldest lint hooks wheel bench gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -86,8 +86,12 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
+# No set-up here: machines with cards often have torch, triton and pytest, and no network.
+gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/
+	PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_proof.py
+
 docs: $(BIN)/.docs  ## the pages and the API as a site in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) $(VENV)-cpu $(VENV)-oldest demo dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-cpu $(VENV)-oldest demo dist site gpu_proof .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,13 +72,18 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Code:
-    """``loads`` and ``stores`` of one round of the main path, as {bits: number}; ``stack`` in bytes a thread."""
+    """``loads`` and ``stores`` of one round of the main path, as {bits: number}; ``stack`` in bytes a thread.
+
+    ``inexact``: the kinds of instructions, in the whole of a CUDA kernel, that fuse in float32, approximate or take
+    denormals for 0.
+    """
 
     loads: Counter[int]
     stores: Counter[int]
     registers: int
     spills: int
     stack: int
+    inexact: frozenset[str] = frozenset()
 
 
 F32, BF16 = tl.float32, tl.bfloat16
@@ -155,7 +160,12 @@ def _read_cuda(assembly: dict[str, Any]) -> Code:
         Path(file.name).write_bytes(assembly["cubin"])
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Code(_count(widths, "ld"), _count(widths, "st"), used["REG"], used["LOCAL"], used["STACK"])
+    inexact = re.findall(
+        r"\b(fma\.rn\.f32(?=\s|x2)|\w+(?:\.\w+)*\.(?:approx|full|ftz)(?:\.\w+)*)[\sx]", assembly["ptx"]
+    )
+    return Code(
+        _count(widths, "ld"), _count(widths, "st"), used["REG"], used["LOCAL"], used["STACK"], frozenset(inexact)
+    )
 
 
 def _read_amd(assembly: str) -> Code:

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -138,7 +139,11 @@ class Members:
 
 
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
-    """The members that one pass can step, and the others: whose state is yet to be made, or lies on other ranks."""
+    """The members that one pass can step, and the others.
+
+    Those have no state yet, or one that the kernels do not take: on other ranks, or with a counter that is no float32
+    beside the weight.
+    """
     update = cast("updates.Update", updates.find(base, members.group))
     keys = (*update.state_keys, "step") if update.counts else update.state_keys
     states = [base.state.get(p, _NO_STATE) for p in members.parameters] if keys else []
@@ -146,10 +151,18 @@ def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
     left: set[int] = set()
     for column in columns[: len(update.state_keys)]:
         left |= laid_out_otherwise(column, members.parameters)  # the kernel would write to a copy of it
+    if update.counts:
+        left |= {
+            i for i, (t, p) in enumerate(zip(columns[-1], members.parameters, strict=True)) if not _counts_for(t, p)
+        }
     if not left and all(isinstance(t, Tensor) for column in columns for t in column):
         return members, members.only([])
     left |= {i for i, row in enumerate(zip(*columns, strict=True)) if not all(isinstance(t, Tensor) for t in row)}
     return members.only([i for i in range(len(states)) if i not in left]), members.only(sorted(left))
+
+
+def _counts_for(step: object, p: Tensor) -> bool:
+    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == p.device
 
 
 def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
@@ -215,7 +228,7 @@ def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object]
     """Rows whose entries have the same device and types, and the same of ``numbers``."""
     present = [column for column in columns if column is not None]
     parts: list[Sequence[object]] = [[t.dtype for t in column] for column in present]
-    parts.append([t.device for t in present[0]])
+    parts += [[t.device for t in column] for column in present]
     if numbers is not None:
         parts.append(numbers)
     if all(part.count(part[0]) == len(part) for part in parts):

@@ -58,7 +58,8 @@ class Stream:
         """Begin a step."""
         if self.steps is None:
             self.steps = _steps_taken(base.state)
-            self._counters = {}
+            for counter in self._counters.values():
+                counter.fill_(self.steps)  # in its place: a CUDA graph may count there
             return
         self.steps += 1
         for counter in self._counters.values():

@@ -64,7 +64,8 @@ class Work:
         """Call ``act`` once for all buckets of a kind; count those that decay."""
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
-            self._check_devices(bucket)
+            self._check(bucket)
+        for bucket in buckets:
             alike.setdefault((kind(bucket), self.rule.has_work(bucket.eta_lam)), []).append(bucket)
         for (_, decays), some in alike.items():
             count = self.count and decays
@@ -72,15 +73,24 @@ class Work:
             if count:
                 self.total += sum(sum(map(Tensor.numel, bucket.w)) for bucket in some)
 
-    def _check_devices(self, bucket: Bucket) -> None:
-        """The kernels follow addresses: one on another device would end the process."""
-        device, *others = (column[0].device for column in bucket.columns)
-        if any(other != device for other in others):
-            msg = (
-                f"{type(self.base).__name__} has weights of shape {tuple(bucket.w[0].shape)} on {device}, but their "
-                f"gradient or state on {next(other for other in others if other != device)}: move them to one device"
-            )
-            raise ValueError(msg)
+    def _check(self, bucket: Bucket) -> None:
+        """The kernels follow addresses: a tensor of another shape or on another device would end the process."""
+        w, *others = bucket.columns
+        shapes = [t.shape for t in w]
+        for column in others:
+            if [t.shape for t in column] != shapes:
+                here, there = next((a.shape, b.shape) for a, b in zip(w, column, strict=True) if a.shape != b.shape)
+                msg = (
+                    f"{type(self.base).__name__} has a weight of shape {tuple(here)} whose gradient or state has shape "
+                    f"{tuple(there)}: was a checkpoint of another model loaded, or the weight replaced?"
+                )
+                raise ValueError(msg)
+            if column[0].device != w[0].device:  # all of a column are on one
+                msg = (
+                    f"{type(self.base).__name__} has weights of shape {tuple(shapes[0])} on {w[0].device}, but their "
+                    f"gradient or state on {column[0].device}: move them to one device"
+                )
+                raise ValueError(msg)
 
     def note(self, members: Sequence[Members]) -> None:
         """Note the gradients as they are now: who takes part in the step, and along which gradient."""
@@ -99,7 +109,11 @@ Path = Callable[[Work, Sequence[Members]], AbstractContextManager[None]]
 def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
     """Decay the members and make the base's update of them, on the base's own state; the base steps what is left."""
     if work.rule.whole is not None:
-        work.carry_out(work.rule.whole, [bucket for of_group in members for bucket in whole(work.base, of_group)])
+        buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
+        work.carry_out(work.rule.whole, buckets)
+        for bucket in buckets:
+            for w in bucket.w:  # so that autograd notices weights that changed between forward and backward
+                torch.autograd.graph.increment_version(w)
     with _lent_all_but(work.base, members):
         yield
 

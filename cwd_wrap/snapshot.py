@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cwd_wrap.graphs import capturing
 from cwd_wrap.tensors import local_real_view
 
 Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
@@ -17,6 +18,9 @@ class Buffers:
 
     It is here and never in an optimizer's ``state``: many optimizers take a parameter with any state at all for one
     that is already initialised.
+
+    While a CUDA graph is captured the copies are made in memory of the graph's own, and none is kept: the graph's last
+    as long as the graph, whatever later steps need and whether or not `drop` is called.
     """
 
     def __init__(self) -> None:
@@ -29,6 +33,8 @@ class Buffers:
         ``owners``: the parameters that the tensors belong to (the tensors may be new views at each step). ``copy_on``
         gives the function that copies on a device.
         """
+        if capturing():
+            return _filled([_buffer_like(t) for t in tensors], tensors, copy_on)
         self._whole = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
         return _filled(list(self._whole.values()), tensors, copy_on)
 
@@ -37,16 +43,17 @@ class Buffers:
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         for t in tensors:
             needed[t.device, t.dtype] = needed.get((t.device, t.dtype), 0) + _aligned(t)
+        piece = {} if capturing() else self._piece
         for key, numel in needed.items():
-            if key not in self._piece or self._piece[key].numel() < numel:
-                self._piece.pop(key, None)  # before the larger one is made
+            if key not in piece or piece[key].numel() < numel:
+                piece.pop(key, None)  # before the larger one is made
                 with torch.inference_mode(mode=False):
-                    self._piece[key] = torch.empty(numel, dtype=key[1], device=key[0])
+                    piece[key] = torch.empty(numel, dtype=key[1], device=key[0])
         used = dict.fromkeys(needed, 0)
         copies = []
         for t in tensors:
             key = t.device, t.dtype
-            copies.append(self._piece[key].as_strided(t.shape, _dense_stride(t), used[key]))
+            copies.append(piece[key].as_strided(t.shape, _dense_stride(t), used[key]))
             used[key] += _aligned(t)
         return _filled(copies, tensors, copy_on)
 
@@ -65,8 +72,12 @@ class Buffers:
         # A buffer is dense, even where the tensor is a view with gaps.
         if old is not None and alike and (old.stride() == t.stride() or old.stride() == _dense_stride(t)):
             return old
-        with torch.inference_mode(mode=False):  # one made in inference mode could not be written outside of it
-            return torch.empty_like(t)
+        return _buffer_like(t)
+
+
+def _buffer_like(t: Tensor) -> Tensor:
+    with torch.inference_mode(mode=False):  # one made in inference mode could not be written outside of it
+        return torch.empty_like(t)
 
 
 def _aligned(t: Tensor) -> int:
@@ -113,9 +124,8 @@ class Gradients:
         """
         left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
         if self.copied:
-            pairs = [(local_real_view(k.gradient), local_real_view(g)) for k, g in left]  # each rank for itself
-            compared = [pair for pair in pairs if pair[0].any()]
-            self.copied = not compared or not all(torch.equal(before, after) for before, after in compared)
+            # Looking waits for the device. No capture can wait, so the graph copies at each replay.
+            self.copied = capturing() or not _untouched([(k.gradient, g) for k, g in left])
             return False
         self.copied = any(g._version != k.version for k, g in left)
         return self.copied
@@ -127,3 +137,15 @@ class Gradients:
             else:
                 kept = g.detach().clone() if self.copied else g
                 yield Kept(kept, kept._version)
+
+
+def _untouched(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Are the gradients from before and after the step equal, and not all 0? An accelerator is waited for once."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for pair in pairs:
+        before, after = map(local_real_view, pair)
+        if (before.shape, before.device) != (after.shape, after.device):
+            return False
+        of_device.setdefault(before.device, []).append(torch.stack([before.any(), (before != after).any()]))
+    found = [torch.stack(flags).any(0).tolist() for flags in of_device.values()]
+    return any(nonzero for nonzero, _ in found) and not any(differ for _, differ in found)

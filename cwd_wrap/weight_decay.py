@@ -142,9 +142,9 @@ def stands_still(group: Group) -> bool:
     Schedules miss 0 by a rounding, on either side (torch's LinearLR ends at -1.85e-20): up to 1e-12 counts as 0.
     """
     lr = group.get("lr")
-    if lr is None or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
+    if not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
         return False
-    return bool(abs(lr) <= _NO_STEP)
+    return abs(float(lr)) <= _NO_STEP
 
 
 def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> float | Tensor:

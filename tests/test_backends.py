@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,7 @@ def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an image without a C compiler the choice is eager, and triton is refused with Triton's own reason."""
+    """On an image without a C compiler the choice is eager, which is said once; triton is refused with the reason."""
     import triton
 
     class Driver:
@@ -65,10 +66,17 @@ def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) 
 
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setattr(kernels, "_said", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(triton.runtime, "driver", Driver())
 
     assert kernels.name(None, cuda) == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.choose("eager", cuda).__name__ == "cwd_wrap.kernels._eager"
+    with pytest.warns(UserWarning, match=r"steps with torch operations on cuda:0: Triton cannot .* C compiler") as said:
+        assert all(kernels.choose(None, cuda).__name__ == "cwd_wrap.kernels._eager" for _ in range(3))
+    assert len(said) == 1
     with pytest.raises(ValueError, match=r"on cuda:0: Triton cannot build its launcher.* C compiler.*CC env.*'eager'"):
         kernels.name("triton", cuda)
 
@@ -76,6 +84,19 @@ def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kernels, "_obstacles", {})
 
     assert kernels.name(None, cuda) == "triton"
+
+
+def test_a_card_without_triton_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is not installed, steps on a card are made by torch operations without a word."""
+    monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    cuda = torch.device("cuda", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        assert kernels.choose(None, cuda).__name__ == "cwd_wrap.kernels._eager"
+    assert kernels.obstacle("triton", cuda) == "Triton is not installed (pip install cwd-wrap[triton])"
 
 
 def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:

@@ -3,8 +3,15 @@
 Each backend takes part where it runs. For the Triton kernels that is a card, or a process of its own:
 
 TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton
+
+What is expected is worked out on the CPU, wherever the kernels run: there torch rounds each operation by itself, as
+rules.py is written. The Triton kernels fuse nothing, so they are held to it bit for bit. The interpreter cannot show
+two things. The p-norm decay takes libdevice's logarithm, ex2.approx.ftz and div.full (2 units each; a power below
+2**-126 is 0). And a momentum's direction is fused, which the interpreter rounds twice. tests/test_triton_compiled.py
+holds that these are all.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -76,25 +83,44 @@ class Place:
     def equal(self, one: Tensor, other: Tensor) -> bool:
         """Bit for bit, NaN being NaN.
 
-        16-bit types are compared to a unit in the last place where the interpreter rounds, since it truncates; and
-        torch on a card may fuse what rules.py does, or multiply by a reciprocal.
+        The interpreter truncates to 16-bit types, so there they are compared to a unit in the last place. torch on a
+        card fuses multiplications with additions: what eager makes there is within roundings of numbers of size 1.
         """
-        if self.device == "cuda":
-            off = (one.double() - other.double()).abs() > 8 * torch.finfo(one.dtype).eps * other.double().abs()
-            return bool((off & (one != other)).double().mean().nan_to_num() < 1e-3)
-        if self.name == "triton" and one.element_size() == 2:
+        one, other = one.cpu(), other.cpu()
+        if self.name == "eager" and self.device == "cuda":
+            return fused_apart(one, other)
+        if self.name == "triton" and self.device == "cpu" and one.element_size() == 2:
             return bool(((one.view(torch.int16).int() - other.view(torch.int16).int()).abs() <= 1).all())
         return torch.equal(one.nan_to_num(123.0), other.nan_to_num(123.0))
 
     def close(self, one: Tensor, other: Tensor, ulps: int = 16) -> bool:
-        """To so many units in the last place: of exp2(y * log2|x|) they are up to |y * log2|x||, here below 2 * 12."""
-        if one.element_size() == 2:
+        """To so many units in the last place: of exp2(y * log2|x|) they are up to |y * log2|x||, here below 2 * 12.
+
+        Twice as many on a card, which takes approximations.
+        """
+        one, other = one.cpu(), other.cpu()
+        on_card = self.device == "cuda"
+        if one.element_size() == 2 and not on_card:
             return self.equal(one, other)
         same = (one == other) | one.isnan() & other.isnan()
-        return bool((same | ((one - other).abs() <= ulps * torch.finfo(one.dtype).eps * other.abs())).all())
+        units = 1 if one.element_size() == 2 else ulps * (1 + on_card)
+        return bool((same | ((one - other).abs() <= units * torch.finfo(one.dtype).eps * other.abs())).all())
 
     def all_equal(self, some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
         return all(self.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def fused_apart(one: Tensor, other: Tensor) -> bool:
+    """Do they differ as fused and separate roundings do?
+
+    Within a few roundings of each number, but for one in a hundred at most, where the terms of a sum nearly cancel:
+    those are within as many of the terms, which are of size 8 or less.
+    """
+    eps = torch.finfo(one.dtype).eps
+    one, other = one.double(), other.double()
+    gap = torch.where((one == other) | one.isnan() & other.isnan(), 0.0, (one - other).abs())
+    cancelled = gap > 8 * eps * other.abs()
+    return bool((gap <= 8 * eps * (other.abs() + 8)).all()) and int(cancelled.sum()) <= 2 + one.numel() // 100
 
 
 def places() -> list[Any]:
@@ -116,6 +142,17 @@ def on(request: pytest.FixtureRequest) -> Place:
 # ---- what rules.py expects
 
 
+def on_the_cpu(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``rule`` with its tensors taken to the CPU."""
+
+    @functools.wraps(rule)
+    def there(*args: Any) -> Tensor:
+        return rule(*(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args))
+
+    return there
+
+
+@on_the_cpu
 def expected_along(
     x: Tensor, m: Tensor | None, g: Tensor, a: float, b: float, eta_lam: float | Tensor, strict: bool = False
 ) -> Tensor:
@@ -127,42 +164,53 @@ def direction(m: Tensor | None, g: Tensor, a: float, b: float, wide: torch.dtype
     if m is None:
         return b * g.to(wide)
     m, g = m.to(wide), g.to(wide)
-    average = m + b * (g - m) if b < 0.5 else g + (torch.tensor(b, dtype=wide) - 1) * (g - m)
-    return average if b == 1 - a else m + b / a * g
+    slope = torch.tensor(b if b == 1 - a else b / a, dtype=wide)
+    if b != 1 - a:
+        return fused(slope, g, m)
+    return fused(slope, g - m, m) if b < 0.5 else fused(slope - 1, g - m, g)
 
 
+def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a*b + c with one rounding: float64 holds products of two float32 exactly."""
+    return (a.double() * b.double() + c.double()).to(b.dtype)
+
+
+@on_the_cpu
 def expected_after(w: Tensor, x: Tensor, eta_lam: float | Tensor, strict: bool = False) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
     return rules.decay(w, x, rules.moved_towards_zero(x.to(wide), w.to(wide), strict), eta_lam)
 
 
+@on_the_cpu
 def expected_update(w: Tensor, x: Tensor, g: Tensor, eta_lam: float | Tensor, scale: str | None = "mean") -> Tensor:
     mask = rules.agrees(w, x, g)
     kept = mask.sum().to(torch.promote_types(w.dtype, torch.float32))
     return rules.cautious_update(w, x, mask, rules.alpha(kept, torch.tensor(w.numel()), scale), eta_lam)
 
 
+@on_the_cpu
 def expected_shrink(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor) -> Tensor:
     return rules.p_norm_decay(w, x, p, eta_lam, x.count_nonzero() == 0)
 
 
 def expected_whole(bucket: Whole, i: int, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """(which weights of tensor ``i`` are decayed, what is written to it and to its state), before a step."""
+    """(which weights of tensor ``i`` are decayed, what is written to it and its state), before a step; on the CPU."""
     update = bucket.update
-    w, g, *state = (column[i] for column in bucket.columns)
+    lr, eta_lam = (rate.cpu() if isinstance(rate, Tensor) else rate for rate in (bucket.lr, bucket.eta_lam))
+    w, g, *state = (column[i].cpu() for column in bucket.columns)
     x = w.to(torch.promote_types(w.dtype, torch.float32))
     g = -g.to(x.dtype) if update.maximize else g.to(x.dtype)
     s = [each.to(x.dtype) for each in state]
     numbers = {name: value for name, value in vars(update).items() if name not in {"maximize", "amsgrad"}}
     if isinstance(update, updates.Adam):
         t = float(bucket.steps[i]) + 1
-        u, step, *new = rules.adam(g, s[0], s[1], s[2] if s[2:] else None, t, eta=float(bucket.lr), **numbers)
+        u, step, *new = rules.adam(g, s[0], s[1], s[2] if s[2:] else None, t, eta=float(lr), **numbers)
     elif isinstance(update, updates.SGD):
-        u, step, *new = rules.sgd(g, s[0] if s else None, eta=bucket.lr, **numbers)
+        u, step, *new = rules.sgd(g, s[0] if s else None, eta=lr, **numbers)
     else:
-        u, step, *new = rules.lion(g, s[0], eta=bucket.lr, **numbers)
+        u, step, *new = rules.lion(g, s[0], eta=lr, **numbers)
     mask = rules.aligned(u, x, strict)
-    written = [rules.decay(x - step, x, mask, bucket.eta_lam), *new]
+    written = [rules.decay(x - step, x, mask, eta_lam), *new]
     return mask, [value.to(old.dtype) for value, old in zip(written, (w, *state), strict=False)]
 
 
@@ -289,7 +337,7 @@ def test_the_sign_of_zero_survives(on: Place) -> None:
     expected = expected_along(w, None, g, 0.0, 1.0, 0.3)
     along(on, [w], None, [g], (0.0, 1.0), 0.3)
 
-    assert torch.equal(torch.signbit(w), torch.signbit(expected))
+    assert torch.equal(torch.signbit(w.cpu()), torch.signbit(expected))
 
 
 def test_other_coefficients(on: Place) -> None:
@@ -584,7 +632,7 @@ def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False) -> bool:
     ]
     counted = sum(int(mask.sum()) for of_bucket in expected for mask, _ in of_bucket)
     stepped = [list(map(float, bucket.steps)) for bucket in buckets]
-    slack = 1e-5 * sum(t.numel() for bucket in buckets for t in bucket.w) if on.device == "cuda" else 0
+    slack = 1e-5 * sum(t.numel() for bucket in buckets for t in bucket.w) if str(on) == "eager-cuda" else 0
     return all(written) and stepped == steps and abs(int(count) - counted) <= slack
 
 
@@ -620,7 +668,7 @@ def test_the_whole_step_in_float64(on: Place, name: str) -> None:
     whole(on, bucket)
     for i, wanted in enumerate(expected):
         for one, other in zip((bucket.w[i], *(column[i] for column in bucket.state)), wanted, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])
@@ -848,7 +896,30 @@ def test_the_wrapper_gives_what_it_gives_with_eager(on: Place, wrap: Callable[..
     assert len(reports["eager"]) == 4
 
 
-# ---- the blocks of the eager kernels
+# ---- the eager kernels
+
+
+@strict_or_not
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_mask_by_signs_is_the_rule(strict: bool, sign: float) -> None:
+    """What eager does on a card, where a product would underflow: the mask of rules.py, for all special numbers."""
+    d, x = (torch.cat(parts) for parts in zip(Place("eager", "cpu").special(2), torch.randn(2, 100), strict=True))
+    mask = _eager._mask_by_signs(d.clone(), x, sign, strict)
+
+    assert torch.equal(mask, rules.aligned(-sign * d, x, strict).float())
+    assert torch.equal(mask[-100:], _eager._mask_by_product(d.clone(), x, sign, strict)[-100:])
+
+
+def test_where_the_mask_is_taken_by_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is for the CPU alone: a decay on another device compares signs."""
+    taken = []
+    for name in ("_mask_by_signs", "_mask_by_product"):
+        monkeypatch.setattr(_eager, name, lambda d, *_, name=name: taken.append(name) or d)
+    for device in ("cpu", "meta"):
+        w, g = (torch.ones(3, device=device) for _ in range(2))
+        _eager.decay_along([Coming([w], [g], None, 0.0, 1.0, 0.1)], strict=False, count=False)
+
+    assert taken == ["_mask_by_product", "_mask_by_signs"]
 
 
 def test_scratch_stays_small() -> None:

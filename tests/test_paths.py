@@ -469,3 +469,86 @@ assert os.waitpid(child, 0)[1] == 0
     in_a_process(program)
 
     assert torch.equal(*(torch.load(tmp_path / whose) for whose in ("parent", "child")))
+
+
+# ------------------------------------------------------------------------------------ what would end the process
+
+
+def stepped_adamw(path: PathOptions, *shapes: tuple[int, ...]) -> tuple[list[nn.Parameter], CautiousDecay]:
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    opt = CautiousDecay(AdamW(params, lr=0.1, weight_decay=0.1, **path.base), **path)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    return params, opt
+
+
+BEFORE_THE_STEP = [path for path in ALL_PATHS if path["path"] in ("one_pass", "direction")]
+before_the_step = pytest.mark.parametrize("path", [param(path, path=path) for path in BEFORE_THE_STEP])
+
+
+@before_the_step
+def test_state_of_another_shape_is_named(path: PathOptions) -> None:
+    """A checkpoint of another model is refused with both shapes, and nothing is changed."""
+    _, other = stepped_adamw(path, (4,))
+    (p,), opt = stepped_adamw(path, (5, 2))
+    opt.load_state_dict(other.state_dict())
+    before = p.detach().clone()
+
+    with pytest.raises(
+        ValueError, match=r"AdamW has a weight of shape \(5, 2\) whose gradient or state has shape \(4,\)"
+    ):
+        opt.step()
+    assert torch.equal(before, p)
+    assert opt.param_groups[0]["weight_decay"] == 0.1
+    assert opt.param_groups[0]["params"] == [p]
+
+
+@before_the_step
+def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> None:
+    """As many numbers in another shape are another shape."""
+    (p,), opt = stepped_adamw(path, (5, 2))
+    opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].t().contiguous()
+
+    with pytest.raises(ValueError, match=r"shape \(5, 2\) whose gradient or state has shape \(2, 5\)"):
+        opt.step()
+
+
+@before_the_step
+def test_state_on_another_device_is_named(path: PathOptions) -> None:
+    """The second parameter's state too is looked at, and no address of it is followed."""
+    (_, q), opt = stepped_adamw(path, (4,), (4,))
+    opt.state[q]["exp_avg"] = torch.zeros(4, device="meta")
+
+    with pytest.raises(ValueError, match=r"weights of shape \(4,\) on cpu, but their gradient or state on meta"):
+        opt.step()
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
+@pytest.mark.parametrize("dtype", [F64, torch.int64], ids=str)
+def test_counters_of_another_type_are_left_to_the_base(path: PathOptions, dtype: torch.dtype) -> None:
+    """A parameter whose step counter is not float32 takes the direction, so the base reads it or refuses it itself."""
+    (p, q), opt = stepped_adamw(path, (4,), (4,))
+    opt.state[p]["step"] = opt.state[p]["step"].to(dtype)
+    if dtype == F64:
+        opt.step()
+
+        assert [2.0, 2.0] == [float(opt.state[each]["step"]) for each in (p, q)]
+        torch.testing.assert_close(p, q)
+    else:
+        with pytest.raises(RuntimeError):
+            opt.step()
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
+def test_autograd_sees_the_one_pass(path: PathOptions) -> None:
+    """A backward through weights that were stepped after the forward raises, as with the plain Lion."""
+    p = nn.Parameter(torch.ones(4))
+    opt = CautiousDecay(pytest.importorskip("lion_pytorch").Lion([p], lr=0.1, weight_decay=0.1), **path)
+    p.grad = torch.ones(4)
+    opt.step()
+    loss = (p * p).sum()
+    opt.step()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

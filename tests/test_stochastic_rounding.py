@@ -402,11 +402,15 @@ def test_on_a_card(dtype: torch.dtype) -> None:
     """Triton's mean is the float32 decay, and each replay of a CUDA graph draws anew."""
     kernel = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
     x = torch.ones(MANY, device="cuda", dtype=dtype)
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
     w, results = x.clone(), []
+    of_w = draws(w)
 
     def work() -> None:
         w.copy_(x)
-        kernel.decay_from_snapshot([Stepped([w], [w], [x], None, 1e-4, draws(w))], **ROUNDED)
+        step.add_(1)
+        drawn = of_w._replace(stream=rules.stream(torch.tensor(0), step))
+        kernel.decay_from_snapshot([Stepped([w], [w], [x], None, 1e-4, drawn)], **ROUNDED)
 
     work()
     graph = torch.cuda.CUDAGraph()

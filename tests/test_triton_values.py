@@ -1,6 +1,9 @@
-"""What is the Triton kernels' own, interpreted: launches, rules, rounding. tests/test_kernels.py holds their values.
+"""What is the Triton kernels' own: launches, rules, rounding. tests/test_kernels.py holds their values.
+
+They run interpreted on the CPU, or compiled on a card:
 
 TRITON_INTERPRET=1 pytest tests/test_triton_values.py
+pytest -m gpu tests/test_triton_values.py
 """
 
 import os
@@ -17,18 +20,23 @@ from cwd_wrap.buckets import Coming, Stepped, Whole
 from cwd_wrap.updates import Adam
 
 triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs TRITON_INTERPRET=1 from the start of the process, or a card", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
 
 from cwd_wrap.kernels import _triton  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinities and NaN
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, of infinities and NaN
+    *([] if INTERPRETED else [pytest.mark.gpu]),
+]
 
 
 def some(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 # ---- launches and rules
@@ -37,7 +45,7 @@ def some(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
 def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is nothing to do there is no launch."""
     monkeypatch.setattr(_triton, "_sweep", None)
-    empty = [torch.empty(0), torch.empty(0, 3)]
+    empty = [torch.empty(0, device=DEVICE), torch.empty(0, 3, device=DEVICE)]
     buckets = [Stepped(empty, empty, empty, empty, 0.1)]
     adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
     flags = {"strict": False, "count": True}
@@ -74,9 +82,9 @@ def test_counters_of_another_type(wide: torch.dtype) -> None:
     """Counters that are no float32 are read as the numbers that they are."""
     weights = []
     for dtype in (torch.float32, wide):
-        w, g, m, v = ([torch.ones(3)] for _ in range(4))
+        w, g, m, v = ([torch.ones(3, device=DEVICE)] for _ in range(4))
         adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
-        steps = [torch.tensor(4, dtype=dtype)]
+        steps = [torch.tensor(4, dtype=dtype, device=DEVICE)]
         _triton.step_whole([Whole(w, g, (m, v), steps, adam, 0.1, 0.1)], strict=False, count=False)
         weights += w
 
@@ -105,11 +113,11 @@ def test_compiled_steps_equal_uncompiled_ones(path: str) -> None:
     trained = []
     for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
         torch._dynamo.reset()
-        model = net()
+        model = net().to(DEVICE)
         opt = CautiousDecay(SGD(model.parameters(), lr=0.1), lam=0.5, path=path, backend="triton")
         step = wrap(lambda opt=opt: opt.step())
         for _ in range(3):
-            model(torch.ones(1, 3)).sum().backward()
+            model(torch.ones(1, 3, device=DEVICE)).sum().backward()
             step()
         trained.append(values(model))
 
@@ -121,9 +129,9 @@ def test_compiled_steps_equal_uncompiled_ones(path: str) -> None:
 
 def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """``wide`` in ``dtype``, as a kernel rounds what it writes."""
-    out = torch.zeros(wide.shape, dtype=dtype)
-    _triton._launch(_triton._copy, [([out], [wide])], [_triton._row(0.0)], draws=[draws(out)])
-    return out
+    out = torch.zeros(wide.shape, dtype=dtype, device=DEVICE)
+    _triton._launch(_triton._copy, [([out], [wide.to(DEVICE)])], [_triton._row(0.0)], draws=[draws(out)])
+    return out.cpu()
 
 
 NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -158,7 +166,7 @@ def test_the_mean_of_what_is_rounded(dtype: torch.dtype, wide: float) -> None:
 
 def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
     """Two tensors, two blocks, two chunks, two weights side by side and two steps each get numbers of their own."""
-    w = [torch.full((2 * _triton.CHUNK,), 1 - 2**-9) for _ in range(2)]
+    w = [torch.full((2 * _triton.CHUNK,), 1 - 2**-9, device=DEVICE) for _ in range(2)]
     out = [torch.zeros_like(t, dtype=torch.bfloat16) for t in w]
     launches = []
     for step in range(2):
@@ -175,7 +183,7 @@ def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
 def test_the_wrapper_rounds_stochastically(path: str) -> None:
     """Through the wrapper, bfloat16 weights are rounded stochastically; no generator is drawn from."""
     for dtype in (torch.bfloat16, torch.float32):
-        p = torch.nn.Parameter(torch.ones(2000, dtype=dtype))
+        p = torch.nn.Parameter(torch.ones(2000, dtype=dtype, device=DEVICE))
         p.grad = torch.zeros_like(p)
         opt = CautiousDecay(SGD([p], lr=0.5), lam=2**-8, path=path, backend="triton", rounding="stochastic")
         before = torch.get_rng_state()
@@ -185,6 +193,7 @@ def test_the_wrapper_rounds_stochastically(path: str) -> None:
         assert set(p.tolist()) == ({1.0, 1 - 2**-8} if dtype == torch.bfloat16 else {1 - 2**-9})
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:
     """With TRITON_INTERPRET=1 the choice on the CPU is triton, and for other devices it cannot be had."""
     cpu = torch.device("cpu")

@@ -14,6 +14,8 @@ from cwd_wrap.buckets import Coming, Count, Stepped, Whole
 
 BACKENDS = ("eager", "numba", "triton")
 _obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile sees through no functools.cache
+_said: set[str] = set()
+_BROKEN = "Triton cannot"
 
 
 class Backend(Protocol):
@@ -91,6 +93,8 @@ def choose(backend: str | None, device: torch.device) -> Backend:
         return _numba
     from cwd_wrap.kernels import _eager
 
+    if backend is None:
+        _say_once(device)
     return _eager
 
 
@@ -114,6 +118,14 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     return _obstacles[backend, device]
 
 
+def _say_once(device: torch.device) -> None:
+    """Warn where Triton is installed for a device that it could run on, but does not work."""
+    reason = obstacle("triton", device)
+    if reason is not None and reason.startswith(_BROKEN) and reason not in _said:
+        _said.add(reason)
+        notices.warn(f'cwd_wrap steps with torch operations on {device}: {reason}. Pass backend="eager" to choose them')
+
+
 def _numba_obstacle(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "numba's kernels run on the CPU"
@@ -130,10 +142,12 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return "Triton runs on CUDA and ROCm devices, or with TRITON_INTERPRET=1 on the CPU"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
         return "Triton needs compute capability 7.0"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install cwd-wrap[triton])"
     try:
         importlib.import_module("cwd_wrap.kernels._triton")
     except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+        return f"{_BROKEN} be imported ({error})"
     return None if interpreted else _launcher_obstacle()
 
 
@@ -143,5 +157,5 @@ def _launcher_obstacle() -> str | None:
         importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018 - made at the first look
     except Exception as error:  # noqa: BLE001 - what a failed build raises is Triton's own affair
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"Triton cannot build its launcher, which takes a C compiler and Python's headers ({reason})"
+        return f"{_BROKEN} build its launcher, which takes a C compiler and Python's headers ({reason})"
     return None

@@ -182,12 +182,8 @@ def _decay_unless_opposed(
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
 
     ``d`` is used up; ``w`` is ``out`` or a wider copy of it.
-
-    d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
-    comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
     """
-    d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
-    mask = d.lt_(0) if strict else d.le_(0)
+    mask = (_mask_by_product if d.device.type == "cpu" else _mask_by_signs)(d, x, sign, strict)
     active = _count(mask) if count else 0
     if isinstance(eta_lam, Tensor):  # stays on its device: a schedule or a graph replay sees new values, nothing waits
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
@@ -196,6 +192,21 @@ def _decay_unless_opposed(
     if w is not out:
         out.copy_(w)
     return active
+
+
+def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
+    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up.
+
+    d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
+    comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
+    """
+    d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
+    return d.lt_(0) if strict else d.le_(0)
+
+
+def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
+    """The same where d*x is made before it is scaled, and underflows, as on CUDA. Exact for every d and x."""
+    return rules.aligned(d.mul_(-sign), x, strict).to(d.dtype)
 
 
 def _count(mask: Tensor) -> Count:

@@ -4,7 +4,8 @@
 """The rules in Triton: one launch for all tensors of one device and the same types, whatever their number.
 
 A launch works through chunks. A table on the device says which tensor and which bucket each chunk is of, another where
-the tensors are; both are sent again only when something has moved. What changes from step to step (eta*lam, the
+the tensors are; both are sent again only when something has moved. Where some tensors begin at multiples of 16 bytes
+and others do not, each kind has a launch of its own. What changes from step to step (eta*lam, the
 learning rate, the counters) is read from device memory, so no value is ever compiled in and a CUDA graph sees new ones.
 
 `_sweep` is the walk, the same for every rule. A decay is a function of the values of up to three tensors in one place,
@@ -18,7 +19,6 @@ are those of the IEEE standard.
 """
 
 import contextlib
-import functools
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -35,13 +35,13 @@ from torch import Tensor
 from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels._eager import _order, _write_back
+from cwd_wrap.kernels._tables import plain, table
 from cwd_wrap.updates import SGD, Adam, Update
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
 ALIGNMENT = 16  # bytes
-TABLES = 64  # kept on the device at once; an optimizer needs three to seven for each combination of types
 NUMBERS = 7  # coefficients in a row of the table of buckets: up to four of the rule, the sign, two log2(beta)
 ROW = 4 + NUMBERS
 """Words in a row of that table: the addresses of eta*lam and of the learning rate on the device, or 0; their values, or
@@ -55,11 +55,8 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 _Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
 """What the tensors of a bucket share: eta*lam, the learning rate, the coefficients."""
 
-_recorded: list[Tensor] = []
-"""Pinned memory that CUDA graphs copy from at each replay.
-
-A graph gives no signal when it is freed, so these are never released.
-"""
+_UNALIGNED = bytes(low % ALIGNMENT != 0 for low in range(256))
+"""For the lowest byte of an address: is the address no multiple of `ALIGNMENT`?"""
 
 
 # ---- the decays, each the twin of a function in _eager.py
@@ -122,9 +119,13 @@ def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
 
 @triton.jit
 def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
-    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf.
+    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf. CUDA's logarithm
+    # takes denormals for 0, so they are scaled.
     strength = p * eta_lam
-    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * tl.log2(tl.abs(x))))
+    size = tl.abs(x)
+    denormal = size < 1.1754943508222875e-38
+    logarithm = tl.log2(tl.where(denormal, size * 16777216.0, size)) - tl.where(denormal, 24.0, 0.0)
+    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * logarithm))
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
 
 
@@ -453,7 +454,7 @@ def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
     """`kernels.Backend.vector`, without a launch."""
     with _guard(device):
-        return _table(_plain, device, _bytes(list(numbers))).view(torch.int64)
+        return table(plain, device, _bytes(list(numbers))).view(torch.int64)
 
 
 @_uncompiled
@@ -554,8 +555,7 @@ def _launch(
     counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
         rows = [(_on_device(eta_lam, device, wide), _on_device(lr, device, wide), more) for eta_lam, lr, more in rows]
-        table = _table(_plain, device, b"".join(map(_packed, rows)))
-        chunks = _table(_chunks, device, _bytes(sizes), _bytes(row_of))
+        of_rows = table(plain, device, b"".join(map(_packed, rows)))
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
         streams, shards = None, None
         if draws and any(types[column].itemsize == 2 for column in written):
@@ -563,32 +563,36 @@ def _launch(
             places = (
                 (number, *place[:3]) for each in draws for number, place in zip(each.numbers, each.shards, strict=True)
             )
-            shards = _table(_plain, device, _bytes(list(chain.from_iterable(places)))).view(torch.int64)
-        _sweep[(len(chunks),)](
-            _table(_plain, device, addresses).view(torch.int64),
-            len(sizes),
-            chunks,
-            table.view(torch.int64),
-            table.view(torch.float64),
-            _table(_plain, device, counters).view(torch.int64) if counters else None,
-            counts,
-            streams,
-            shards,
-            per_tensor,
-            RULE=rule,
-            UPDATE=update,
-            WRITE=write,
-            **dict(zip(_COLUMNS, [*map(_TYPES.get, types), None, None, None, None], strict=False)),
-            ROW=ROW,
-            WIDE=_TYPES[wide],
-            ALIGNED=_aligned_all(addresses),
-            STRICT=strict,
-            COUNT=count,
-            IN_RUNS=any(shard.run < shard.numel for each in draws for shard in each.shards),
-            BLOCK=BLOCK,
-            num_warps=THREADS // (64 if torch.version.hip else 32),
-            enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
-        )
+            shards = table(plain, device, _bytes(list(chain.from_iterable(places)))).view(torch.int64)
+        for aligned, chosen in _by_alignment(addresses, len(sizes)):
+            chunks = table(_chunks, device, _bytes(sizes), _bytes(row_of), chosen)
+            if not len(chunks):
+                continue
+            _sweep[(len(chunks),)](
+                table(plain, device, addresses).view(torch.int64),
+                len(sizes),
+                chunks,
+                of_rows.view(torch.int64),
+                of_rows.view(torch.float64),
+                table(plain, device, counters).view(torch.int64) if counters else None,
+                counts,
+                streams,
+                shards,
+                per_tensor,
+                RULE=rule,
+                UPDATE=update,
+                WRITE=write,
+                **dict(zip(_COLUMNS, [*map(_TYPES.get, types), None, None, None, None], strict=False)),
+                ROW=ROW,
+                WIDE=_TYPES[wide],
+                ALIGNED=aligned,
+                STRICT=strict,
+                COUNT=count,
+                IN_RUNS=any(shard.run < shard.numel for each in draws for shard in each.shards),
+                BLOCK=BLOCK,
+                num_warps=THREADS // (64 if torch.version.hip else 32),
+                enable_fp_fusion=False,  # w - mask * x * eta_lam is to round as in rules.py
+            )
     for column in written if lines is not columns else ():
         for t, line, first in zip(columns[column], lines[column], columns[0], strict=True):
             if line is not t:
@@ -636,42 +640,31 @@ def _packed(row: _Row) -> bytes:
 # ---- the tables
 
 
-def _chunks(sizes: bytes, rows: bytes) -> Tensor:
-    """For each chunk of tensors of ``sizes``: tensor, first element, the one after the last, row of the tensor."""
-    numel, row = _plain(sizes).view(torch.int64), _plain(rows).view(torch.int64)
-    chunks = (numel + CHUNK - 1) // CHUNK
+def _chunks(sizes: bytes, rows: bytes, chosen: bytes) -> Tensor:
+    """For each chunk of the ``chosen`` tensors: tensor, first element, the one after the last, row of the tensor."""
+    numel, row = plain(sizes).view(torch.int64), plain(rows).view(torch.int64)
+    chunks = (numel + CHUNK - 1) // CHUNK * plain(chosen)
     tensor = torch.repeat_interleave(torch.arange(len(numel)), chunks)
     number = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
     start = number * CHUNK
     return torch.stack([tensor, start, torch.minimum(start + CHUNK, numel[tensor]), row[tensor]], dim=1)
 
 
+def _by_alignment(addresses: bytes, tensors: int) -> list[tuple[bool, bytes]]:
+    """(are they aligned?, which are: 1 for each of them) of the tensors; ``addresses`` are in columns.
+
+    A tensor is aligned if it is in every column. Nothing here goes through the addresses in Python.
+    """
+    unaligned = addresses[::8].translate(_UNALIGNED)  # the lowest bytes: all machines with such devices have them first
+    if 1 not in unaligned:
+        return [(True, b"\1" * tensors)]
+    in_any = 0
+    for start in range(0, len(unaligned), tensors):
+        in_any |= int.from_bytes(unaligned[start : start + tensors], "little")
+    all_ones = int.from_bytes(b"\1" * tensors, "little")
+    some = [(True, in_any ^ all_ones), (False, in_any)]
+    return [(aligned, chosen.to_bytes(tensors, "little")) for aligned, chosen in some if chosen]
+
+
 def _bytes(numbers: list[int]) -> bytes:
     return array("q", numbers).tobytes()  # of a list: an array takes twice as long to read an iterator
-
-
-def _plain(*parts: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-
-
-def _table(build: Callable[..., Tensor], device: torch.device, *parts: bytes) -> Tensor:
-    """``build(*parts)`` on ``device``, sent there only if the parts differ from those of recent calls."""
-    if device.type == "cpu":
-        return _kept(build, parts, device, None)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The copy is recorded, not run: other calls cannot use this table, and each replay copies from its source.
-        _recorded.append(build(*parts).pin_memory())
-        return _recorded[-1].to(device, non_blocking=True)
-    # One table for each stream that works with it, so that none reads it before it has arrived.
-    return _kept(build, parts, device, getattr(torch, device.type).current_stream(device))
-
-
-@functools.lru_cache(TABLES)
-def _kept(build: Callable[..., Tensor], parts: tuple[bytes, ...], device: torch.device, stream: object) -> Tensor:
-    table = build(*parts)
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
-
-
-@functools.lru_cache(TABLES)
-def _aligned_all(addresses: bytes) -> bool:
-    return all(address % ALIGNMENT == 0 for address in memoryview(addresses).cast("q"))

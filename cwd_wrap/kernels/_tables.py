@@ -1,0 +1,112 @@
+"""Tables of numbers on a device: sent there once, and kept for the launches that read the same ones again."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from cwd_wrap.graphs import capturing
+
+SEVERAL = 64  # tables are kept for each device, whatever they take,
+BYTES = 16 << 20  # and more while all of them take no more than this: thousands of optimizers, one for each parameter
+ALLOCATED = 512  # bytes that torch gives to the smallest tensor on a device
+SPARES = 4  # pieces of pinned memory of one size that wait for a capture
+
+_Build: TypeAlias = Callable[..., Tensor]
+_Key: TypeAlias = tuple[object, _Build, tuple[bytes, ...]]
+
+_in_graphs: dict[int, Tensor] = {}
+"""What CUDA graphs read at each replay: tables from before the capture, and pinned memory. Never released: `graphs`."""
+
+
+class _Tables:
+    """Those of one device, the one that was used last at the end."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
+        self._bytes = 0
+        self._spares: list[Tensor] = []
+        self._lock = Lock()
+
+    def find(self, key: _Key) -> Tensor | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def keep(self, key: _Key, table: Tensor) -> None:
+        with self._lock:
+            if key not in self._kept:
+                self._bytes += _allocated(table)
+            self._kept[key] = table
+            while len(self._kept) > SEVERAL and self._bytes > BYTES:
+                self._bytes -= _allocated(self._kept.popitem(last=False)[1])
+
+    def of_any_stream(self, build: _Build, parts: tuple[bytes, ...]) -> Tensor | None:
+        with self._lock:
+            return next((table for key, table in self._kept.items() if key[1:] == (build, parts)), None)
+
+    def spare(self, like: Tensor) -> None:
+        """Put pinned memory by for a capture, in which older versions of torch can allocate none."""
+        alike = [spare for spare in self._spares if spare.nbytes == like.nbytes]
+        if len(alike) < SPARES and len(self._spares) < SEVERAL:
+            self._spares.append(torch.empty(like.nbytes, dtype=torch.uint8).pin_memory())
+
+    def take_spare(self, like: Tensor) -> Tensor:
+        """Pinned memory with the numbers of ``like``."""
+        for i, spare in enumerate(self._spares):
+            if spare.nbytes == like.nbytes:
+                del self._spares[i]
+                return spare.view(like.dtype).view(like.shape).copy_(like)
+        try:
+            return like.pin_memory()
+        except RuntimeError as error:
+            msg = (
+                f"a CUDA graph is captured whose launch reads a table of {like.nbytes} bytes that no step has made "
+                "before, and this torch allocates no pinned memory meanwhile: take two or three steps of the same "
+                "optimizer on a side stream before the capture"
+            )
+            raise RuntimeError(msg) from error
+
+
+_of_device: dict[torch.device, _Tables] = {}
+
+
+def table(build: _Build, device: torch.device, *parts: bytes) -> Tensor:
+    """``build(*parts)`` on ``device``, the current one; sent there only if the parts differ from those of recent calls.
+
+    Not to be written to. A table that a CUDA graph reads is one that was sent before the capture, if there is one (the
+    capture waits until it has arrived); otherwise each replay sends it.
+    """
+    tables = _of_device.setdefault(device, _Tables())
+    if capturing():
+        found = tables.of_any_stream(build, parts)
+        if found is not None:
+            _in_graphs[id(found)] = found
+            return found
+        source = tables.take_spare(build(*parts))
+        _in_graphs[id(source)] = source
+        return source.to(device, non_blocking=True)  # recorded, not run: no other call can use it
+    # One table for each stream that works with it, so that none reads it before it has arrived.
+    stream = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
+    key = (stream, build, parts)
+    found = tables.find(key)
+    if found is None:
+        found = build(*parts)
+        if device.type != "cpu":
+            tables.spare(found)
+            found = found.pin_memory().to(device, non_blocking=True)
+        tables.keep(key, found)
+    return found
+
+
+def plain(*parts: bytes) -> Tensor:
+    """The parts one after the other, as bytes."""
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+
+
+def _allocated(table: Tensor) -> int:
+    return -(-table.nbytes // ALLOCATED) * ALLOCATED
