@@ -151,18 +151,23 @@ def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
     left: set[int] = set()
     for column in columns[: len(update.state_keys)]:
         left |= laid_out_otherwise(column, members.parameters)  # the kernel would write to a copy of it
+    made = all(isinstance(t, Tensor) for column in columns for t in column)
+    if made and not left and (not update.counts or _all_count(columns[-1], members.parameters)):
+        return members, members.only([])
     if update.counts:
         left |= {
-            i for i, (t, p) in enumerate(zip(columns[-1], members.parameters, strict=True)) if not _counts_for(t, p)
+            i for i, (t, p) in enumerate(zip(columns[-1], members.parameters, strict=True)) if not _all_count([t], [p])
         }
-    if not left and all(isinstance(t, Tensor) for column in columns for t in column):
-        return members, members.only([])
     left |= {i for i, row in enumerate(zip(*columns, strict=True)) if not all(isinstance(t, Tensor) for t in row)}
     return members.only([i for i in range(len(states)) if i not in left]), members.only(sorted(left))
 
 
-def _counts_for(step: object, p: Tensor) -> bool:
-    return isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == p.device
+def _all_count(steps: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
+    """Are the counters float32 tensors on the devices of the parameters?"""
+    if not all(isinstance(step, Tensor) for step in steps):
+        return False
+    same_type = [step.dtype for step in steps].count(torch.float32) == len(steps)
+    return same_type and [step.device for step in steps] == [p.device for p in parameters]
 
 
 def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
@@ -228,7 +233,8 @@ def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object]
     """Rows whose entries have the same device and types, and the same of ``numbers``."""
     present = [column for column in columns if column is not None]
     parts: list[Sequence[object]] = [[t.dtype for t in column] for column in present]
-    parts += [[t.device for t in column] for column in present]
+    parts.append([t.device for t in present[0]])
+    parts += [list(map(Tensor.get_device, column)) for column in present[1:]]
     if numbers is not None:
         parts.append(numbers)
     if all(part.count(part[0]) == len(part) for part in parts):

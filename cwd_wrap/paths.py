@@ -21,6 +21,7 @@ from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients
 from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.updates import Lion
 
 PIECE = 64 << 20  # bytes
 
@@ -46,6 +47,8 @@ class Work:
     buffers: Buffers
     gradients: Gradients
     stream: Stream
+    unchecked: bool
+    """May the state be that of another model? Then shapes are compared; sizes always are, which is quicker."""
     count: bool
     active: Count = 0
     """How many weights were decayed, if counted."""
@@ -74,23 +77,19 @@ class Work:
                 self.total += sum(sum(map(Tensor.numel, bucket.w)) for bucket in some)
 
     def _check(self, bucket: Bucket) -> None:
-        """The kernels follow addresses: a tensor of another shape or on another device would end the process."""
+        """The kernels follow addresses: a tensor of another size or on another device would end the process."""
         w, *others = bucket.columns
-        shapes = [t.shape for t in w]
+        sizes = list(map(Tensor.numel, w))
         for column in others:
-            if [t.shape for t in column] != shapes:
-                here, there = next((a.shape, b.shape) for a, b in zip(w, column, strict=True) if a.shape != b.shape)
-                msg = (
-                    f"{type(self.base).__name__} has a weight of shape {tuple(here)} whose gradient or state has shape "
-                    f"{tuple(there)}: was a checkpoint of another model loaded, or the weight replaced?"
-                )
-                raise ValueError(msg)
             if column[0].device != w[0].device:  # all of a column are on one
                 msg = (
-                    f"{type(self.base).__name__} has weights of shape {tuple(shapes[0])} on {w[0].device}, but their "
+                    f"{type(self.base).__name__} has weights of shape {tuple(w[0].shape)} on {w[0].device}, but their "
                     f"gradient or state on {column[0].device}: move them to one device"
                 )
                 raise ValueError(msg)
+            if list(map(Tensor.numel, column)) != sizes or self.unchecked:
+                for weight, other in zip(w, column, strict=True):
+                    _check_shapes(self.base, weight, other)
 
     def note(self, members: Sequence[Members]) -> None:
         """Note the gradients as they are now: who takes part in the step, and along which gradient."""
@@ -98,6 +97,15 @@ class Work:
             of_group.gradients = [p.grad for p in of_group.parameters]
             if self.rule.reads_gradient:
                 of_group.kept = self.gradients.keep(of_group.gradients)
+
+
+def _check_shapes(base: Optimizer, weight: Tensor, other: Tensor) -> None:
+    if weight.shape != other.shape:
+        msg = (
+            f"{type(base).__name__} has a weight of shape {tuple(weight.shape)} whose gradient or state has shape "
+            f"{tuple(other.shape)}: was a checkpoint of another model loaded, or the weight replaced?"
+        )
+        raise ValueError(msg)
 
 
 # ---- the paths
@@ -112,8 +120,9 @@ def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
         work.carry_out(work.rule.whole, buckets)
         for bucket in buckets:
-            for w in bucket.w:  # so that autograd notices weights that changed between forward and backward
-                torch.autograd.graph.increment_version(w)
+            if isinstance(bucket.update, Lion):  # as its own step does, and torch's fused ones do not
+                for w in bucket.w:  # so that autograd notices weights that changed between forward and backward
+                    torch.autograd.graph.increment_version(w)
     with _lent_all_but(work.base, members):
         yield
 
@@ -208,13 +217,15 @@ def _lent_only(base: Optimizer, members: Sequence[Members]) -> AbstractContextMa
 def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
     taken = {id(p) for some in members for p in some.parameters}
 
-    def left(p: Tensor) -> bool:
-        if id(p) not in taken:
-            return True
-        taken.remove(id(p))  # torch steps a parameter that is listed twice twice: the second time is left to the base
-        return False
+    def left(parameters: list[Tensor]) -> list[Tensor]:
+        ids = list(map(id, parameters))
+        twice = len(set(ids)) != len(ids)
+        if not twice and taken.issuperset(ids):
+            return []
+        # torch steps a parameter that is listed twice twice: the second time is left to the base.
+        return [p for i, p in enumerate(parameters) if ids[i] not in taken or (twice and ids[i] in ids[:i])]
 
-    return _lent(base, [list(filter(left, group["params"])) for group in base.param_groups])
+    return _lent(base, [left(group["params"]) for group in base.param_groups])
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:

@@ -78,6 +78,7 @@ class OptimizerWrapper(Contract):
         self._buffers = Buffers()
         self._gradients = Gradients()
         self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
+        self._unchecked = True
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
 
@@ -100,10 +101,11 @@ class OptimizerWrapper(Contract):
         step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
         count = self.observer is not None and not all(map(weight_decay.stands_still, self.param_groups))
-        of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
+        of_wrapper = (self.backend, self._buffers, self._gradients, self._stream, self._unchecked)
         work = Work(self.base_optimizer, self._rule(), *of_wrapper, count)
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
+        self._unchecked = False
         if not step.begun:
             notices.warn(
                 f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
@@ -150,6 +152,7 @@ class OptimizerWrapper(Contract):
         """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
         super().load_state_dict(state_dict)
         self._stream.restart()
+        self._unchecked = True
         self._warn_if_idle()
 
     def drop_snapshot(self) -> None:

@@ -507,20 +507,23 @@ def test_state_of_another_shape_is_named(path: PathOptions) -> None:
 @before_the_step
 def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> None:
     """As many numbers in another shape are another shape."""
-    (p,), opt = stepped_adamw(path, (5, 2))
-    opt.state[p]["exp_avg"] = opt.state[p]["exp_avg"].t().contiguous()
+    _, opt = stepped_adamw(path, (5, 2))
+    state_dict = opt.state_dict()
+    state_dict["state"][0]["exp_avg"] = state_dict["state"][0]["exp_avg"].t().contiguous()
+    opt.load_state_dict(state_dict)
 
     with pytest.raises(ValueError, match=r"shape \(5, 2\) whose gradient or state has shape \(2, 5\)"):
         opt.step()
 
 
 @before_the_step
-def test_state_on_another_device_is_named(path: PathOptions) -> None:
-    """The second parameter's state too is looked at, and no address of it is followed."""
-    (_, q), opt = stepped_adamw(path, (4,), (4,))
-    opt.state[q]["exp_avg"] = torch.zeros(4, device="meta")
+@pytest.mark.parametrize("which", [0, 1])
+def test_no_address_of_a_missing_tensor_is_followed(path: PathOptions, which: int) -> None:
+    """State on the meta device, of the first parameter or the second, is an error, and not the end of the process."""
+    params, opt = stepped_adamw(path, (4,), (4,))
+    opt.state[params[which]]["exp_avg"] = torch.zeros(4, device="meta")
 
-    with pytest.raises(ValueError, match=r"weights of shape \(4,\) on cpu, but their gradient or state on meta"):
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"meta|device"):
         opt.step()
 
 
