@@ -185,7 +185,7 @@ def _decay_unless_opposed(
     """
     mask = (_mask_by_product if d.device.type == "cpu" else _mask_by_signs)(d, x, sign, strict)
     active = _count(mask) if count else 0
-    if isinstance(eta_lam, Tensor):  # stays on its device: a schedule or a graph replay sees new values, nothing waits
+    if isinstance(eta_lam, Tensor):  # stays on its device: schedules and graph replays read new values, without a sync
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
     else:
         w.addcmul_(x, mask, value=-eta_lam)
