@@ -33,12 +33,12 @@ def test_every_row_that_can_run_without_a_card_does(tmp_path: Path) -> None:
     """The rows of all parts are carried out, interpreted on small tensors; only those that need a card are skipped."""
     pytest.importorskip("triton")
     done, rows = dry(tmp_path, "--here")
-    whats = [row["what"] for row in rows]
+    labels = [row["what"] for row in rows]
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert {row["part"] for row in rows} == set(gpu_proof.PARTS)
     assert {row["what"] for row in rows if row["outcome"] != "ok"} <= NEEDS_A_CARD
-    assert sum("block 2048, 8 warps, chunk 64K" in what for what in whats) == 3
+    assert sum("block 2048, 8 warps, chunk 64K" in what for what in labels) == 3
     for path in gpu_proof.PATHS:
         assert any(row["what"] == f"GPT-2 small, float32: {path}, wall" and float(row["ratio"]) > 0 for row in rows)
 
