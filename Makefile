@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm test test-without-triton test-oldest lint hooks wheel bench gpu docs clean
+.PHONY: help demo demo-timm test test-without-triton test-oldest lint hooks wheel bench results gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -17,6 +17,10 @@ $(BIN)/.torch:
 
 $(BIN)/.examples: $(BIN)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples]'
+	touch $@
+
+$(BIN)/.results: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[results]'
 	touch $@
 
 $(BIN)/.test: $(BIN)/.torch pyproject.toml
@@ -85,6 +89,9 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
+
+results: $(BIN)/.results  ## carry out the runs of docs/protocol.md that results/runs.csv lacks: about 50 minutes for all
+	$(BIN)/python results/study.py
 
 # No set-up here: machines with cards often have torch, triton and pytest, and no network.
 gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/

@@ -1,0 +1,502 @@
+"""The loss as a function of lam, for plain decay, cautious decay, and the control: is CWD just a smaller lam?
+
+    plain      decoupled decay of every weight, x <- x - eta*(u + lam*x)
+    cautious   CautiousDecay, x <- x - eta*(u + lam*1[u*x >= 0]*x)
+    control    plain decay with lam times the mean mask ratio of the cautious run of the same lam and seed:
+               as much decay in total, but of every weight
+
+All runs of one seed share the training set, the initial weights and the batches. A lam is written as its *dose*
+lam * lr * steps, so that one grid fits every optimizer. At a dose of 1, plain decay at the peak learning rate would
+take a weight without updates to 1/e of its size within the run.
+
+    mnist1d      40 numbers to 10 classes, 4,000 samples, 60 passes: an MLP, which overfits (package mnist1d)
+    digits       8 x 8 images to 10 classes, 600 images, 40 passes: a small vision transformer of timm
+    bytes-many   the next byte of 100 KB of Python sources, about six passes: a small GPT
+    bytes-once   the same model and number of steps on text that it reads at most once
+
+    python examples/lambda_sweep.py                                 # mnist1d with AdamW, two minutes, two cores
+    python examples/lambda_sweep.py --task bytes-many --optimizer Muon --seeds 3
+    python examples/lambda_sweep.py --task bytes-once --device cuda --scale 4 --jobs 1    # a larger model on a card
+
+It can be stopped at any time: finished runs stand in --out/runs.csv and are not repeated. It prints a table and draws
+--out/<task>_<optimizer>.png. Needs: pip install cwd-wrap[results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import math
+import multiprocessing
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import language_model as lm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from tqdm import tqdm
+
+from cwd_wrap import CautiousDecay, MaskMonitor
+
+ARMS = ("plain", "cautious", "control")
+NONE = "none"  # the arm without decay
+OPTIMIZERS = {"AdamW": 3e-3, "Lion": 3e-4, "SGD": 0.1, "Muon": 3e-3}  # and a learning rate to start from
+DOSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+Batch = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------
+# Tasks: what a seed draws for training is its own; validation and test are the same for all
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to learn. A larger ``scale`` makes the model wider and the batch larger, for a card."""
+
+    steps: int
+    make_model: Callable[[int], nn.Module]
+    batches: Callable[[int, int, int], Iterator[Batch]]  # of a seed, so many steps, a scale
+    held_out: Callable[[str], list[Batch]]  # "validation" or "test"
+
+
+def in_passes(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Batches without end; each pass takes every sample once, in a new order."""
+    while True:
+        for rows in torch.randperm(len(x), generator=generator).split(size):
+            yield x[rows], y[rows]
+
+
+def drawn(pool: Batch, samples: int, size: int, seed: int) -> Iterator[Batch]:
+    """Batches from a training set of ``samples`` that the seed draws from the pool."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(pool[0]), generator=generator)[:samples]
+    return in_passes(pool[0][rows], pool[1][rows], size, generator)
+
+
+@functools.cache
+def mnist1d() -> dict[str, Batch]:
+    """16,000 samples to draw from, 4,000 for validation and 8,000 for the test, from the package's own generator."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    arguments = get_dataset_args()
+    arguments.num_samples = 28_000
+    arguments.train_split = 1.0
+    made = make_dataset(arguments)
+    x, y = torch.tensor(made["x"], dtype=torch.float32), torch.tensor(made["y"])
+    sizes = [16_000, 4_000, 8_000]
+    parts = zip(("train", "validation", "test"), x.split(sizes), y.split(sizes), strict=True)
+    return {name: (some, labels) for name, some, labels in parts}
+
+
+def mlp(scale: int) -> nn.Module:
+    width = 128 * scale
+    return nn.Sequential(nn.Linear(40, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+@functools.cache
+def digits() -> dict[str, Batch]:
+    """scikit-learn's 1,797 digits: 900 to draw from, 397 for validation, 500 for the test."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] / 8 - 1
+    y = torch.tensor(labels)[order]
+    sizes = [900, 397, 500]
+    parts = zip(("train", "validation", "test"), x.split(sizes), y.split(sizes), strict=True)
+    return {name: (some, of_them) for name, some, of_them in parts}
+
+
+def vision_transformer(scale: int) -> nn.Module:
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32 * scale, depth=2, num_heads=2
+    )
+
+
+CONTEXT, WINDOWS, LITTLE = 32, 16, 100_000
+
+
+@functools.cache
+def text(name: str) -> Tensor:
+    """Python sources to train on: of the standard ``"library"``, as in the demo, or of the installed ``"packages"``."""
+    if name == "library":
+        return lm.load_text().train
+    files = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    return torch.frombuffer(bytearray(b"\n".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+
+
+def windows_of(name: str) -> list[Batch]:
+    """Of 1,024 windows, spread evenly over the files that the demo holds out, every second one is for the test."""
+    held_out = lm.load_text().validation
+    starts = torch.linspace(0, len(held_out) - CONTEXT - 1, 1024).long()[name == "test" :: 2]
+    return [lm.windows(held_out, some, CONTEXT) for some in starts.split(64)]
+
+
+def many_passes(seed: int, steps: int, scale: int) -> Iterator[Batch]:
+    """Random windows of a little text, from a place that the seed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(text("library")) - LITTLE, (1,), generator=generator))
+    little = text("library")[first : first + LITTLE]
+    while True:
+        starts = torch.randint(len(little) - CONTEXT, (WINDOWS * scale,), generator=generator)
+        yield lm.windows(little, starts, CONTEXT)
+
+
+def one_pass(seed: int, steps: int, scale: int) -> Iterator[Batch]:
+    """Windows that share no byte to predict, from all over the text."""
+    generator = torch.Generator().manual_seed(seed)
+    much = text("library" if scale == 1 else "packages")
+    places = torch.randperm((len(much) - 1) // CONTEXT, generator=generator)
+    if len(places) < steps * WINDOWS * scale:
+        msg = (
+            f"one pass takes {steps * WINDOWS * scale * CONTEXT:,} bytes, and there are {len(much):,}: take fewer steps"
+        )
+        raise SystemExit(msg)
+    for some in places.split(WINDOWS * scale):
+        yield lm.windows(much, some * CONTEXT, CONTEXT)
+
+
+TASKS = {
+    "mnist1d": Task(
+        2400, mlp, lambda seed, steps, scale: drawn(mnist1d()["train"], 4000, 100, seed), lambda name: [mnist1d()[name]]
+    ),
+    "digits": Task(
+        400,
+        vision_transformer,
+        lambda seed, steps, scale: drawn(digits()["train"], 600, 60, seed),
+        lambda name: [digits()[name]],
+    ),
+    "bytes-many": Task(1200, lambda scale: lm.GPT(64 * scale, scale, CONTEXT), many_passes, windows_of),
+    "bytes-once": Task(1200, lambda scale: lm.GPT(64 * scale, scale, CONTEXT), one_pass, windows_of),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What differs between runs. ``share``: what the control multiplies lam by, else 1."""
+
+    task: str
+    optimizer: str
+    lr: float
+    arm: str
+    dose: float
+    seed: int
+    share: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names the run in the file: all but the share, which follows from it."""
+        return tuple(map(str, (self.task, self.optimizer, self.lr, self.arm, self.dose, self.seed)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen, and how large they are."""
+
+    device: str = "cpu"
+    scale: int = 1
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run leaves behind: one row of the file."""
+
+    task: str
+    optimizer: str
+    lr: float
+    arm: str
+    dose: float
+    seed: int
+    lam: float
+    train: float
+    validation: float
+    test: float
+    test_accuracy: float
+    mask_ratio: float
+    norm: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As that of the run."""
+        return tuple(map(str, (self.task, self.optimizer, self.lr, self.arm, self.dose, self.seed)))
+
+
+def decayed_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of linear and convolutional layers: embeddings, norms and biases usually go without decay."""
+    return [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+
+def make_optimizers(run: Run, model: nn.Module, lam: float, monitor: MaskMonitor | None) -> list[Optimizer]:
+    """The base optimizer with its own decay, or the same in CautiousDecay. Muon has a companion for what is no matrix.
+
+    The decay of torch's SGD is not decoupled: plain decay is CautiousDecay with a mask that lets everything through.
+    """
+    decayed = decayed_weights(model)
+    chosen = set(map(id, decayed))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": lam}, {"params": others, "weight_decay": 0.0}]
+    bases: list[Optimizer]
+    if run.optimizer == "AdamW":
+        bases = [AdamW(groups, lr=run.lr, fused=True)]
+    elif run.optimizer == "Lion":
+        from timm.optim import Lion
+
+        bases = [Lion(groups, lr=run.lr)]
+    elif run.optimizer == "SGD":
+        bases = [SGD(groups, lr=run.lr, momentum=0.9)]
+    else:
+        hidden = [p for p in decayed[:-1] if p.dim() == 2]  # the last layer gives the scores
+        groups[0]["params"] = [p for p in decayed if not any(p is matrix for matrix in hidden)]
+        muon = torch.optim.Muon(hidden, lr=run.lr, weight_decay=lam, adjust_lr_fn="match_rms_adamw")
+        bases = [muon, AdamW(groups, lr=run.lr, fused=True)]
+    if run.arm != "cautious":
+        return [CautiousDecay(base, mask="all") if isinstance(base, SGD) and lam else base for base in bases]
+    wrapped = [CautiousDecay(base) for base in bases]
+    for each in wrapped:
+        each.observer = monitor
+    return list(wrapped)
+
+
+def scores_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    scores = model(x)
+    return scores, F.cross_entropy(scores.flatten(0, -2), y.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: list[Batch], device: str) -> tuple[float, float]:
+    """Cross entropy in nats, and the share of right answers."""
+    model.eval()
+    loss = right = count = 0.0
+    for x, y in batches:
+        scores, mean = scores_loss(model, x.to(device), y.to(device))
+        loss += mean.item() * y.numel()
+        right += (scores.argmax(-1) == y.to(device)).sum().item()
+        count += y.numel()
+    model.train()
+    return loss / count, right / count
+
+
+def train(run: Run, place: Place) -> Outcome:
+    """Train one model and measure it."""
+    torch.set_num_threads(1)
+    task = TASKS[run.task]
+    steps = place.steps or task.steps
+    lam = run.dose / (run.lr * steps) * run.share
+    torch.manual_seed(run.seed)
+    model = task.make_model(place.scale).to(place.device)
+    monitor = MaskMonitor()
+    optimizers = make_optimizers(run, model, lam, monitor)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: lm.schedule(step, steps)) for each in optimizers]
+    batches = task.batches(run.seed, steps, place.scale)
+    late = []
+    began = time.process_time()
+    for step in range(steps):
+        x, y = next(batches)
+        _, loss = scores_loss(model, x.to(place.device), y.to(place.device))
+        model.zero_grad()
+        loss.backward()
+        for each in (*optimizers, *schedules):
+            each.step()
+        if step >= steps - max(1, steps // 10):
+            late.append(loss.detach())
+    seconds = time.process_time() - began
+    validation, _ = evaluate(model, task.held_out("validation"), place.device)
+    test, accuracy = evaluate(model, task.held_out("test"), place.device)
+    norm = math.hypot(*(w.norm().item() for w in decayed_weights(model)))
+    ratio = round(monitor.read(), 4) if run.arm == "cautious" else 1.0  # as the file has it
+    return Outcome(
+        run.task, run.optimizer, run.lr, run.arm, run.dose, run.seed, lam, torch.stack(late).mean().item(), validation,
+        test, accuracy, ratio, norm, seconds,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Many runs: finished ones stand in a file
+# ------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Outcome]:
+    """The finished runs."""
+    if not path.exists():
+        return []
+    texts = {"task", "optimizer", "arm"}
+    convert = {
+        field.name: str if field.name in texts else int if field.name == "seed" else float for field in fields(Outcome)
+    }
+    with path.open(newline="") as file:
+        # A row that was cut off when the machine stopped lacks its last fields.
+        rows = [row for row in csv.DictReader(file) if all(row[name] for name in convert)]
+    return [Outcome(**{name: to(row[name]) for name, to in convert.items()}) for row in rows]
+
+
+def append(path: Path, outcome: Outcome) -> None:
+    """Add one row; the first one makes the file."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)])
+        if new:
+            writer.writeheader()
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(outcome).items()})
+
+
+def sweep(task: str, optimizer: str, lr: float, doses: Iterable[float], seeds: Iterable[int]) -> list[Run]:
+    """The runs of a sweep but the controls, which need the mask ratio of a cautious run first."""
+    seeds = list(seeds)
+    runs = [
+        Run(task, optimizer, lr, arm, dose, seed) for dose in doses for seed in seeds for arm in ("cautious", "plain")
+    ]
+    return [*runs, *(Run(task, optimizer, lr, NONE, 0.0, seed) for seed in seeds)]
+
+
+def control_of(outcome: Outcome) -> Run:
+    """The control of a cautious run."""
+    return Run(
+        outcome.task, outcome.optimizer, outcome.lr, "control", outcome.dose, outcome.seed, outcome.mask_ratio
+    )  # fmt: skip
+
+
+def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls: bool = True) -> list[Outcome]:
+    """Run what does not stand in the file yet, ``jobs`` at a time; with the controls of cautious runs. All outcomes."""
+    finished = {outcome.key: outcome for outcome in read(path)}
+    wanted = {run.key: run for run in runs}
+    cautious = [run for run in runs if run.arm == "cautious"] if controls else []
+    todo = [run for key, run in wanted.items() if key not in finished]
+    done = [finished[run.key] for run in cautious if run.key in finished]
+    todo += [run for run in map(control_of, done) if run.key not in finished]
+    total = len(wanted) + len(cautious)
+    bar = tqdm(total=total, initial=total - len(todo) - (len(cautious) - len(done)), unit="run", smoothing=0.05)
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(jobs, context)
+    try:
+        waiting = {executor.submit(train, run, place) for run in todo}
+        while waiting:
+            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for outcome in (future.result() for future in ready):
+                append(path, outcome)
+                finished[outcome.key] = outcome
+                bar.update()
+                if controls and outcome.arm == "cautious":
+                    waiting.add(executor.submit(train, control_of(outcome), place))
+    except BaseException:
+        # After Ctrl-C or an error the pool would still finish the runs that it has handed out.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        bar.close()
+        executor.shutdown(cancel_futures=True)
+    keys = {*wanted, *(key for key in finished if key[3] == "control")}
+    return [outcome for outcome in read(path) if outcome.key in keys]
+
+
+# ------------------------------------------------------------------------------------------------
+# What came out
+# ------------------------------------------------------------------------------------------------
+
+Cells = dict[tuple[str, float], list[Outcome]]
+
+
+def cells(outcomes: Iterable[Outcome]) -> Cells:
+    """Outcomes by (arm, dose), each list in the order of seeds."""
+    grouped: Cells = {}
+    for outcome in sorted(outcomes, key=lambda o: (o.arm, o.dose, o.seed)):
+        grouped.setdefault((outcome.arm, outcome.dose), []).append(outcome)
+    return grouped
+
+
+def mean(outcomes: Sequence[Outcome], of: str) -> float:
+    """The mean over seeds; infinite where one diverged."""
+    values = [getattr(outcome, of) for outcome in outcomes]
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One line for each arm and lam."""
+    head = f"{'arm':<10}{'dose':>6}{'lam':>10}{'validation':>12}{'test':>9}{'sd':>8}{'right':>8}{'mask':>7}{'norm':>8}"
+    lines = [head, "-" * len(head)]
+    for (arm, dose), some in cells(outcomes).items():
+        tests = [outcome.test for outcome in some]
+        spread = statistics.stdev(tests) if len(tests) > 1 else math.nan
+        ratio, norm = mean(some, "mask_ratio"), mean(some, "norm")
+        lines.append(
+            f"{arm:<10}{dose:>6g}{mean(some, 'lam'):>10.4g}{mean(some, 'validation'):>12.4f}{mean(some, 'test'):>9.4f}"
+            f"{spread:>8.4f}{mean(some, 'test_accuracy'):>8.1%}{ratio:>7.3f}{norm:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+COLOURS = {"plain": "#0072b2", "cautious": "#d55e00", "control": "#009e73", NONE: "#666666"}
+
+
+def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
+    """The loss over lam: a line an arm, with a band of one standard error over the seeds."""
+    grouped = cells(outcomes)
+    for arm in ARMS:
+        rows = [(mean(some, "lam"), some) for (name, _), some in grouped.items() if name == arm]
+        rows = sorted((row for row in rows if math.isfinite(mean(row[1], of))), key=lambda row: row[0])
+        lams, means = [lam for lam, _ in rows], [mean(some, of) for _, some in rows]
+        errors = [
+            statistics.stdev([getattr(o, of) for o in some]) / len(some) ** 0.5 if len(some) > 1 else 0.0
+            for _, some in rows
+        ]
+        ax.plot(lams, means, color=COLOURS[arm], marker="o", markersize=4, label=arm)
+        low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+        ax.fill_between(lams, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+    if (NONE, 0.0) in grouped:
+        ax.axhline(mean(grouped[NONE, 0.0], of), color=COLOURS[NONE], lw=1, ls=":", label="no decay")
+    ax.set(xscale="log", xlabel="lam (for the control: its own)", ylabel=f"{of} loss (nats)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="mnist1d")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW")
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default one that suits small models")
+    parser.add_argument("--doses", type=float, nargs="+", default=DOSES, help="lam * lr * steps")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="by default the task's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scale", type=int, default=1, help="how many times as wide, for a card")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("demo/lambda_sweep"))
+    args = parser.parse_args()
+    lr = args.lr or OPTIMIZERS[args.optimizer]
+    runs = sweep(args.task, args.optimizer, lr, args.doses, range(args.seeds))
+    outcomes = carry_out(runs, args.out / "runs.csv", Place(args.device, args.scale, args.steps), args.jobs)
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    print(table(outcomes))
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw(ax, outcomes)
+    ax.set_title(f"{args.task}, {args.optimizer}, lr {lr:g}, {args.seeds} seed(s); band: one standard error")
+    ax.legend()
+    picture = args.out / f"{args.task}_{args.optimizer}.png"
+    figure.savefig(picture, dpi=120)
+    print(f"runs: {args.out / 'runs.csv'}; picture: {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The study of docs/protocol.md: carries its runs out, as far as they are not in runs.csv yet.
+
+    python results/study.py                 # about 50 minutes on two cores; stop and start it as you like
+    python results/study.py --smoke DIR     # a few seconds: one short run of each kind, into DIR
+
+report.py makes the page of the results from runs.csv and chosen.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from itertools import product
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import lambda_sweep as ls  # noqa: E402
+
+SETTINGS = (
+    ("mnist1d", "AdamW"), ("mnist1d", "Lion"), ("mnist1d", "SGD"), ("mnist1d", "Muon"),
+    ("digits", "AdamW"), ("digits", "Lion"),
+    ("bytes-many", "AdamW"), ("bytes-many", "Muon"),
+    ("bytes-once", "AdamW"),
+)  # fmt: skip
+RATES = {
+    "AdamW": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "Muon": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "Lion": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+    "SGD": (0.0125, 0.025, 0.05, 0.1, 0.2),
+}
+TUNING_DOSES, TUNING_SEEDS = (2.0, 8.0), (900, 901)
+DOSES, SEEDS = ls.DOSES, tuple(range(1000, 1008))
+
+
+def best_rate(outcomes: list[ls.Outcome]) -> float:
+    """The learning rate of the lowest mean validation loss, whatever the dose."""
+    means = {}
+    for lr, dose in {(o.lr, o.dose) for o in outcomes}:
+        means[lr, dose] = ls.mean([o for o in outcomes if (o.lr, o.dose) == (lr, dose)], "validation")
+    return min(means, key=lambda cell: means[cell])[0]
+
+
+def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int) -> float:
+    """The learning rate, chosen once, on the plain arm."""
+    cells = product(RATES[optimizer], TUNING_DOSES, TUNING_SEEDS)
+    runs = [ls.Run(task, optimizer, lr, "plain", dose, seed) for lr, dose, seed in cells]
+    return best_rate(ls.carry_out(runs, folder / "tuning.csv", place, jobs, controls=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--smoke", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    folder, place, settings, doses, seeds = HERE, ls.Place(), SETTINGS, DOSES, SEEDS
+    if args.smoke:
+        folder, place, settings, doses, seeds = args.smoke, ls.Place(steps=3), SETTINGS[3:5], (1.0, 8.0), (1000, 1001)
+    rates = {}
+    for task, optimizer in settings:
+        print(f"{task}, {optimizer}: learning rate", file=sys.stderr)
+        rates[task, optimizer] = tune(task, optimizer, folder, place, args.jobs)
+    for (task, optimizer), lr in rates.items():
+        print(f"{task}, {optimizer}: lr {lr:g}", file=sys.stderr)
+        ls.carry_out(ls.sweep(task, optimizer, lr, doses, seeds), folder / "runs.csv", place, args.jobs)
+    with (folder / "chosen.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "optimizer", "lr"])
+        writer.writerows([task, optimizer, lr] for (task, optimizer), lr in rates.items())
+
+
+if __name__ == "__main__":
+    main()
