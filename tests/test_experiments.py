@@ -150,6 +150,7 @@ EXPERIMENTS = {
     "lyapunov": ["SGDM", "inverted"],
     "mask_ablation": ["update", "gradient", "random", "all", "no decay"],
     "sparsity": ["0.8", "no decay"],
+    "convergence": ["none", "plain", "cautious"],
 }
 NEEDS = {"sparsity": "sklearn"}
 
