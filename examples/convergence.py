@@ -13,7 +13,7 @@ loss falls fastest there, and a run that is meant to be short would have been pl
 counts is the loss at the end of runs of several lengths, each with its own full schedule. --lengths trains those. The
 dose is the same at each length, so lam is smaller in a longer run.
 
-    python examples/convergence.py                                   # one length, three minutes, two cores
+    python examples/convergence.py                                   # one length, a minute, two cores
     python examples/convergence.py --lengths 600 1200 2400           # the honest comparison
     python examples/convergence.py --plain-dose 1 --cautious-dose 2 --losses 2 1.9
     python examples/convergence.py --device cuda --scale 8 --lengths 2000 4000 8000 --jobs 1    # a larger model
