@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, place, settings, doses, seeds = HERE, ls.Place(), SETTINGS, DOSES, SEEDS
     if args.smoke:
-        folder, place, settings, doses, seeds = args.smoke, ls.Place(steps=3), SETTINGS[3:5], (1.0, 8.0), (1000, 1001)
+        folder, place, settings, doses, seeds = args.smoke, ls.Place(steps=3), SETTINGS[4:5], (1.0, 8.0), (1000, 1001)
     rates = {}
     for task, optimizer in settings:
         print(f"{task}, {optimizer}: learning rate", file=sys.stderr)
