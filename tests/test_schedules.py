@@ -51,6 +51,7 @@ def test_the_factor_of_the_page_is_a_cosine(recipe: dict[str, Any]) -> None:
     cosine = recipe["cosine"]
 
     assert [1, 0.5, 0, 0] == pytest.approx([cosine(step) for step in (0, 50, 100, 150)], abs=1e-15)
+    assert [0.1, 0] == recipe["lams"]
 
 
 def test_off_then_on(recipe: dict[str, Any], every_path: PathOptions) -> None:
@@ -147,6 +148,18 @@ def test_a_closure_makes_the_gradients_that_a_hook_of_the_base_reads(
     opt.step(closure)
 
     assert 1 - LR * 4 - LR * LAM / 4 == p.item()
+
+
+def test_the_norm_is_that_of_unscaled_gradients(recipe: dict[str, Any], every_path: PathOptions) -> None:
+    """GradScaler divides the gradients by its scale before the hook: with a gradient of 2, lam has a half of itself."""
+    p = weight(1.0)
+    opt = CautiousDecay(SGD([p], lr=LR, weight_decay=LAM, **every_path.base), **every_path)
+    recipe["lam_by_norm"](opt, reference=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(2 * p.sum()).backward()
+    scaler.step(opt)
+
+    assert (16.0 / 8, LAM / 2) == (p.grad.item(), opt.param_groups[0]["weight_decay"])
 
 
 # ------------------------------------------------------------------------------------ p
