@@ -34,14 +34,15 @@ RATES = {
 }
 TUNING_DOSES, TUNING_SEEDS = (2.0, 8.0), (900, 901)
 DOSES, SEEDS = ls.DOSES, tuple(range(1000, 1008))
-MOST_RATES, LARGEST_DOSE = 9, 256.0
+LARGEST_DOSE = 256.0
 
 
 class Plan(NamedTuple):
-    """What is run: the doses to begin with, and the seeds."""
+    """What is run: the doses to begin with, the seeds, and how many learning rates at most."""
 
-    doses: tuple[float, ...]
-    seeds: tuple[int, ...]
+    doses: tuple[float, ...] = DOSES
+    seeds: tuple[int, ...] = SEEDS
+    most_rates: int = 9
 
 
 def best_rate(outcomes: list[ls.Outcome]) -> float:
@@ -52,14 +53,14 @@ def best_rate(outcomes: list[ls.Outcome]) -> float:
     return min(means, key=lambda cell: means[cell])[0]
 
 
-def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int) -> float:
+def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> float:
     """The learning rate, chosen once, on the plain arm; neither the smallest nor the largest of those tried."""
     rates = list(RATES[optimizer])
     while True:
         cells = product(rates, TUNING_DOSES, TUNING_SEEDS)
         runs = [ls.Run(task, optimizer, lr, "plain", dose, seed) for lr, dose, seed in cells]
         best = best_rate(ls.carry_out(runs, folder / "tuning.csv", place, jobs, controls=False))
-        if len(rates) == MOST_RATES or best not in (min(rates), max(rates)):
+        if len(rates) == plan.most_rates or best not in (min(rates), max(rates)):
             return best
         rates.append(best * 2 if best == max(rates) else best / 2)
 
@@ -82,13 +83,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--smoke", type=Path, metavar="DIR")
     args = parser.parse_args()
-    folder, place, settings, plan = HERE, ls.Place(), SETTINGS, Plan(DOSES, SEEDS)
+    folder, place, settings, plan = HERE, ls.Place(), SETTINGS, Plan()
     if args.smoke:
-        folder, place, settings, plan = args.smoke, ls.Place(steps=3), SETTINGS[4:5], Plan((1.0, LARGEST_DOSE), (1, 2))
+        folder, place, settings, plan = (
+            args.smoke,
+            ls.Place(steps=3),
+            SETTINGS[4:5],
+            Plan((1.0, LARGEST_DOSE), (1, 2), 5),
+        )
     rates = {}
     for task, optimizer in settings:
         print(f"{task}, {optimizer}: learning rate", file=sys.stderr)
-        rates[task, optimizer] = tune(task, optimizer, folder, place, args.jobs)
+        rates[task, optimizer] = tune(task, optimizer, folder, place, args.jobs, plan)
     for (task, optimizer), lr in rates.items():
         print(f"{task}, {optimizer}: lr {lr:g}", file=sys.stderr)
         compare(task, optimizer, lr, folder, place, args.jobs, plan)
