@@ -239,7 +239,8 @@ class OptimizerWrapper(Contract):
         if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):
             notices.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
-                f"or none. Pass lam=, or weight_decay= to {self._owner} or its groups"
+                "or none. Unless a schedule raises it later, pass lam=, or weight_decay= to "
+                f"{self._owner} or its groups"
             )
 
 

@@ -283,8 +283,8 @@ class PNormDecay(OptimizerWrapper):
         tensor([0.9901, 0.0050])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "p")
-    p: float
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "_p")
+    _p: float
 
     def __init__(
         self,
@@ -296,11 +296,20 @@ class PNormDecay(OptimizerWrapper):
         path: str | None = None,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(p, Real) or not 0 < p <= 2:
-            msg = f"p of {type(self).__name__} is {p!r}: pass a number above 0, up to 2"
-            raise ValueError(msg) if isinstance(p, Real) else TypeError(msg)
         self.p = p
         super().__init__(base_optimizer, lam, step_size, path, backend)
+
+    @property
+    def p(self) -> float:
+        """The power. It may be set between steps, or from a step hook; like other arguments, no state dict holds it."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if not isinstance(value, Real) or not 0 < value <= 2:
+            msg = f"p of {type(self).__name__} is {value!r}: pass a number above 0, up to 2"
+            raise ValueError(msg) if isinstance(value, Real) else TypeError(msg)
+        self._p = value
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:

@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             speed_table("length", by_length, losses),
         ]
     summary = "\n\n".join([*parts, LEGEND])
-    draw(o.out / "loss.png", title, curves, o.lengths, losses[-1])
+    draw(o.out / "loss.png", title, curves, o.lengths, losses[len(losses) // 2])
     (o.out / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nwritten to {o.out}: {', '.join(OUTPUTS)}")
 

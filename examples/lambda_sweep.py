@@ -348,10 +348,12 @@ def read(path: Path) -> list[Outcome]:
 
 
 def append(path: Path, outcome: Outcome) -> None:
-    """Add one row; the first one makes the file."""
+    """Add one row; the first one makes the file. A last line that was cut off stays a line of its own."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = not new and not path.read_bytes().endswith(b"\n")
     with path.open("a", newline="") as file:
+        file.write("\n" * cut_off)
         writer = csv.DictWriter(file, [field.name for field in fields(Outcome)])
         if new:
             writer.writeheader()

@@ -13,6 +13,7 @@ import csv
 import sys
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -33,6 +34,15 @@ RATES = {
 }
 TUNING_DOSES, TUNING_SEEDS = (2.0, 8.0), (900, 901)
 DOSES, SEEDS = ls.DOSES, tuple(range(1000, 1008))
+LARGEST_DOSE = 256.0
+
+
+class Plan(NamedTuple):
+    """What is run: the doses to begin with, the seeds, and how many learning rates at most."""
+
+    doses: tuple[float, ...] = DOSES
+    seeds: tuple[int, ...] = SEEDS
+    most_rates: int = 9
 
 
 def best_rate(outcomes: list[ls.Outcome]) -> float:
@@ -43,11 +53,29 @@ def best_rate(outcomes: list[ls.Outcome]) -> float:
     return min(means, key=lambda cell: means[cell])[0]
 
 
-def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int) -> float:
-    """The learning rate, chosen once, on the plain arm."""
-    cells = product(RATES[optimizer], TUNING_DOSES, TUNING_SEEDS)
-    runs = [ls.Run(task, optimizer, lr, "plain", dose, seed) for lr, dose, seed in cells]
-    return best_rate(ls.carry_out(runs, folder / "tuning.csv", place, jobs, controls=False))
+def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> float:
+    """The learning rate, chosen once, on the plain arm; neither the smallest nor the largest of those tried."""
+    rates = list(RATES[optimizer])
+    while True:
+        cells = product(rates, TUNING_DOSES, TUNING_SEEDS)
+        runs = [ls.Run(task, optimizer, lr, "plain", dose, seed) for lr, dose, seed in cells]
+        best = best_rate(ls.carry_out(runs, folder / "tuning.csv", place, jobs, controls=False))
+        if len(rates) == plan.most_rates or best not in (min(rates), max(rates)):
+            return best
+        rates.append(best * 2 if best == max(rates) else best / 2)
+
+
+def compare(task: str, optimizer: str, lr: float, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> None:
+    """All arms; with doses up to one that is best for none of them."""
+    doses = list(plan.doses)
+    while True:
+        outcomes = ls.carry_out(ls.sweep(task, optimizer, lr, doses, plan.seeds), folder / "runs.csv", place, jobs)
+        of_setting = [o for o in outcomes if (o.task, o.optimizer, o.lr) == (task, optimizer, lr)]
+        means = {cell: ls.mean(some, "validation") for cell, some in ls.cells(of_setting).items()}
+        bests = [min((cell for cell in means if cell[0] == arm), key=lambda cell: means[cell])[1] for arm in ls.ARMS]
+        if max(doses) == LARGEST_DOSE or max(bests) < max(doses):
+            return
+        doses.append(max(doses) * 2)
 
 
 def main() -> None:
@@ -55,16 +83,21 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--smoke", type=Path, metavar="DIR")
     args = parser.parse_args()
-    folder, place, settings, doses, seeds = HERE, ls.Place(), SETTINGS, DOSES, SEEDS
+    folder, place, settings, plan = HERE, ls.Place(), SETTINGS, Plan()
     if args.smoke:
-        folder, place, settings, doses, seeds = args.smoke, ls.Place(steps=3), SETTINGS[3:5], (1.0, 8.0), (1000, 1001)
+        folder, place, settings, plan = (
+            args.smoke,
+            ls.Place(steps=3),
+            SETTINGS[4:5],
+            Plan((1.0, LARGEST_DOSE), (1, 2), 5),
+        )
     rates = {}
     for task, optimizer in settings:
         print(f"{task}, {optimizer}: learning rate", file=sys.stderr)
-        rates[task, optimizer] = tune(task, optimizer, folder, place, args.jobs)
+        rates[task, optimizer] = tune(task, optimizer, folder, place, args.jobs, plan)
     for (task, optimizer), lr in rates.items():
         print(f"{task}, {optimizer}: lr {lr:g}", file=sys.stderr)
-        ls.carry_out(ls.sweep(task, optimizer, lr, doses, seeds), folder / "runs.csv", place, args.jobs)
+        compare(task, optimizer, lr, folder, place, args.jobs, plan)
     with (folder / "chosen.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "optimizer", "lr"])

@@ -151,8 +151,9 @@ EXPERIMENTS = {
     "mask_ablation": ["update", "gradient", "random", "all", "no decay"],
     "sparsity": ["0.8", "no decay"],
     "convergence": ["none", "plain", "cautious"],
+    "anchor": ["no decay", "to 0", "to the start"],
 }
-NEEDS = {"sparsity": "sklearn"}
+NEEDS = {"sparsity": "sklearn", "anchor": "sklearn"}
 
 
 def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +179,7 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-@pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3)])
+@pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3), ("anchor", 2 * 3)])
 def test_rows(name: str, rows: int, tmp_path: Path) -> None:
     """There is a row for each run, and the runs of a seed differ."""
     pytest.importorskip("matplotlib")
@@ -202,6 +203,7 @@ def test_rows(name: str, rows: int, tmp_path: Path) -> None:
         ("mask_ablation", ["--width", 33]),
         ("sparsity", ["--p", 2.5]),
         ("sparsity", ["--lam", "nan"]),
+        ("anchor", ["--images", 401]),
     ],
 )
 def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
@@ -214,10 +216,11 @@ def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_sparsity_says_that_scikit_learn_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NEEDS)
+def test_that_scikit_learn_is_missing_is_said(name: str, tmp_path: Path) -> None:
     """In one line that says what to install."""
     (tmp_path / "sklearn.py").write_text("raise ImportError('not here')")
-    done = run("examples/sparsity.py", "--smoke", "--out", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
 
     assert done.returncode != 0
     assert "pip install scikit-learn" in done.stderr

@@ -1,0 +1,136 @@
+"""The study's statistics on numbers that can be checked by eye; its page; and a small study from the command line."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "examples"), str(ROOT / "results")]
+pytest.importorskip("tqdm")
+
+import lambda_sweep as ls  # noqa: E402
+import report  # noqa: E402
+import study  # noqa: E402
+
+BLANK = ls.Outcome(
+    "task", "AdamW", 0.1, "plain", 1.0, 0, lam=1.0, train=0.0, validation=0.0, test=0.0, test_accuracy=0.0,
+    mask_ratio=1.0, norm=1.0, seconds=1.0,
+)  # fmt: skip
+
+
+def arm(validation: Sequence[Sequence[float]], test: Sequence[Sequence[float]], lams: Sequence[float]) -> report.Arm:
+    """Losses with a row a lam and a column a seed."""
+    cells = [
+        [replace(BLANK, seed=seed, validation=v, test=t) for seed, (v, t) in enumerate(zip(*rows, strict=True))]
+        for rows in zip(validation, test, strict=True)
+    ]
+    return report.Arm(list(lams), cells)
+
+
+def test_lam_is_chosen_on_validation() -> None:
+    """The second lam has the lowest validation loss, and the highest test loss."""
+    made = arm([[3, 3], [1, 1], [2, 2]], [[1, 1], [9, 9], [1, 1]], [0, 1, 2])
+    assert made.best == 1
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_diverged_run_loses(loss: float) -> None:
+    """A lam with one run that diverged is not chosen, however low its other losses are."""
+    assert report.chosen(torch.tensor([[0.0, loss], [5.0, 5.0]])) == 1
+
+
+def test_a_constant_difference_has_no_width() -> None:
+    """At each seed the first is lower by 0.5: so are the mean and both ends of the interval."""
+    first = arm([[1, 2, 3]], [[1.5, 2.5, 3.5]], [0])
+    second = arm([[1, 2, 3]], [[2, 3, 4]], [0])
+    found = report.difference(first, second)
+
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert (found.lower, found.seeds, found.verdict) == (3, 3, "better")
+    assert report.difference(second, first).verdict == "worse"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    """Losses that vary by 100 between seeds, and by 1 between arms at the same seed, differ by 1."""
+    first = arm([[0, 100, 200, 300]], [[0, 100, 200, 300]], [0])
+    second = arm([[0, 100, 200, 300]], [[1, 101, 201, 301]], [0])
+
+    assert report.difference(first, second).high == pytest.approx(-1)
+
+
+def test_interval_of_the_mean_of_two_seeds() -> None:
+    """Differences of -1 and +3: resamples have the means -1, 1 and 3, and the outer ones are a quarter of them each."""
+    found = report.difference(arm([[0, 0]], [[0, 0]], [0]), arm([[0, 0]], [[1, -3]], [0]))
+    assert (found.mean, found.low, found.high, found.lower) == pytest.approx((1, -1, 3, 1))
+    assert found.verdict == ""
+
+
+def test_the_interval_contains_the_choice_of_lam() -> None:
+    """Two lams as good on validation differ by 10 in the test: which one is chosen depends on the seeds drawn."""
+    unsure = arm([[0, 1], [1, 0]], [[0, 0], [10, 10]], [0, 1])
+    found = report.difference(unsure, arm([[0, 0]], [[0, 0]], [0]))
+    assert (found.low, found.high) == pytest.approx((0, 10))
+
+
+def test_the_control_is_compared_at_the_lam_of_the_first() -> None:
+    """The control's own best lam is another row, and is not used."""
+    cautious = arm([[2, 2], [1, 1]], [[5, 5], [4, 4]], [0, 1])
+    control = arm([[0, 0], [9, 9]], [[0, 0], [7, 7]], [0, 1])
+    assert report.difference(cautious, control, same_row=True).mean == pytest.approx(-3)
+
+
+def test_flat_range() -> None:
+    """Behind the best by 1 +- 2 (standard error 1 of four seeds) is as good; by 3 with no spread is not."""
+    best = [0.0, 0.0, 0.0, 0.0]
+    near = [3.0, 1.0, 1.0, -1.0]  # mean 1, standard deviation 1.63, standard error 0.82
+    nearer = [2.0, 0.0, 0.0, -1.0]  # mean 0.25, standard error 0.63
+    far = [3.0, 3.0, 3.0, 3.0]
+    rows = [far, near, best, nearer, far]
+    assert report.flat(arm(rows, rows, [0, 1, 2, 4, 8])) == (2, 4)
+
+
+def test_learning_rate_is_that_of_the_lowest_mean_validation_loss() -> None:
+    """One seed alone is lowest at 0.2; the mean over seeds is lowest at 0.1."""
+    losses = {(0.1, 0): 2.0, (0.1, 1): 2.0, (0.2, 0): 1.0, (0.2, 1): 4.0}
+    outcomes = [replace(BLANK, lr=lr, seed=seed, validation=loss) for (lr, seed), loss in losses.items()]
+    assert study.best_rate(outcomes) == 0.1
+
+
+def test_protocol_says_what_the_study_does() -> None:
+    """Doses, seeds, tuning and the number of runs on the page are those of the code."""
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "protocol.md").read_text())
+
+    assert f"lam * lr * steps = {', '.join(f'{dose:g}' for dose in study.DOSES)}," in text
+    assert f"Seeds {study.SEEDS[0]} to {study.SEEDS[-1]}, eight for each cell" in text
+    assert f"at the doses {' and '.join(f'{dose:g}' for dose in study.TUNING_DOSES)}, seeds 900 and 901" in text
+    runs = len(study.SEEDS) * (len(ls.ARMS) * len(study.DOSES) + 1)
+    assert f"{runs} runs for each setting, {runs * len(study.SETTINGS):,} in all" in text
+
+
+def test_a_small_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """A second call finds all runs but the last, whose line was cut off: it repeats that, and gets the same numbers."""
+    pytest.importorskip("timm")
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(ROOT / "results" / "study.py"), "--jobs", "1", "--smoke", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def carry_out() -> list[ls.Outcome]:
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return ls.read(tmp_path / "runs.csv")
+
+    first = carry_out()
+    lines = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.csv").write_text("".join(lines[:-1]) + lines[-1][:20])
+    again = carry_out()
+
+    assert len(first) == 2 * (3 * 2 + 1)
+    assert [replace(each, seconds=0) for each in sorted(again, key=str)] == [
+        replace(each, seconds=0) for each in sorted(first, key=str)
+    ]
