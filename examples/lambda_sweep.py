@@ -483,7 +483,10 @@ def main() -> None:
     args = parser.parse_args()
     lr = args.lr or OPTIMIZERS[args.optimizer]
     runs = sweep(args.task, args.optimizer, lr, args.doses, range(args.seeds))
-    outcomes = carry_out(runs, args.out / "runs.csv", Place(args.device, args.scale, args.steps), args.jobs)
+    # Runs of other lengths and sizes are other runs.
+    other = f"_steps{args.steps}" * (args.steps is not None) + f"_scale{args.scale}" * (args.scale > 1)
+    path = args.out / f"runs{other}.csv"
+    outcomes = carry_out(runs, path, Place(args.device, args.scale, args.steps), args.jobs)
 
     import matplotlib
 
@@ -495,9 +498,9 @@ def main() -> None:
     draw(ax, outcomes)
     ax.set_title(f"{args.task}, {args.optimizer}, lr {lr:g}, {args.seeds} seed(s); band: one standard error")
     ax.legend()
-    picture = args.out / f"{args.task}_{args.optimizer}.png"
+    picture = args.out / f"{args.task}_{args.optimizer}{other}.png"
     figure.savefig(picture, dpi=120)
-    print(f"runs: {args.out / 'runs.csv'}; picture: {picture}")
+    print(f"runs: {path}; picture: {picture}")
 
 
 if __name__ == "__main__":

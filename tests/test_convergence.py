@@ -58,17 +58,17 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sweep_runs_each_arm(swept: Path) -> None:
     """Three arms at two doses, and no decay, each with two seeds; and a picture."""
-    cells = [(row["arm"], float(row["dose"]), int(row["seed"])) for row in rows(swept / "runs.csv")]
+    cells = [(row["arm"], float(row["dose"]), int(row["seed"])) for row in rows(swept / "runs_steps3.csv")]
     arms = {(arm, dose, seed) for arm in ls.ARMS for dose in (0.1, 0.8) for seed in (0, 1)}
 
     assert len(cells) == 14
     assert set(cells) == arms | {("none", 0.0, seed) for seed in (0, 1)}
-    assert (swept / "digits_AdamW.png").stat().st_size > 10_000
+    assert (swept / "digits_AdamW_steps3.png").stat().st_size > 10_000
 
 
 def test_control_decays_as_much_in_total(swept: Path) -> None:
     """Its lam is that of the cautious run of the same dose and seed, times that run's mask ratio."""
-    of = {(row["arm"], row["dose"], row["seed"]): row for row in rows(swept / "runs.csv")}
+    of = {(row["arm"], row["dose"], row["seed"]): row for row in rows(swept / "runs_steps3.csv")}
     pairs = [(row, of["cautious", dose, seed]) for (arm, dose, seed), row in of.items() if arm == "control"]
 
     assert len(pairs) == 4
@@ -79,10 +79,10 @@ def test_control_decays_as_much_in_total(swept: Path) -> None:
 
 def test_sweep_repeats_nothing(swept: Path) -> None:
     """A second call leaves the file as it is and prints the same table."""
-    before = (swept / "runs.csv").read_bytes()
+    before = (swept / "runs_steps3.csv").read_bytes()
     done = run("lambda_sweep", *SWEEP, "--out", swept)
 
-    assert (swept / "runs.csv").read_bytes() == before
+    assert (swept / "runs_steps3.csv").read_bytes() == before
     assert "control" in done.stdout
 
 
