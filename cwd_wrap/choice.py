@@ -69,9 +69,13 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
     if forced is not None:
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
+            groups = base.param_groups
+            index = next(
+                (i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups)
+            )  # about to join
             msg = (
-                f"path={forced!r} cannot be taken by {type(base).__name__}: {reason}. "
-                "Pass path=None, and the library chooses one that can"
+                f"path={forced!r} does not work for param group {index} of {type(base).__name__}: {reason}. "
+                "Pass path=None to let the library choose one that works"
             )
             raise ValueError(msg)
         return Choice(forced, f"path={forced!r} was passed")
@@ -104,7 +108,7 @@ def paths_of(
 def check_path(path: str | None) -> None:
     """Raise ValueError unless ``path`` is None (the library chooses) or the name of one."""
     if path is not None and path not in PATHS:
-        msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None"
+        msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None to let the library choose"
         raise ValueError(msg)
 
 
@@ -118,9 +122,9 @@ def check_pieces(
         piece = quirks.flat_pieces(group, built_with) if rule.has_work(eta_lam) else None
         if piece is not None:
             msg = (
-                f"{rule.name} needs a number over each whole tensor, but param group {i} of {type(base).__name__} has "
-                f"flat pieces of them, of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron make: "
-                f"{rule.whole_tensors}"
+                f"{rule.name} needs a count over each whole tensor, but param group {i} of {type(base).__name__} has "
+                f"flat pieces of tensors, such as one of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron "
+                f"make them: {rule.whole_tensors}"
             )
             raise ValueError(msg)
 
@@ -166,7 +170,7 @@ def _why_not(
 
 def _why_not_pieces(base: Optimizer, group: Mapping[str, Any]) -> str | None:
     if _is_compiled(base.step):  # compiling sets the groups up for compiled code only
-        return f"the step of {type(base).__name__} is compiled"
+        return f"the step of {type(base).__name__} is compiled by torch.compile"
     return pieces.why_not(base, group)
 
 

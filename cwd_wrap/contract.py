@@ -42,7 +42,7 @@ def with_hooks(step: StepFunction) -> StepFunction:
                 if changed is None:
                     continue
                 if not (isinstance(changed, tuple) and len(changed) == 2):
-                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), got {changed!r:.80}"
+                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), not {changed!r:.80}"
                     raise RuntimeError(msg)
                 arguments, kwargs = changed
             result = step(*arguments, **kwargs)
@@ -58,12 +58,15 @@ def check_optimizer(name: str, base: object) -> None:
     """Raise TypeError unless ``base`` is an instance of an optimizer."""
     if isinstance(base, type) and issubclass(base, Optimizer):
         msg = (
-            f"{name} wraps an optimizer, not a class of them: pass {base.__name__}(params, ...), "
-            f"or make a class with {name}.over({base.__name__})"
+            f"{name} wraps a torch.optim.Optimizer, but got the class {base.__name__}: pass "
+            f"{base.__name__}(params, ...), or make a class with {name}.over({base.__name__})"
         )
         raise TypeError(msg)
     if not isinstance(base, Optimizer):
-        msg = f"{name} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}"
+        msg = (
+            f"{name} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. "
+            "Pass an optimizer, such as torch.optim.AdamW(params, ...)"
+        )
         raise TypeError(msg)
 
 
@@ -75,7 +78,7 @@ def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, A
     base = args[0] if args else kwargs.get("base_optimizer")
     if base is not None and not isinstance(base, Optimizer | type):
         msg = (
-            f"{cls.__name__} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}. Pass "
+            f"{cls.__name__} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. Pass "
             f"torch.optim.AdamW(params, ...), or use {cls.__name__}.over(torch.optim.AdamW)(params, ...)"
         )
         raise TypeError(msg)

@@ -46,7 +46,7 @@ def find(optimizer: Optimizer, group: Group) -> Direction | str:
     cls = type(optimizer)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if name not in TABLE:
-        return f"the sign of {cls.__name__}'s coming update is not known from its gradient and state alone"
+        return f"the gradient and the state of {cls.__name__} alone are not known to give the sign of its next update"
     if group.get("caution"):
         return f"{cls.__name__} masks its own update in a group with caution=True"
     return TABLE[name](group)
@@ -107,7 +107,7 @@ def _unscaled_only(group: Group) -> Direction | str:
 
 def _linear(group: Group, state_key: str, a: float, b: float) -> Direction | str:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return "its coefficients are tensors"
+        return "its coefficients (momentum, betas) are tensors: pass numbers"
     return Direction(state_key, _sign(group), (a, _sign(group) * b)) if a > 0 else _gradient(group)
 
 

@@ -25,14 +25,14 @@ def over(wrapper: Any, base: Callable[..., Optimizer], options: dict[str, object
     if not (issubclass(base, Optimizer) if isinstance(base, type) else callable(base)):
         msg = (
             f"{name}.over takes a class of optimizers, such as torch.optim.AdamW, "
-            f"or a function that returns an optimizer, got {base!r:.80}"
+            f"or a function that returns an optimizer, but got {base!r:.80}"
         )
         raise TypeError(msg)
     known = [each for each in inspect.signature(wrapper.__init__).parameters if each not in ("self", "base_optimizer")]
     if unknown := sorted(set(options) - set(known)):
         msg = (
             f"{name}.over got {', '.join(unknown)}, which {name} does not take: it takes {known}. "
-            "Arguments of the optimizer go to the class that over returns"
+            "Pass arguments of the optimizer to the class that over returns"
         )
         raise TypeError(msg)
     return make(wrapper, base, tuple(sorted(options.items())))

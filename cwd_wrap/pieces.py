@@ -48,31 +48,31 @@ def _one_dtype(group: Group) -> str | None:
 
 def _given_lr(group: Group) -> str | None:
     if group["relative_step"]:
-        return "Adafactor with relative_step sets the lr of its group anew for each parameter: pass an lr"
+        return "Adafactor with relative_step sets a new lr in its group for each parameter: pass an lr"
     return None
 
 
 def _uncached(group: Group) -> str | None:
     if "buffer" in group:
-        return "timm before 1.0.31 caches step sizes for all parameters of a group"
+        return "timm before 1.0.31 caches step sizes for all parameters of a group: upgrade timm"
     return None
 
 
 def _rectified(group: Group) -> str | None:
     if group["rectify"] and group["degenerated_to_sgd"] and _foreach(group):
-        return "AdaBelief with rectify and foreach rounds in another way where parameters are at different steps"
+        return "AdaBelief with rectify and foreach rounds differently where parameters have different step counts"
     return _uncached(group)
 
 
 def _one_by_one(group: Group) -> str | None:
     if _foreach(group):
-        return "LaProp with foreach rounds in another way where parameters are at different steps"
+        return "LaProp with foreach rounds differently where parameters have different step counts"
     return None
 
 
 def _own_first_step(group: Group) -> str | None:
     if _foreach(group) and "max_lr_snapshot" not in group:
-        return "Adopt of timm before 1.0.31 with foreach takes all parameters of a group to be at the step of the first"
+        return "Adopt of timm before 1.0.31 with foreach gives all parameters of a group the step count of the first"
     return None
 
 

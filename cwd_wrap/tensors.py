@@ -71,8 +71,9 @@ def shard(parameter: Tensor) -> Shard:
     split = [d for d in range(1, parameter.dim()) if shape[d] != parameter.shape[d]]
     if numel and len(split) > 1:
         msg = (
-            f"a parameter of shape {tuple(parameter.shape)} is sharded along dimensions {split}: random numbers for "
-            "its places are known where it is sharded along the first and one more"
+            f"a parameter of shape {tuple(parameter.shape)} is sharded along dimensions {split}, but random numbers "
+            "can be drawn only where the first dimension and at most one other are sharded: shard fewer dimensions, or "
+            'use neither mask="random" nor rounding="stochastic"'
         )
         raise ValueError(msg)
     start = sum(o * i for o, i in zip(offset, inner, strict=True))

@@ -81,16 +81,16 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     cls = type(optimizer)
     make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
     if make is None:
-        return f"no kernel makes the whole update of {cls.__name__}"
+        return f"no compiled kernel computes the whole update of {cls.__name__}"
     if "fused" in group and not group["fused"]:
         return f"{cls.__name__} was not built with fused=True"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        return "its gradients are still scaled"
+        return "GradScaler has not unscaled its gradients yet"
     update = make(group)
     if isinstance(update, str):
         return update
     if any(isinstance(value, Tensor) for value in vars(update).values()):
-        return "its coefficients are tensors"
+        return "its coefficients (momentum, betas, eps) are tensors: pass numbers"
     return update
 
 

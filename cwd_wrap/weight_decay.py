@@ -59,7 +59,7 @@ def check_group(
     """Raise where `eta_lam` of the group would, or where the group asks for what a wrapper cannot give."""
     where = _where(index, base)
     if group.get("differentiable"):
-        msg = f"{where} has differentiable=True, but the decay is not recorded by autograd: leave differentiable off"
+        msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
     if step_size is None and decays(group, fallback):
@@ -110,15 +110,15 @@ def eta_lam(
         size = eta(group, where, base, way_out)
     else:
         size = step_size(cast("dict[str, Any]", group))
-        check(size, "the step size that step_size= returned", where)
+        check(size, "the result of step_size=", where)
     product = size * strength
     if not isinstance(product, Tensor) and product > 1:
         _warn_once(
             base,
             "above 1",
             index,
-            f"eta*lam of {where} is {product:g} (eta {size:g}, weight_decay {strength:g}): above 1, a step takes more "
-            "than the whole weight and turns its sign. Choose a smaller weight_decay",
+            f"eta*lam of {where} is {product:g} (eta {size:g}, weight_decay {strength:g}): above 1, a step decays "
+            "a weight past zero and flips its sign. Choose a smaller weight_decay",
         )
     return _scalar(product)
 
@@ -170,14 +170,14 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     coupled = any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
     known = None if coupled else quirks.eta(base, group)
     if isinstance(known, str):
-        msg = f"{where} has no one step size for its decay: {known}{way_out}"
+        msg = f"{where} has no single step size for its decay: {known}{way_out}"
         raise ValueError(msg)
     if known is not None:
         return known
     if lr is None or group.get("relative_step"):
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (
-            f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: "
+            f"{where} has {had}, so the step size that multiplies weight_decay is unknown: "
             f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
@@ -225,9 +225,9 @@ class DecayOff:
                     self._optimizer,
                     key,
                     index,
-                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} while the base stepped with its "
-                    f"decay off; it is kept at {before!r}. To change it, set it from a hook of the wrapper, or between "
-                    "steps",
+                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} during the step, while the wrapper "
+                    f"had the decay off. It is {before!r} again. To change it, set it between steps, or in a hook of "
+                    "the wrapper",
                 )
                 group[key] = before
             elif now is meanwhile:

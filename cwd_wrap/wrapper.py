@@ -201,20 +201,23 @@ class OptimizerWrapper(Contract):
         check_optimizer(name, base)
         for layer in quirks.layers(base):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
-                msg = f"{name} cannot be put around {layer!r}: {text}"
+                msg = f"{name} cannot wrap {layer!r}: {text}"
                 raise ValueError(msg)
             if self._rule().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
-                msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
+                msg = (
+                    f"{name} cannot use the gradient of {type(layer).__name__}: {reason}. "
+                    'CautiousDecay with mask="update" uses none'
+                )
                 raise ValueError(msg)
             if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
-                msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
+                msg = f"{name} cannot wrap {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
 
     def _clash(self, inner: "OptimizerWrapper") -> str | None:
         """Why this method makes no sense around another; None if it does."""
         if inner._what != self._what:
             return None
-        return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
+        return f"it {inner._what}s already, and two wrappers would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)

@@ -111,7 +111,7 @@ class CautiousDecay(OptimizerWrapper):
         if self.mask == "update":
             rounds = self.rounding == "stochastic"
             return Rule(name, self._after, before=self._before, whole=self._whole, draws=rounds, rounds=rounds)
-        why = f"mask={self.mask!r} is an ablation, and compares with a copy"
+        why = f"mask={self.mask!r} is an ablation, which needs a copy of the weights"
         draws = self.mask == "random" or self.rounding == "stochastic"
         way_out = f"pass another mask than 'random', {_FULLY_SHARD}" if self.mask == "random" else None
         reads = self.mask == "gradient"
@@ -226,10 +226,11 @@ class CautiousUpdate(OptimizerWrapper):
     def _clash(self, inner: OptimizerWrapper) -> str | None:
         if isinstance(inner, CautiousUpdate):
             return super()._clash(inner)
-        return "its decay would be masked along with the update. Put the decay around this instead"
+        outer = f"{type(inner).__name__}({type(self).__name__}(optimizer))"
+        return f"its decay would be masked with the update. Wrap in the other order: {outer}"
 
     def _rule(self) -> Rule:
-        why = "the size of the update is known only from a copy"
+        why = f"{type(self).__name__} needs a copy of the weights to know the size of the update"
         way_out = None if self.scale is None else f"pass scale=None in place of {self.scale!r}, {_FULLY_SHARD}"
         return Rule(
             type(self).__name__,
@@ -323,7 +324,7 @@ class PNormDecay(OptimizerWrapper):
         return shares
 
     def _rule(self) -> Rule:
-        why = "the decay depends on the weights from before the step and acts on those from after it"
+        why = f"{type(self).__name__} needs a copy of the weights: its decay depends on those from before the step"
         way_out = f"use CautiousDecay, {_FULLY_SHARD}"
         return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
 

@@ -245,12 +245,20 @@ def adamw() -> AdamW:
     return AdamW([weight(1.0)], lr=LR, weight_decay=LAM)
 
 
-MASKED_DECAY = ["masked along with the update", "around this instead"]
+MASKED_DECAY = ["masked with the update", "Wrap in the other order:"]
 TWICE = ["decay twice", "base_optimizer"]
 REFUSED: list[tuple[Any, Callable[[], Optimizer], list[str]]] = [
     (CautiousUpdate, lambda: CautiousUpdate(adamw()), ["CautiousUpdate(AdamW", "mask", "twice", "base_optimizer"]),
-    (CautiousUpdate, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *MASKED_DECAY]),
-    (CautiousUpdate, lambda: PNormDecay(adamw()), ["PNormDecay(AdamW", *MASKED_DECAY]),
+    (
+        CautiousUpdate,
+        lambda: CautiousDecay(adamw()),
+        ["CautiousDecay(AdamW", *MASKED_DECAY, "CautiousDecay(CautiousUpdate(optimizer))"],
+    ),
+    (
+        CautiousUpdate,
+        lambda: PNormDecay(adamw()),
+        ["PNormDecay(AdamW", *MASKED_DECAY, "PNormDecay(CautiousUpdate(optimizer))"],
+    ),
     (CautiousDecay, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *TWICE]),
     (CautiousDecay, lambda: PNormDecay(adamw()), ["PNormDecay(AdamW", *TWICE]),
     (PNormDecay, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *TWICE]),
@@ -263,7 +271,7 @@ REFUSED: list[tuple[Any, Callable[[], Optimizer], list[str]]] = [
 def test_nesting_that_makes_no_sense_is_refused(outer: Any, inner: Any, pieces: list[str], between: str) -> None:
     """The text says what is inside, why not, and what to do; a Lookahead between the two hides nothing."""
     base = lookahead(inner()) if between == "Lookahead" else inner()
-    with pytest.raises(ValueError, match=f"^{outer.__name__} cannot be put around") as caught:
+    with pytest.raises(ValueError, match=f"^{outer.__name__} cannot wrap ") as caught:
         outer(base)
 
     assert [] == [piece for piece in pieces if piece not in str(caught.value)]
@@ -273,9 +281,9 @@ def test_nesting_that_makes_no_sense_is_refused(outer: Any, inner: Any, pieces: 
 @pytest.mark.parametrize("innermost", [CautiousUpdate, CautiousDecay])
 def test_a_third_layer_is_refused_as_well(outer: Any, innermost: Any) -> None:
     """Whatever is at the bottom, nothing decays or masks twice, and no wrapper goes around a complete pair."""
-    with pytest.raises(ValueError, match="cannot be put around"):
+    with pytest.raises(ValueError, match="cannot wrap "):
         outer(CautiousUpdate(lookahead(innermost(adamw()))))
-    with pytest.raises(ValueError, match="cannot be put around"):
+    with pytest.raises(ValueError, match="cannot wrap "):
         outer(CautiousDecay(CautiousUpdate(adamw())))
 
 
@@ -294,7 +302,7 @@ def test_schedule_free_is_refused() -> None:
     """Schedule-free optimizers compute the weights from a copy: masked steps would come back."""
     lib = pytest.importorskip("schedulefree")
     for outer in (CautiousUpdate, PNormDecay):
-        with pytest.raises(ValueError, match=f"{outer.__name__} cannot be put around AdamWScheduleFree"):
+        with pytest.raises(ValueError, match=f"{outer.__name__} cannot wrap AdamWScheduleFree"):
             outer(lib.AdamWScheduleFree([weight(1.0)], weight_decay=0.1))
 
 

@@ -206,7 +206,7 @@ def test_both_optimizers_of_a_pair_draw_the_same_numbers_from_numpy() -> None:
 def test_what_recomputes_its_weights_is_refused(case: Case) -> None:
     """An optimizer that computes the weights from a copy of its own would lose the decay: it is refused by name."""
     base = case.build(make_groups(case, LAM))
-    with pytest.raises(ValueError, match=f"{type(base).__name__}: it computes the weights anew"):
+    with pytest.raises(ValueError, match=f"{type(base).__name__}: each step computes the weights from a copy"):
         CautiousDecay(base, lam=LAM)
 
 

@@ -76,8 +76,8 @@ def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.Monke
     assert of_card[0].startswith("cuda:0: Old Card, 8 GiB, compute capability 6.1, CUDA ")
     assert of_card[1:] == [
         "  eager: can run (chosen)",
-        "  numba: cannot run: numba's kernels run on the CPU",
-        "  triton: cannot run: Triton needs compute capability 7.0",
+        "  numba: cannot run: numba's kernels run on the CPU only",
+        "  triton: cannot run: Triton needs compute capability 7.0 or higher",
     ]
 
 

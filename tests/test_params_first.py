@@ -40,7 +40,7 @@ class StepSize:
 @pytest.mark.parametrize("wrong", [SGD([weight(1.0)]), torch.nn.Linear, 3])
 def test_over_takes_classes_and_functions(wrong: Any) -> None:
     """An instance, and a class that is no optimizer, get an error that says what over() takes."""
-    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, got "
+    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, but got "
     with pytest.raises(TypeError, match=text):
         CautiousDecay.over(wrong)
 
@@ -53,7 +53,7 @@ UNFIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "step_size": (CautiousDecay, {"step_size": 0.1}, TypeError, "step_size=0.1 is not callable"),
     "scale": (CautiousUpdate, {"scale": "max"}, ValueError, "unknown scale 'max'"),
     "p": (PNormDecay, {"p": 3}, ValueError, "p of PNormDecay is 3"),
-    "lr": (CautiousDecay, {"lr": 0.1}, TypeError, "over got lr, .* Arguments of the optimizer go to the class"),
+    "lr": (CautiousDecay, {"lr": 0.1}, TypeError, "over got lr, .* Pass arguments of the optimizer to the class"),
     "no hash": (
         CautiousDecay,
         {"step_size": StepSize()},
@@ -154,5 +154,5 @@ def test_a_class_over_an_importable_function_is_pickled(duplicate: Any) -> None:
 
 def test_a_function_that_returns_no_optimizer_is_refused() -> None:
     """The text names the class and what came."""
-    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, got list: "):
+    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, but got list: "):
         CautiousDecay.over(lambda params: list(params))([weight(1.0)])

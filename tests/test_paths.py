@@ -39,7 +39,7 @@ def mixed(**options: Any) -> CautiousDecay:
 def test_each_group_takes_its_own_path() -> None:
     """Momentum in RMSprop hides the direction: that group is stepped in pieces, the other by direction."""
     why = "RMSprop with momentum divides each past gradient by its own scale"
-    no_kernel = "no kernel makes the whole update of RMSprop"
+    no_kernel = "no compiled kernel computes the whole update of RMSprop"
 
     assert [
         (0, "pieces", f"{no_kernel}; {why}"),
@@ -81,8 +81,12 @@ def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
     [
         (AdamW, {"fused": True}, ("direction", NO_KERNEL)),
         (AdamW, {}, ("direction", "AdamW was not built with fused=True")),
-        (Adagrad, {"fused": True}, ("direction", "no kernel makes the whole update of Adagrad")),
-        (Rprop, {}, ("pieces", "the sign of Rprop's coming update is not known from its gradient and state alone")),
+        (Adagrad, {"fused": True}, ("direction", "no compiled kernel computes the whole update of Adagrad")),
+        (
+            Rprop,
+            {},
+            ("pieces", "the gradient and the state of Rprop alone are not known to give the sign of its next update"),
+        ),
     ],
 )
 def test_the_reason_tells_what_is_in_the_way(base: Any, options: dict[str, Any], expected: tuple[str, str]) -> None:
@@ -108,16 +112,19 @@ def lookahead(params: list[nn.Parameter]) -> Optimizer:
 
 IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
     "not fused": (CautiousDecay, AdamW, "one_pass", "AdamW was not built with fused=True"),
-    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no kernel makes the whole update of Adagrad"),
-    "a subclass": (CautiousDecay, type("Mine", (AdamW,), {}), "one_pass", "no kernel makes the whole update of Mine"),
-    "no direction": (CautiousDecay, Rprop, "direction", "the sign of Rprop's coming update is not known from its"),
+    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no compiled kernel computes the whole update of Adagrad"),
+    "a subclass": (
+        CautiousDecay, type("Mine", (AdamW,), {}), "one_pass",
+        "no compiled kernel computes the whole update of Mine",
+    ),
+    "no direction": (CautiousDecay, Rprop, "direction", "the state of Rprop alone are not known to give the sign"),
     "no pieces": (CautiousDecay, lookahead, "pieces", "Lookahead is not known to take the same step in pieces"),
     "an ablation": (
         lambda base, **options: CautiousDecay(base, mask="all", **options), SGD, "direction",
-        "mask='all' is an ablation, and compares with a copy",
+        "mask='all' is an ablation, which needs a copy of the weights",
     ),
-    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "the size of the update is known only from a copy"),
-    "PNormDecay": (PNormDecay, SGD, "direction", "the decay depends on the weights from before the step and acts on"),
+    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "CautiousUpdate needs a copy of the weights to know"),
+    "PNormDecay": (PNormDecay, SGD, "direction", "PNormDecay needs a copy of the weights: its decay depends on"),
 }  # fmt: skip
 
 
@@ -125,11 +132,12 @@ IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
 def test_a_path_that_cannot_be_taken_is_refused_with_its_reason(wrap: Any, base: Any, path: str, reason: str) -> None:
     """The error names the path, the optimizer, the reason and the way out; the base is as it was."""
     made, lam = base([weight(1.0)]), {} if wrap is CautiousUpdate else {"lam": 0.1}
-    with pytest.raises(ValueError, match=f"^path='{path}' cannot be taken by {type(made).__name__}: ") as caught:
+    text = f"^path='{path}' does not work for param group 0 of {type(made).__name__}: "
+    with pytest.raises(ValueError, match=text) as caught:
         wrap(made, path=path, **lam)
 
     assert reason in str(caught.value)
-    assert str(caught.value).endswith("Pass path=None, and the library chooses one that can")
+    assert str(caught.value).endswith("Pass path=None to let the library choose one that works")
 
 
 def test_an_unknown_path_is_refused() -> None:
@@ -141,7 +149,9 @@ def test_an_unknown_path_is_refused() -> None:
 def test_a_group_that_cannot_take_the_path_is_not_added() -> None:
     """A forced path is checked for later groups too."""
     opt = CautiousDecay(RMSprop([weight(1.0)], lr=0.1, weight_decay=0.5), path="direction")
-    with pytest.raises(ValueError, match="path='direction' cannot be taken by RMSprop: RMSprop with momentum"):
+    with pytest.raises(
+        ValueError, match="path='direction' does not work for param group 1 of RMSprop: RMSprop with mom"
+    ):
         opt.add_param_group({"params": [weight(1.0)], "momentum": 0.9})
 
     assert 1 == len(opt.param_groups)

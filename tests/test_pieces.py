@@ -438,9 +438,9 @@ REASONS = [
         {"dtypes": (F32, BF16), "size": 1e-3},
         "one eps for parameters of several dtypes",
     ),
-    ("timm.optim.adafactor.Adafactor", PLAIN, {}, "Adafactor with relative_step sets the lr"),
-    ("timm.optim.laprop.LaProp", FOREACH, {}, "LaProp with foreach rounds in another way"),
-    ("timm.optim.adabelief.AdaBelief", FOREACH, {}, "AdaBelief with rectify and foreach rounds in another way"),
+    ("timm.optim.adafactor.Adafactor", PLAIN, {}, "Adafactor with relative_step sets a new lr"),
+    ("timm.optim.laprop.LaProp", FOREACH, {}, "LaProp with foreach rounds differently"),
+    ("timm.optim.adabelief.AdaBelief", FOREACH, {}, "AdaBelief with rectify and foreach rounds differently"),
 ]
 
 
@@ -479,7 +479,7 @@ def test_the_first_step_of_older_versions_is_refused() -> None:
     optimizer = named("timm.optim.adopt.Adopt")([Parameter(torch.ones(2))], foreach=True)
     optimizer.param_groups[0].pop("max_lr_snapshot", None)
 
-    assert "at the step of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
+    assert "the step count of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
 
 
 # They pass the check, and yet what they do to one parameter may depend on others.

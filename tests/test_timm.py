@@ -59,7 +59,7 @@ def make(net: nn.Module, name: str, weight_decay: float = LAM, **kwargs: Any) ->
         if "kron" in name:
             patch.setattr("timm.optim.kron.has_dynamo", False)
         if name.endswith(("adamp", "sgdp")):
-            kwargs |= {"wd_ratio": 1.0}  # else their decay has no one step size, and the wrapper refuses
+            kwargs |= {"wd_ratio": 1.0}  # else their decay has no single step size, and the wrapper refuses
         return create_optimizer_v2(net, name, lr=LR, weight_decay=weight_decay, **kwargs)
 
 
@@ -372,7 +372,7 @@ def test_what_cannot_be_wrapped_says_why(registry: Any) -> None:
 
     registry.register(OptimInfo("schedulefree", ScheduleFreeAdamW))
 
-    with pytest.raises(ValueError, match=r"^cautious_schedulefree: .* cannot be put around ScheduleFreeAdamW: "):
+    with pytest.raises(ValueError, match=r"^cautious_schedulefree: .* cannot wrap ScheduleFreeAdamW: "):
         make(model(), "cautious_schedulefree")
 
 

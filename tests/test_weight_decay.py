@@ -171,9 +171,9 @@ def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
 
 
 NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
-    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1 of it: give the group wd_ratio=1"),
+    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1: pass wd_ratio=1"),
     "Kron": (named("timm.Kron"), {"stochastic_weight_decay": True}, "pass stochastic_weight_decay=False"),
-    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5 of it: pass fallback_lr_scale=1"),
+    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5: pass fallback_lr_scale=1"),
     "Adafactor": (named("transformers.Adafactor"), {"scale_parameter": True}, "pass scale_parameter=False"),
     "Apollo": (
         named("pytorch_optimizer.ApolloDQN"),
@@ -191,7 +191,7 @@ def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options
     """The error names the group and the optimizer, says why, and what to do; so does that of a group added later."""
     name = type(base).__name__
     base.param_groups[0] |= options
-    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no one step size for its decay: .*{text}"):
+    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no single step size for its decay: .*{text}"):
         CautiousDecay(base).add_param_group({"params": [weight(1.0)], "weight_decay": 0.5, **options})
     base.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(ValueError, match=rf"param group 0 of {name} .*{text}, or pass step_size=, a function"):
@@ -379,8 +379,8 @@ def test_a_decay_of_more_than_the_whole_weight_warns_once() -> None:
         opt.step()
 
     assert [
-        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step takes more than "
-        "the whole weight and turns its sign. Choose a smaller weight_decay"
+        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step decays a "
+        "weight past zero and flips its sign. Choose a smaller weight_decay"
         for i, lr in ((1, 1.5), (3, 2.0))
     ] == [str(w.message) for w in caught]
 
@@ -409,8 +409,8 @@ def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
     assert 0.5 == opt.param_groups[0]["weight_decay"]
     assert 0.75**2 == p.item()
     assert [
-        "weight_decay of param group 0 of Fading was set to 0.0 while the base stepped with its decay off; it is kept "
-        "at 0.5. To change it, set it from a hook of the wrapper, or between steps"
+        "weight_decay of param group 0 of Fading was set to 0.0 during the step, while the wrapper had the decay "
+        "off. It is 0.5 again. To change it, set it between steps, or in a hook of the wrapper"
     ] == [str(w.message) for w in caught]
 
 
@@ -422,7 +422,9 @@ def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
         lambda opt, *_: opt.param_groups[0].update(weight_decay=opt.param_groups[0]["weight_decay"] * 0.99)
     )
     opt = CautiousDecay(library.Lookahead(base))
-    with pytest.warns(UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* kept at 0.5"):
+    with pytest.warns(
+        UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* It is 0.5 again"
+    ):
         opt.step()
 
     assert 0.5 == opt.param_groups[0]["weight_decay"]
@@ -442,15 +444,15 @@ def test_a_decay_set_while_it_is_off_wins() -> None:
     ("name", "text"),
     [
         ("pytorch_optimizer.SaRA", "it trains only the weights below its threshold"),
-        ("pytorch_optimizer.GSAM", "it makes the gradients inside its own step.* Wrap the optimizer inside it"),
+        ("pytorch_optimizer.GSAM", "it computes the gradients inside its own step.* Wrap the optimizer inside it"),
         ("torchao.CPUOffloadOptimizer", r"optimizer_class=CautiousDecay.over\(AdamW\)"),
         ("torch.PostLocalSGDOptimizer", "Wrap the optimizer inside it"),
-        ("heavyball.MSAMLaProp", "it computes the weights anew at each step"),
+        ("heavyball.MSAMLaProp", "computes the weights from a copy that the optimizer keeps"),
     ],
 )
 def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) -> None:
     """The error says why and, where there is one, names the way."""
-    with pytest.raises(ValueError, match=f"CautiousDecay cannot be put around {name.split('.')[1]}: .*{text}"):
+    with pytest.raises(ValueError, match=f"CautiousDecay cannot wrap {name.split('.')[1]}: .*{text}"):
         CautiousDecay(named(name), lam=0.5)
 
 
@@ -486,7 +488,7 @@ def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: s
     base = named(name)
     base.param_groups[0] |= options
     base.param_groups[0]["params"] = [weight(1.0, dtype=torch.bfloat16)]
-    with pytest.raises(ValueError, match=r"further bits of its 16-bit weights .*rounding='stochastic'"):
+    with pytest.raises(ValueError, match=r"low bits of its 16-bit weights .*rounding='stochastic'"):
         CautiousDecay(base, lam=0.5)
     CautiousDecay(base, lam=0.5, rounding="stochastic")
     base.param_groups[0] |= {"params": [weight(1.0)], "param_ecc": None}
