@@ -1,4 +1,4 @@
-"""Who carries the rules out: chosen by device, refused where it cannot run, imported only when chosen."""
+"""The backend is chosen by device, refused where it cannot run, and imported only when chosen."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ def test_eager_runs_everywhere(device: str) -> None:
 
 
 def test_triton_is_refused_where_it_cannot_run() -> None:
-    """Asked for on the CPU, triton is an error that says why and lists what can run, at construction."""
+    """backend="triton" on the CPU raises at construction; the text says why and lists what can run."""
     can = "'eager', 'numba'" if HAS_NUMBA else "'eager'"
 
     with pytest.raises(ValueError, match=rf"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* {can}"):
@@ -41,7 +41,7 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
 
 
 def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where numba is installed but cannot be imported, the step warns once and is made without it."""
+    """If numba is installed but cannot be imported, the step warns once and uses torch operations."""
     monkeypatch.setattr(kernels, "_obstacles", {("numba", CPU): None})
     monkeypatch.setitem(sys.modules, "cwd_wrap.kernels._numba", None)
     monkeypatch.delattr(kernels, "_numba", raising=False)
@@ -58,7 +58,7 @@ def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an image without a C compiler the choice is eager, which is said once; triton is refused with the reason."""
+    """Without a C compiler the choice is eager, with one warning; backend="triton" raises with the reason."""
     import triton
 
     class Driver:
@@ -89,7 +89,7 @@ def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_card_without_triton_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton is not installed, steps on a card are made by torch operations without a word."""
+    """Without Triton, steps on a card use torch operations, and nothing warns."""
     monkeypatch.setattr(kernels, "_obstacles", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
