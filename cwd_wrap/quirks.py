@@ -1,4 +1,4 @@
-"""What particular optimizers need, or cannot be given, by name or option: the one place that knows them.
+"""Special cases of particular optimizers, by name or option, all in one place.
 
 A name is ``library.Class``; a bare class name holds for every library.
 """
@@ -88,7 +88,7 @@ def _has_master_bits(group: Group) -> bool:
 
 
 def warning(optimizer: Optimizer) -> str | None:
-    """What the user of a wrapped ``optimizer`` must know; None if nothing."""
+    """The text of the warning for a user who wraps ``optimizer``; None if there is none."""
     return next((_WARNED[name] for name in _names(optimizer) if name in _WARNED), None)
 
 
@@ -97,7 +97,7 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     entries: dict[str, object] = {}
     if group.get("always_adapt") is False:  # timm's LAMB and LARS adapt their step only in groups that decay
         entries["always_adapt"] = True
-    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, without such a switch
+    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, but without a switch
         entries["weight_decay"] = ALMOST_ZERO
     if "weight_decay_1d" in group:  # MARS decays vectors by this instead
         entries["weight_decay_1d"] = 0.0
@@ -110,11 +110,11 @@ def shapes(group: Group) -> tuple[torch.Size, ...]:
 
 
 def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) -> Tensor | None:
-    """A flat piece of parameters, whose shapes nobody tells, that an engine has put into ``group``; None if none has.
+    """A flat piece of parameters of unknown shapes that an engine put into ``group``; None if there is none.
 
-    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the parameters, with which the optimizer was built, by
-    tensors of one dimension that are no Parameter; ``built_with`` has the shapes of all groups then. Engines that make
-    master weights do the same, in the parameters' own shapes.
+    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the optimizer's parameters by tensors of one dimension that
+    are not of type Parameter. ``built_with`` holds the shapes of all groups at construction, since engines with master
+    weights also replace parameters, but in the same shapes.
     """
     foreign = None
     for p in group["params"]:
@@ -126,19 +126,19 @@ def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) ->
 
 
 def many_gradients(optimizer: Optimizer) -> str | None:
-    """Why the gradient after its step says nothing about the weights before it; None if it does."""
+    """Why its gradient after the step does not belong to the weights before it; None if it does."""
     known = {"LBFGS", "SAM", "LookSAM", "FriendlySAM", "GSAM", "WSAM"}
     found = known.intersection(_names(optimizer))
     return "it evaluates several gradients in one step, and only the last is left after it" if found else None
 
 
 def maximizes(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Does the step climb the gradient? torch keeps the option in the group, pytorch_optimizer in the optimizer."""
+    """Does the step go up the gradient? torch has the option in the group, pytorch_optimizer in the optimizer."""
     return bool(group.get("maximize")) or any(getattr(layer, "maximize", False) for layer in layers(optimizer))
 
 
 def eta(optimizer: Optimizer, group: Group) -> Eta:
-    """What decoupled decay is multiplied by where that is not ``lr``; why, where there is no such number; else None."""
+    """The factor of decoupled decay where it is not ``lr``; a string with the reason if there is none; else None."""
     for layer in layers(optimizer):
         for name in _names(layer):
             if name in _ETA and (found := _ETA[name](layer, group)) is not None:
@@ -154,7 +154,7 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
 
 
 def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | None:
-    """Which parameters of ``group`` the optimizer's own decay leaves alone; None if it decays them all."""
+    """A test for parameters that the optimizer's own decay skips; None if it decays them all."""
     del group
     vectors_are = any(
         {"pytorch_optimizer.Kron", "pytorch_optimizer.LARS"} & {*_names(each)} for each in layers(optimizer)
@@ -163,12 +163,12 @@ def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | Non
 
 
 def _differs(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
-    """The learning rate that multiplies the decay is no one number."""
+    """No single learning rate multiplies the decay, unless ``fixed_decay`` is set."""
     return lambda _, group: None if group.get("fixed_decay") else f"{why}: {way_out}"
 
 
 def _never(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
-    """Nor is there one with ``fixed_decay``."""
+    """No single learning rate multiplies the decay, even with ``fixed_decay``."""
     return lambda *_: f"{why}: {way_out}"
 
 
@@ -188,7 +188,7 @@ def _kron(_: Any, group: Group) -> Any:
 
 
 def _timm_muon(_: Any, group: Group) -> Any:
-    """Vectors, and what a group says, are left to AdamW."""
+    """It steps vectors, and groups with ``use_fallback``, by AdamW."""
     scale = group.get("fallback_lr_scale", 1.0)
     if scale != 1 and not group.get("use_fallback"):
         return f"it steps some tensors by AdamW, with lr times fallback_lr_scale={scale:g}: pass fallback_lr_scale=1"
@@ -196,7 +196,7 @@ def _timm_muon(_: Any, group: Group) -> Any:
 
 
 def _timm_adafactor(_: Any, group: Group) -> Any:
-    """Its ``scale_parameter`` acts on the relative step alone."""
+    """Its ``scale_parameter`` acts only with a relative step."""
     return None if group["relative_step"] else group["lr"]
 
 
@@ -285,7 +285,7 @@ _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
 
 
 def layers(optimizer: object) -> Iterator[Optimizer]:
-    """The optimizer, and those inside it under the names in use for that."""
+    """The optimizer and those inside it, found under the usual attribute names."""
     seen: set[int] = set()
     while isinstance(optimizer, Optimizer) and id(optimizer) not in seen:
         seen.add(id(optimizer))

@@ -21,7 +21,7 @@ MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
 _FULLY_SHARD = "or shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes"
-_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
+_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # least half unit in the last place, as a share
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -133,7 +133,7 @@ class CautiousDecay(OptimizerWrapper):
         return backend.step_whole(buckets, **self._flags(count))
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
-        """Warn once where a decay is below half a unit in the last place of every weight."""
+        """Warn once if a decay is below half a unit in the last place of every weight."""
         dtype = buckets[0].w[0].dtype
         if self._warned or self.rounding == "stochastic" or dtype not in _HALF_ULP:
             return
@@ -335,14 +335,14 @@ class PNormDecay(OptimizerWrapper):
         nonzero = backend.count_nonzero(x)
         whole = [local_real_view(each) for each in p]
         if any(some.numel() != every.numel() for some, every in zip(w, whole, strict=True)):
-            # Rows that a sparse gradient touches: the others count too.
+            # ``w`` holds only the rows of a sparse gradient; count the other rows too.
             nonzero = nonzero + backend.count_nonzero(whole) - backend.count_nonzero(w)
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
         return sum(map(Tensor.numel, w)) if count else 0
 
 
 def _numel(parameter: Tensor, local: Tensor) -> int:
-    """Elements of the whole parameter; of the rows that a sparse gradient touches, where those are all there is."""
+    """Elements of the whole parameter, or of the rows in its sparse gradient if ``local`` holds only those."""
     return (
         local.numel()
         if local.shape != local_real_view(parameter).shape
