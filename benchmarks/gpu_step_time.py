@@ -95,7 +95,7 @@ def in_all(call: Callable[[], object], times: int = STEPS_OF_WALL, *, waits: boo
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of ``call``, which is called before on a side stream, as torch asks for."""
+    """A graph of ``call``, after warm-up calls on a side stream, which torch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

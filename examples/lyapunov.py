@@ -301,7 +301,7 @@ def draw(path: Path, results: Results, steps: Sequence[float], time: float) -> N
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Follow the energies that cautious decay lets fall, along the optimizers' own steps.",
+        description="Measure the energies that fall under cautious decay, along the optimizers' own steps.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -508,7 +508,7 @@ def test_unknown_scales(scale: object) -> None:
         CautiousUpdate(SGD([weight(1.0)], lr=0.1), scale=scale)  # type: ignore[arg-type]
 
 
-def test_the_observer_hears_how_many_were_kept() -> None:
+def test_the_report_counts_kept_updates() -> None:
     """The report counts the kept weights, also in groups that do not decay."""
     p, q = weight(0, 0, 0, 0, grad=[1, 1, -1, -1]), weight(0, 0, 0, 0)
     opt, reports = CautiousUpdate(Moves([p, q], FOUR)), []

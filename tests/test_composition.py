@@ -550,7 +550,7 @@ def test_a_closure_may_schedule_the_decay(wrap: Any) -> None:
     assert 0.25 == opt.param_groups[0]["weight_decay"]
 
 
-def test_observers_of_both_layers_hear_their_own() -> None:
+def test_observers_of_both_layers_get_their_own_reports() -> None:
     """The inner layer's report counts kept updates, the outer layer's counts decayed weights."""
     p = weight(1, 1, 1, -1, grad=[4, 4, 4, 4])
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale=None))

@@ -63,7 +63,7 @@ def test_the_discovery_finds_the_overrides() -> None:
 
 
 def test_the_signature_check_can_fail() -> None:
-    """A load_state_dict(sd), which torch calls by keyword, is told from torch's."""
+    """The check finds a load_state_dict(sd), whose parameter has another name than torch's."""
 
     class Renamed(CautiousDecay):
         def load_state_dict(self, sd: dict[str, Any]) -> None: ...

@@ -51,7 +51,7 @@ def test_zero_around_the_wrapper(every_path: PathOptions) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_zero_around_the_wrapper_hears_a_schedule() -> None:
+def test_a_schedule_on_zero_reaches_the_wrapper() -> None:
     """A value written into ZeRO's groups reaches the wrapper; the wrapper's temporary 0 does not reach ZeRO."""
     model = net()
     opt = zero(model.parameters(), CautiousDecay.over(AdamW))

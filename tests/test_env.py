@@ -40,7 +40,7 @@ def test_path_is_the_one_that_a_wrapper_takes(cls: type[Optimizer], options: dic
     assert taken == ("direction" if path == "one_pass" and kernels.name(None, CPU) == "eager" else path)
 
 
-def test_refused_classes_are_told() -> None:
+def test_refused_classes_are_listed() -> None:
     """The report marks a class as refused by its own name or that of a parent."""
 
     class TRAC(SGD): ...
@@ -61,7 +61,7 @@ def test_each_backend_can_run_or_says_why_not() -> None:
     assert [line for line in of_cpu if "(chosen)" in line] == [f"  {kernels.name(None, CPU)}: can run (chosen)"]
 
 
-def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_listed_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card is listed with name, memory and compute capability; one too old for Triton uses eager."""
     card = SimpleNamespace(name="Old Card", total_memory=8 << 30, major=6, minor=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -81,7 +81,7 @@ def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.Monke
     ]
 
 
-def test_versions_are_told() -> None:
+def test_versions_are_listed() -> None:
     """The report starts with Python's version and contains torch's."""
     lines = env.report().splitlines()
 
@@ -100,7 +100,7 @@ def test_optimizers_are_counted_and_listed() -> None:
     assert lines[start + 1 : start + 1 + counted] == [f"  {cls.__qualname__}: {env.path_of(cls)}" for cls in ours]
 
 
-def test_broken_packages_are_told_and_do_not_stop_the_report(tmp_path: Path) -> None:
+def test_broken_packages_are_listed_and_do_not_stop_the_report(tmp_path: Path) -> None:
     """Packages that are installed but raise when imported appear with their errors."""
     (tmp_path / "numba.py").write_text("")
     (tmp_path / "llvmlite.py").write_text("raise ImportError('no LLVM here')")

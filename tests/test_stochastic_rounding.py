@@ -399,7 +399,7 @@ def test_it_is_pickled_copied_and_handed_on() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @both_types
 def test_on_a_card(dtype: torch.dtype) -> None:
-    """Triton's mean is the float32 decay, and each replay of a CUDA graph draws anew."""
+    """Triton's mean is the float32 decay, and each replay of a CUDA graph draws new numbers."""
     kernel = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
     x = torch.ones(MANY, device="cuda", dtype=dtype)
     step = torch.zeros((), dtype=torch.int64, device="cuda")

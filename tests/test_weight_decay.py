@@ -209,7 +209,7 @@ def test_a_tensor_learning_rate_stays_a_tensor() -> None:
 
 
 def test_a_tensor_weight_decay_stays_a_tensor() -> None:
-    """So does a tensor weight_decay."""
+    """A tensor weight_decay gives a tensor on its own device, unread."""
     group = {"lr": 0.25, "weight_decay": torch.tensor(0.5, device="meta")}
 
     assert "meta" == weight_decay.eta_lam(group, 0, None, None, BASE).device.type
