@@ -1,4 +1,4 @@
-"""What the compilers make of the Triton kernels, for targets that need not be here, and what a launch costs the host.
+"""What the compilers make of the Triton kernels, for targets that may be absent, and the host's time for a launch.
 
 python benchmarks/compiled_kernels.py
 
@@ -117,7 +117,7 @@ KERNELS = {
 
 
 def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
-    """Compile as `_triton._launch` would on ``target``, and read what came out."""
+    """Compile as `_triton._launch` would on ``target``, and read the generated code."""
     columns = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
     constants = {
         "RULE": kernel.rule,
@@ -173,7 +173,7 @@ def _read_amd(assembly: str) -> Code:
     found = re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", main)
     widths = [(kind, AMD_BITS[size]) for kind, size in found]
     used = {name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
-    # Scalar registers spill to lanes of vector registers, which takes no memory; what does take some is in the stack.
+    # Scalar registers spill to lanes of vector registers, without memory; spills to memory show in the stack.
     return Code(
         _count(widths, "load"),
         _count(widths, "store"),
@@ -184,7 +184,7 @@ def _read_amd(assembly: str) -> Code:
 
 
 def _main_path(assembly: str, label: str) -> str:
-    """The first loop that loads, from its label to the last branch back there. (Later on, the tail may jump about.)"""
+    """The first loop that loads, from its label to the last branch back there. (The tail after it may jump.)"""
     for head in re.finditer(rf"^({label}\w+):", assembly, flags=re.MULTILINE):
         below = assembly[head.end() :]
         back = [branch.end() for branch in re.finditer(rf"bra[\w.]*\s+{re.escape(head[1])}\b", below)]
@@ -199,7 +199,7 @@ def _count(widths: list[tuple[str, int]], kind: str) -> Counter[int]:
 
 
 class _NoDriver:
-    """Stands in for a driver, so that Triton prepares launches for an sm_90 that is not there."""
+    """Replaces the driver, so that Triton prepares launches for an sm_90 without a card."""
 
     def get_current_device(self) -> int:
         return 0

@@ -15,7 +15,7 @@ ETA_LAM, BETA = 1e-5, 0.9
 
 
 def along(x: Tensor, m: Tensor, g: Tensor) -> None:
-    """The rule as one would write it: direction, mask, decay."""
+    """The plain rule: direction, mask, decay."""
     u = m.lerp(g, 1 - BETA)
     mask = torch.sign(u) * x >= 0
     x.sub_(ETA_LAM * mask * x)

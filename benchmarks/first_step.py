@@ -1,4 +1,4 @@
-"""How much later do the first steps end with numba, which is imported and compiles in them? Fresh processes.
+"""How much time does numba add to the first steps, in which it is imported and compiles? Fresh processes.
 
 python benchmarks/first_step.py
 

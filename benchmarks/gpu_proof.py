@@ -1,9 +1,9 @@
-"""What has to hold on a card, row by row: tests, speeds, steps, graphs, streams, memory checks. At most eight minutes.
+"""Checks on a card, row by row: tests, speeds, steps, graphs, streams, memory checks. At most eight minutes.
 
 PYTHONPATH=. python benchmarks/gpu_proof.py [--no-tests] [--only kernels steps] [--out gpu_proof]
 
-It takes torch, triton and pytest, and no network. The tests for cards run first and have ten minutes of their own. Each
-part of the proof is a process of its own, so a crash costs that part only. Each row stands alone: one that raises is
+It needs torch, triton and pytest, and no network. The tests for cards run first and have ten minutes of their own. Each
+part of the proof is a process of its own, so a crash ends that part only. Rows are independent: one that raises is
 printed as failed, and the next one is tried. Rows are printed as they come, and written to rows.csv and page.md.
 
 --dry: no card. The kernels are interpreted on the CPU, on small tensors, to show that the rows themselves work.
@@ -58,7 +58,7 @@ Trial = tuple[str, Callable[[], object]]
 
 
 class Skipped(Exception):  # noqa: N818 - no error
-    """A row that this machine cannot have, and why."""
+    """The reason why this machine cannot run a row."""
 
 
 def needs_a_card() -> None:
@@ -67,7 +67,7 @@ def needs_a_card() -> None:
 
 
 def rows_of(part: str, trials: Iterable[Trial | Row]) -> Iterator[Row]:
-    """Each trial carried out; one that raises becomes a row that says so."""
+    """Run each trial; one that raises becomes a failed row."""
     trials = iter(trials)
     while True:
         try:
@@ -569,7 +569,7 @@ def in_this_process(part: str) -> Iterator[Row]:
 
 
 def in_another_process(part: str, seconds: float, log: Path) -> Iterator[Row]:
-    """The rows of a part as they come; a crash or too much time ends it, and is a row as well."""
+    """The rows of a part as they come; a crash or a timeout ends the part, with a row of its own."""
     command = [sys.executable, str(HERE), "--child", part, *(["--dry"] if DRY else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     with log.open("a") as errors:

@@ -1,4 +1,4 @@
-"""How long is a step on this card, for the card, for the host and in all? Against fused AdamW with its own decay.
+"""Time of a step on this card: device, host and wall time, against fused AdamW with its own decay.
 
 python benchmarks/gpu_step_time.py [--scale 4]
 
@@ -56,7 +56,7 @@ def failed(part: str, what: str, error: BaseException) -> Row:
 
 
 def on_the_device(call: Callable[[], object]) -> float:
-    """Of what ``call`` launches, all of it enqueued before the card begins."""
+    """Device time of what ``call`` launches, all enqueued before the card starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(5 * MILLISECOND)
     start.record()
@@ -67,7 +67,7 @@ def on_the_device(call: Callable[[], object]) -> float:
 
 
 def on_the_host(call: Callable[[], object]) -> float:
-    """Until ``call`` has returned, while the card is busy with something else."""
+    """Host time until ``call`` returns, while the card is busy with other work."""
     for busy in (30, 120, 480):
         torch.cuda.synchronize()
         torch.cuda._sleep(busy * MILLISECOND)
@@ -82,7 +82,7 @@ def on_the_host(call: Callable[[], object]) -> float:
 
 
 def in_all(call: Callable[[], object], times: int = STEPS_OF_WALL, *, waits: bool = True) -> float:
-    """Until the card is done, of one of so many calls."""
+    """Wall time per call, until the card is done with all of them."""
     waits = waits and torch.cuda.is_available()
     if waits:
         torch.cuda.synchronize()
@@ -95,7 +95,7 @@ def in_all(call: Callable[[], object], times: int = STEPS_OF_WALL, *, waits: boo
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of ``call``, which is called before on a side stream, as torch asks for."""
+    """A graph of ``call``, after warm-up calls on a side stream, which torch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -112,7 +112,7 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def moved(optimizer: torch.optim.Optimizer, call: Callable[[], object]) -> None:
-    """Raise unless ``call`` moves the optimizer's weights: a benchmark of steps that do nothing says nothing."""
+    """Raise unless ``call`` moves the optimizer's weights: the time of a step that does nothing means nothing."""
     before = _sample(optimizer)
     call()
     share = (_sample(optimizer) != before).float().mean().item()

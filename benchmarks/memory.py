@@ -25,7 +25,7 @@ def matrices() -> list[torch.nn.Parameter]:
     return parameters
 
 
-# What is built, and the path that is forced.
+# The optimizer, and its forced path.
 CASES: dict[str, tuple[Callable[[], Optimizer], str | None]] = {
     "AdamW, plain": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "plain"),
     "AdamW, one_pass": (lambda: AdamW(gpt2_small(), lr=1e-4, weight_decay=0.1, fused=True), "one_pass"),
@@ -62,7 +62,7 @@ def measure(case: str) -> None:
     build, path = CASES[case]
     optimizer = build()
     lam = None if "weight_decay" in optimizer.param_groups[0] else 0.1
-    optimizer.step()  # the base's own state is not what is asked for
+    optimizer.step()  # the base's own state is not part of the measurement
     plain = peak_of(optimizer)
     if path == "plain":
         print(plain, 0, 0)

@@ -25,7 +25,7 @@ BACKENDS = ("numba", "eager") if importlib.util.find_spec("numba") else ("eager"
 
 
 class ByHand(AdamW):
-    """What people write by hand: clone everything, step, then the three lines of the rule on whole tensors."""
+    """The usual code by hand: clone everything, step, then three lines of the rule on whole tensors."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -1,7 +1,7 @@
 """Which of the four paths a param group takes, and why.
 
-What a method needs (`Rule`), what is known of the base (`directions`, `updates`, `pieces`) and what runs on the device
-(`kernels`) decide.
+The choice depends on the method (`Rule`), on the base (`directions`, `updates`, `pieces`) and on the backends of the
+device (`kernels`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,31 +21,31 @@ PATHS = ("one_pass", "direction", "pieces", "snapshot")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a method is, for the paths that carry it out. The bool of each function asks for a count."""
+    """A method, as the paths need it. The bool argument of each function asks for a count of decayed weights."""
 
     name: str
-    """The method's, for the texts of errors."""
+    """The method's name, for error texts."""
     after: Callable[[Backend, Sequence[Stepped], bool], Count]
-    """The rule on weights that have been stepped."""
+    """Applies the rule to weights after the base's step."""
     needs_copy: str | None = None
-    """Why it needs the weights from before the step; None if the sign of the update is enough."""
+    """Why it needs a copy of the weights from before the step; None if the sign of the update is enough."""
     before: Callable[[Backend, Sequence[Coming], bool], Count] | None = None
-    """The rule on weights that are about to be stepped."""
+    """Applies the rule to weights before the base's step."""
     whole: Callable[[Backend, Sequence[Whole], bool], Count] | None = None
-    """The rule and the base's update at once."""
+    """Applies the rule and the base's update together."""
     reads_gradient: bool = False
     """Does ``after`` need the gradients?"""
     every_group: bool = False
-    """Does it act on groups that do not decay too?"""
+    """Does it also act on groups that do not decay?"""
     draws: bool = False
     """Does it draw random numbers?"""
     whole_tensors: str | None = None
-    """What to do where only flat pieces of tensors are known, if it needs a number over each tensor; else None."""
+    """The way out for groups of flat pieces, if it counts over each whole tensor; else None."""
     rounds: bool = False
-    """Does ``whole`` round 16-bit weights as the base does not? Then it steps groups that do not decay too."""
+    """Does ``whole`` round 16-bit weights stochastically? Then it also steps groups that do not decay."""
 
     def has_work(self, eta_lam: float | Tensor) -> bool:
-        """Does a group that decays by ``eta_lam`` have anything to do?"""
+        """Does the method act on a group with this ``eta_lam``?"""
         return self.every_group or isinstance(eta_lam, Tensor) or eta_lam != 0
 
 
@@ -69,9 +69,13 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
     if forced is not None:
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
+            groups = base.param_groups
+            index = next(
+                (i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups)
+            )  # about to join
             msg = (
-                f"path={forced!r} cannot be taken by {type(base).__name__}: {reason}. "
-                "Pass path=None, and the library chooses one that can"
+                f"path={forced!r} does not work for param group {index} of {type(base).__name__}: {reason}. "
+                "Pass path=None to let the library choose one that works"
             )
             raise ValueError(msg)
         return Choice(forced, f"path={forced!r} was passed")
@@ -104,23 +108,23 @@ def paths_of(
 def check_path(path: str | None) -> None:
     """Raise ValueError unless ``path`` is None (the library chooses) or the name of one."""
     if path is not None and path not in PATHS:
-        msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None"
+        msg = f"unknown path {path!r}: pass one of {', '.join(map(repr, PATHS))}, or None to let the library choose"
         raise ValueError(msg)
 
 
 def check_pieces(
     rule: Rule, base: Optimizer, eta_lams: Sequence[float | Tensor], built_with: Collection[tuple[torch.Size, ...]]
 ) -> None:
-    """Raise ValueError where ``rule`` needs a number over each tensor, and a group has flat pieces of tensors."""
+    """Raise ValueError if ``rule`` counts over each whole tensor and a group has flat pieces of tensors."""
     if rule.whole_tensors is None:
         return
     for i, (group, eta_lam) in enumerate(zip(base.param_groups, eta_lams, strict=True)):
         piece = quirks.flat_pieces(group, built_with) if rule.has_work(eta_lam) else None
         if piece is not None:
             msg = (
-                f"{rule.name} needs a number over each whole tensor, but param group {i} of {type(base).__name__} has "
-                f"flat pieces of them, of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron make: "
-                f"{rule.whole_tensors}"
+                f"{rule.name} needs a count over each whole tensor, but param group {i} of {type(base).__name__} has "
+                f"flat pieces of tensors, such as one of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron "
+                f"make them: {rule.whole_tensors}"
             )
             raise ValueError(msg)
 
@@ -166,10 +170,10 @@ def _why_not(
 
 def _why_not_pieces(base: Optimizer, group: Mapping[str, Any]) -> str | None:
     if _is_compiled(base.step):  # compiling sets the groups up for compiled code only
-        return f"the step of {type(base).__name__} is compiled"
+        return f"the step of {type(base).__name__} is compiled by torch.compile"
     return pieces.why_not(base, group)
 
 
 def _is_compiled(step: object) -> bool:
-    """By torch.compile, which marks what it shall not compile (RAdam.step, say) in nearly the same way."""
+    """Is it compiled by torch.compile? That marks functions it must not compile (RAdam.step) almost the same way."""
     return hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False)

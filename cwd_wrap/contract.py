@@ -1,7 +1,7 @@
 """The interface of torch.optim.Optimizer for an optimizer that wraps another: all of it but the step.
 
-It owns no parameter, no group and no state: ``param_groups``, ``state`` and ``defaults`` are the base's own objects,
-looked up each time, since schedulers, checkpoints and engines replace them. Everything forwarded is forwarded by name.
+It has no parameters, groups or state: ``param_groups``, ``state`` and ``defaults`` are the base's own objects, looked
+up each time, since schedulers, checkpoints and engines replace them. Every attribute is forwarded by name.
 There is no ``__getattr__``, so GradScaler sees a plain optimizer: it unscales the gradients itself and skips the step.
 """
 
@@ -22,7 +22,7 @@ StepFunction = TypeVar("StepFunction", bound=Callable[..., Any])
 
 
 def _forwarded(name: str) -> property:
-    """The base's attribute of that name; where the base has none, the wrapper has none either (AttributeError)."""
+    """A property that returns the base's attribute of that name, or raises AttributeError if the base has none."""
     return property(lambda self: getattr(self.base_optimizer, name))
 
 
@@ -42,7 +42,7 @@ def with_hooks(step: StepFunction) -> StepFunction:
                 if changed is None:
                     continue
                 if not (isinstance(changed, tuple) and len(changed) == 2):
-                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), got {changed!r:.80}"
+                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), not {changed!r:.80}"
                     raise RuntimeError(msg)
                 arguments, kwargs = changed
             result = step(*arguments, **kwargs)
@@ -58,24 +58,27 @@ def check_optimizer(name: str, base: object) -> None:
     """Raise TypeError unless ``base`` is an instance of an optimizer."""
     if isinstance(base, type) and issubclass(base, Optimizer):
         msg = (
-            f"{name} wraps an optimizer, not a class of them: pass {base.__name__}(params, ...), "
-            f"or make a class with {name}.over({base.__name__})"
+            f"{name} wraps a torch.optim.Optimizer, but got the class {base.__name__}: pass "
+            f"{base.__name__}(params, ...), or make a class with {name}.over({base.__name__})"
         )
         raise TypeError(msg)
     if not isinstance(base, Optimizer):
-        msg = f"{name} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}"
+        msg = (
+            f"{name} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. "
+            "Pass an optimizer, such as torch.optim.AdamW(params, ...)"
+        )
         raise TypeError(msg)
 
 
 def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise TypeError for parameters in place of an optimizer, and for arguments that belong to the optimizer."""
     parameters = inspect.signature(cls.__init__).parameters
-    if "base_optimizer" not in parameters:  # it builds the optimizer itself, as the classes from `over` do
+    if "base_optimizer" not in parameters:  # classes from `over` build the optimizer themselves
         return
     base = args[0] if args else kwargs.get("base_optimizer")
     if base is not None and not isinstance(base, Optimizer | type):
         msg = (
-            f"{cls.__name__} wraps a torch.optim.Optimizer, got {type(base).__name__}: {base!r:.80}. Pass "
+            f"{cls.__name__} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. Pass "
             f"torch.optim.AdamW(params, ...), or use {cls.__name__}.over(torch.optim.AdamW)(params, ...)"
         )
         raise TypeError(msg)
@@ -107,8 +110,8 @@ class Contract(Optimizer):
         return super().__new__(cls)
 
     def _start(self) -> None:
-        """Make what is neither a setting nor the base's: at construction and after unpickling."""
-        # Optimizer.__init__ would build groups and state of its own; these are the other things it makes.
+        """Set the attributes that are not pickled: at construction and after unpickling."""
+        # Optimizer.__init__ is not called, since it would build groups and state. These are its other attributes.
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
@@ -166,7 +169,7 @@ class Contract(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
-        state_dict = state_dict.copy()  # the hooks may change it, the caller's stays
+        state_dict = state_dict.copy()  # hooks may change the copy, not the caller's dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed

@@ -1,9 +1,9 @@
-"""Which way will the optimizer's next step go? For some it follows from the gradient and the state alone.
+"""The sign of the optimizer's next update, for optimizers whose gradient and state alone determine it.
 
     sign(u) = sign(a*m + b*g)        m: a tensor in the parameter's state, g: its gradient, a > 0 and b scalars
 
-Then the mask is known before the step: nothing has to be copied, and what rounds away in the step (bfloat16) cannot
-blur it. A class is in the table, by its exact name, only if its update reads no weight (so that decaying before the
+Then the mask is known before the step: no copy is needed, and rounding of the step (bfloat16) cannot change the mask.
+A class is in the table, by its exact name, only if its update reads no weight (so that decaying before the
 step is the same as decaying beside it) and a test holds it equal to the snapshot path. Left out because it does not
 hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own
 scale), whatever reads the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
@@ -42,11 +42,11 @@ class Direction(NamedTuple):
 
 
 def find(optimizer: Optimizer, group: Group) -> Direction | str:
-    """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is not known beforehand."""
+    """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is unknown."""
     cls = type(optimizer)
     name = f"{cls.__module__}.{cls.__qualname__}"
     if name not in TABLE:
-        return f"the sign of {cls.__name__}'s coming update is not known from its gradient and state alone"
+        return f"the gradient and the state of {cls.__name__} alone are not known to give the sign of its next update"
     if group.get("caution"):
         return f"{cls.__name__} masks its own update in a group with caution=True"
     return TABLE[name](group)
@@ -107,7 +107,7 @@ def _unscaled_only(group: Group) -> Direction | str:
 
 def _linear(group: Group, state_key: str, a: float, b: float) -> Direction | str:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return "its coefficients are tensors"
+        return "its coefficients (momentum, betas) are tensors: pass numbers"
     return Direction(state_key, _sign(group), (a, _sign(group) * b)) if a > 0 else _gradient(group)
 
 

@@ -1,6 +1,6 @@
 """Random numbers that are a function of a seed, the step, the parameter and the place in it. No generator is used.
 
-So replicas agree however they are seeded, shards agree with the whole, and nothing else in the program changes. The
+So replicas agree whatever their seeds, shards agree with the whole tensor, and no other random numbers change. The
 bits are SplitMix64's (Steele, Lea and Flood, 2014; `rules.mix`) at the counter (seed, step, parameter, place).
 """
 
@@ -38,9 +38,9 @@ class Draws(NamedTuple):
 
 
 class Stream:
-    """The random numbers of one wrapper: of its seed, and of the steps that its base has taken.
+    """The random numbers of one wrapper: a function of its seed and of the steps that its base has taken.
 
-    The count is the base's own ``step`` where its state has one, so that a resumed run goes on with the same numbers.
+    The count is the base's own ``step`` where its state has one, so a resumed run draws the same numbers.
     For other bases it begins at 0 when a checkpoint is loaded.
     """
 
@@ -59,11 +59,11 @@ class Stream:
         if self.steps is None:
             self.steps = _steps_taken(base.state)
             for counter in self._counters.values():
-                counter.fill_(self.steps)  # in its place: a CUDA graph may count there
+                counter.fill_(self.steps)  # in place: a CUDA graph may use this counter
             return
         self.steps += 1
         for counter in self._counters.values():
-            counter.add_(1)  # on the device: the replay of a CUDA graph counts too
+            counter.add_(1)  # on the device, so that each replay of a CUDA graph counts too
 
     def on(self, device: torch.device) -> Tensor:
         """The stream of this step, on ``device``."""

@@ -7,7 +7,7 @@ _NOT_THE_USERS = ("cwd_wrap", "torch", "contextlib")
 
 
 def warn(text: str) -> None:
-    """Warn at the first line up the stack that is neither this package's nor torch's, however many lie between."""
+    """Warn at the nearest line of the call stack that is neither in this package nor in torch."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         level, frame = level + 1, frame.f_back

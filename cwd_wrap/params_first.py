@@ -12,34 +12,34 @@ Options = tuple[tuple[str, object], ...]
 
 
 class _Over(type):
-    """The type of these classes. No module contains them, so pickle stores how they are made instead."""
+    """The metaclass of these classes. No module contains them, so pickle stores how to make them."""
 
 
-# Weak: a class goes when nothing uses it, and takes its options (lambdas, say) with it.
+# Weak: an unused class is freed, with its options (lambdas, for example).
 _made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 
 def over(wrapper: Any, base: Callable[..., Optimizer], options: dict[str, object]) -> Any:
-    """`make`, for arguments that a user passed. Raises TypeError where they are unfit."""
+    """`make`, with a check of the user's arguments. Raises TypeError if they are wrong."""
     name = wrapper.__name__
     if not (issubclass(base, Optimizer) if isinstance(base, type) else callable(base)):
         msg = (
             f"{name}.over takes a class of optimizers, such as torch.optim.AdamW, "
-            f"or a function that returns an optimizer, got {base!r:.80}"
+            f"or a function that returns an optimizer, but got {base!r:.80}"
         )
         raise TypeError(msg)
     known = [each for each in inspect.signature(wrapper.__init__).parameters if each not in ("self", "base_optimizer")]
     if unknown := sorted(set(options) - set(known)):
         msg = (
             f"{name}.over got {', '.join(unknown)}, which {name} does not take: it takes {known}. "
-            "Arguments of the optimizer go to the class that over returns"
+            "Pass arguments of the optimizer to the class that over returns"
         )
         raise TypeError(msg)
     return make(wrapper, base, tuple(sorted(options.items())))
 
 
 def make(wrapper: Any, base: Callable[..., Optimizer], options: Options) -> Any:
-    """The class for this wrapper, base and options. While it is in use there is one, so pickles return to it."""
+    """The class for this wrapper, base and options: one at a time, so that a pickle loads as the class in use."""
     _check_options(wrapper, options)
     key = wrapper, base, tuple((name, type(value), value) for name, value in options)  # 1 and 1.0 are equal
     if (made := _made.get(key)) is not None:
@@ -58,7 +58,7 @@ def make(wrapper: Any, base: Callable[..., Optimizer], options: Options) -> Any:
 
 
 def _check_options(wrapper: Any, options: Options) -> None:
-    """Raise what the constructor would, before there are parameters; and where an option cannot be part of a key."""
+    """Raise the constructor's errors before there are parameters, and TypeError for an unhashable option."""
     if options:
         takes_every_path = SGD([{"params": []}], lr=1.0, weight_decay=0.5, fused=True)
         wrapper(takes_every_path, **dict(options))
@@ -77,7 +77,7 @@ def _constructor(
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
         wrapper.__init__(self, base(*args, **kwargs), **options)
 
-    # jsonargparse (LightningCLI) reads this one, other libraries read the class's.
+    # jsonargparse (LightningCLI) reads this signature, other libraries read the class's.
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[itself, *signature.parameters.values()]

@@ -103,7 +103,7 @@ def _check_shapes(base: Optimizer, weight: Tensor, other: Tensor) -> None:
     if weight.shape != other.shape:
         msg = (
             f"{type(base).__name__} has a weight of shape {tuple(weight.shape)} whose gradient or state has shape "
-            f"{tuple(other.shape)}: was a checkpoint of another model loaded, or the weight replaced?"
+            f"{tuple(other.shape)}: load a checkpoint of this model, and make a new optimizer when a weight is replaced"
         )
         raise ValueError(msg)
 

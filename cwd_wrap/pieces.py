@@ -1,10 +1,10 @@
-"""Does an optimizer take the same step when it steps its parameters in pieces, one subset after the other?
+"""Optimizers that take the same step when their parameters are stepped in pieces, one subset after another.
 
-For the time of one piece each ``group["params"]`` holds only the piece's parameters (an empty list where a group has
+During the step of a piece, each ``group["params"]`` holds only the piece's parameters (an empty list where a group has
 none), and the optimizer's own ``step`` is called without its hooks. A class is in the table, by its exact name, only
-if all that its step reads and writes belongs to one parameter: its weight, gradient and state, and its group's options,
-which the step leaves as they are. Each row is held to the whole step, bit for bit on a CPU, weights and state, in
-pieces of several sizes and in reverse order too. Left out because it does not hold:
+if its step on a parameter reads and writes only the parameter's weight, gradient and state, and reads its group's
+options. A test compares each row with the whole step, weights and state, bit for bit on a CPU, in pieces of several
+sizes and also in reverse order. These optimizers are left out, because they do not pass:
 
 - a counter in the group or in the optimizer, counted up at each call: all of pytorch_optimizer, Adan and Lamb of timm,
   MADGRAD of torch_optimizer, Lookahead, schedule-free ones;
@@ -13,10 +13,10 @@ pieces of several sizes and in reverse order too. Left out because it does not h
 - step sizes that all parameters share in a cache: RAdam and Ranger of torch_optimizer;
 - an lr that the step sets halfway: SWATS of torch_optimizer;
 - random numbers drawn for one parameter after the other: Kron;
-- whatever is in an optimizer that wraps another: OrthoGrad.
+- an optimizer that wraps another: OrthoGrad.
 
-One thing may round differently: where a group has parameters on two kinds of devices, ``foreach=None`` chooses the form
-of the update by all parameters that the step is given.
+One case may round differently: if a group has parameters on two kinds of devices, ``foreach=None`` chooses the form of
+the update by all parameters of the call.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ def why_not(optimizer: Optimizer, group: Group) -> str | None:
 
 
 def _always(_: Group) -> None:
-    """Under all options."""
+    """Pieces work with all options."""
 
 
 def _one_dtype(group: Group) -> str | None:
@@ -48,31 +48,31 @@ def _one_dtype(group: Group) -> str | None:
 
 def _given_lr(group: Group) -> str | None:
     if group["relative_step"]:
-        return "Adafactor with relative_step sets the lr of its group anew for each parameter: pass an lr"
+        return "Adafactor with relative_step sets a new lr in its group for each parameter: pass an lr"
     return None
 
 
 def _uncached(group: Group) -> str | None:
     if "buffer" in group:
-        return "timm before 1.0.31 caches step sizes for all parameters of a group"
+        return "timm before 1.0.31 caches step sizes for all parameters of a group: upgrade timm"
     return None
 
 
 def _rectified(group: Group) -> str | None:
     if group["rectify"] and group["degenerated_to_sgd"] and _foreach(group):
-        return "AdaBelief with rectify and foreach rounds in another way where parameters are at different steps"
+        return "AdaBelief with rectify and foreach rounds differently where parameters have different step counts"
     return _uncached(group)
 
 
 def _one_by_one(group: Group) -> str | None:
     if _foreach(group):
-        return "LaProp with foreach rounds in another way where parameters are at different steps"
+        return "LaProp with foreach rounds differently where parameters have different step counts"
     return None
 
 
 def _own_first_step(group: Group) -> str | None:
     if _foreach(group) and "max_lr_snapshot" not in group:
-        return "Adopt of timm before 1.0.31 with foreach takes all parameters of a group to be at the step of the first"
+        return "Adopt of timm before 1.0.31 with foreach gives all parameters of a group the step count of the first"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What particular optimizers need, or cannot be given, by name or option: the one place that knows them.
+"""Special cases of particular optimizers, by name or option, all in one place.
 
 A name is ``library.Class``; a bare class name holds for every library.
 """
@@ -14,32 +14,36 @@ from torch.optim import Optimizer
 Group = Mapping[str, Any]
 Eta = float | Tensor | str | None
 
-_ANEW = "it computes the weights anew at each step from a copy of its own, so a decay of the parameter is lost"
+_OWN_COPY = (
+    "each step computes the weights from a copy that the optimizer keeps, so the decay is lost. "
+    "Use the optimizer without a wrapper"
+)
+_IN_BACKWARD = "it updates the weights during backward, before its step is called. Use it without a wrapper"
 
 _REFUSED: Mapping[str, str] = {
-    "TRAC": _ANEW,
-    "FTRL": _ANEW,
-    "Nero": _ANEW,
-    "DAdaptAdaGrad": _ANEW,
-    "dadaptation.DAdaptSGD": _ANEW,
-    "MSAMLaProp": _ANEW,
+    "TRAC": _OWN_COPY,
+    "FTRL": _OWN_COPY,
+    "Nero": _OWN_COPY,
+    "DAdaptAdaGrad": _OWN_COPY,
+    "dadaptation.DAdaptSGD": _OWN_COPY,
+    "MSAMLaProp": _OWN_COPY,
     "BSAM": "its weight_decay is the precision of a prior and multiplies the gradient: at 0 it does not train",
     "SafeFP16Optimizer": "it keeps the weights in a flat float32 copy. Wrap the optimizer inside it",
-    "LOMO": "it steps inside backward, where a wrapper's step cannot see it",
-    "AdaLOMO": "it steps inside backward, where a wrapper's step cannot see it",
+    "LOMO": _IN_BACKWARD,
+    "AdaLOMO": _IN_BACKWARD,
     "PCGrad": "it edits gradients and is not an optimizer. Wrap the optimizer inside it",
-    "accelerate.AcceleratedOptimizer": "it decides whether to step. Wrap first, then call accelerator.prepare",
+    "accelerate.AcceleratedOptimizer": "it may skip a step. Wrap the optimizer first, then call accelerator.prepare",
     "SaRA": "it trains only the weights below its threshold, and a decay would change those that it freezes",
-    "GSAM": "it makes the gradients inside its own step, where a wrapper's step cannot see them. "
+    "GSAM": "it computes the gradients inside its own step, where a wrapper cannot read them. "
     "Wrap the optimizer inside it",
-    "CPUOffloadOptimizer": "it steps copies of the weights, with one optimizer each, and copies them back. Let it make "
-    "those that decay: optimizer_class=CautiousDecay.over(AdamW)",
-    "PostLocalSGDOptimizer": "it averages the weights over the ranks in its step, which is no update. Wrap the "
-    "optimizer inside it",
+    "CPUOffloadOptimizer": "it steps copies of the weights, with one optimizer for each, and copies them back. Have "
+    "those optimizers wrapped: optimizer_class=CautiousDecay.over(AdamW)",
+    "PostLocalSGDOptimizer": "its step also averages the weights over the ranks, which is not an update. "
+    "Wrap the optimizer inside it",
 }
 
 _PULLED_BACK = (
-    "later steps pull each weight back towards a copy of its own that knows no decay, so the decay acts weaker"
+    "each step pulls the weights back towards a copy that does not decay, so they decay less than weight_decay says"
 )
 
 _WARNED: Mapping[str, str] = {
@@ -61,8 +65,8 @@ def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
         return by_class
     if rounding != "stochastic" and any(map(_has_master_bits, getattr(optimizer, "param_groups", ()))):
         return (
-            "it keeps further bits of its 16-bit weights apart from them, so that its own decay counts where one of "
-            "the weights alone is rounded away. Pass rounding='stochastic', or keep float32 weights"
+            "it keeps the low bits of its 16-bit weights in other tensors. The wrapper writes the weights alone, so a "
+            "small decay is rounded away. Pass rounding='stochastic', or keep float32 weights"
         )
     return None
 
@@ -71,7 +75,7 @@ def refusal_of(cls: type[Optimizer]) -> str | None:
     """Why no optimizer of class ``cls`` can be wrapped; None if they can."""
     names = _names_of(cast("Hashable", cls))
     if any("ScheduleFree" in name for name in names):
-        return _ANEW
+        return _OWN_COPY
     return next((_REFUSED[name] for name in names if name in _REFUSED), None)
 
 
@@ -84,7 +88,7 @@ def _has_master_bits(group: Group) -> bool:
 
 
 def warning(optimizer: Optimizer) -> str | None:
-    """What the user of a wrapped ``optimizer`` must know; None if nothing."""
+    """The text of the warning for a user who wraps ``optimizer``; None if there is none."""
     return next((_WARNED[name] for name in _names(optimizer) if name in _WARNED), None)
 
 
@@ -93,7 +97,7 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     entries: dict[str, object] = {}
     if group.get("always_adapt") is False:  # timm's LAMB and LARS adapt their step only in groups that decay
         entries["always_adapt"] = True
-    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, without such a switch
+    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, but without a switch
         entries["weight_decay"] = ALMOST_ZERO
     if "weight_decay_1d" in group:  # MARS decays vectors by this instead
         entries["weight_decay_1d"] = 0.0
@@ -106,11 +110,11 @@ def shapes(group: Group) -> tuple[torch.Size, ...]:
 
 
 def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) -> Tensor | None:
-    """A flat piece of parameters, whose shapes nobody tells, that an engine has put into ``group``; None if none has.
+    """A flat piece of parameters of unknown shapes that an engine put into ``group``; None if there is none.
 
-    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the parameters, with which the optimizer was built, by
-    tensors of one dimension that are no Parameter; ``built_with`` has the shapes of all groups then. Engines that make
-    master weights do the same, in the parameters' own shapes.
+    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the optimizer's parameters by tensors of one dimension that
+    are not of type Parameter. ``built_with`` holds the shapes of all groups at construction, since engines with master
+    weights also replace parameters, but in the same shapes.
     """
     foreign = None
     for p in group["params"]:
@@ -122,19 +126,19 @@ def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) ->
 
 
 def many_gradients(optimizer: Optimizer) -> str | None:
-    """Why the gradient after its step says nothing about the weights before it; None if it does."""
+    """Why its gradient after the step does not belong to the weights before it; None if it does."""
     known = {"LBFGS", "SAM", "LookSAM", "FriendlySAM", "GSAM", "WSAM"}
     found = known.intersection(_names(optimizer))
-    return "it evaluates gradients at several places in one step, and leaves the last" if found else None
+    return "it evaluates several gradients in one step, and only the last is left after it" if found else None
 
 
 def maximizes(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Does the step climb the gradient? torch keeps the option in the group, pytorch_optimizer in the optimizer."""
+    """Does the step go up the gradient? torch has the option in the group, pytorch_optimizer in the optimizer."""
     return bool(group.get("maximize")) or any(getattr(layer, "maximize", False) for layer in layers(optimizer))
 
 
 def eta(optimizer: Optimizer, group: Group) -> Eta:
-    """What decoupled decay is multiplied by where that is not ``lr``; why, where there is no such number; else None."""
+    """The factor of decoupled decay where it is not ``lr``; a string with the reason if there is none; else None."""
     for layer in layers(optimizer):
         for name in _names(layer):
             if name in _ETA and (found := _ETA[name](layer, group)) is not None:
@@ -142,7 +146,7 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
     if group.get("fixed_decay"):
         return 1.0
     if group.get("scale_parameter") and not group.get("relative_step"):
-        return "with scale_parameter=True it is lr times the size of each tensor: pass scale_parameter=False"
+        return "scale_parameter=True multiplies lr by the size of each tensor: pass scale_parameter=False"
     size = 1.0 if group.get("unscaled_wd") else group.get("lr")
     if group.get("corrected_weight_decay"):  # timm before 1.0.23 had no snapshot and divided by the default
         return cast("Eta", size * group["lr"] / group.get("max_lr_snapshot", optimizer.defaults.get("lr")))
@@ -150,7 +154,7 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
 
 
 def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | None:
-    """Which parameters of ``group`` the optimizer's own decay leaves alone; None if it decays them all."""
+    """A test for parameters that the optimizer's own decay skips; None if it decays them all."""
     del group
     vectors_are = any(
         {"pytorch_optimizer.Kron", "pytorch_optimizer.LARS"} & {*_names(each)} for each in layers(optimizer)
@@ -159,19 +163,19 @@ def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | Non
 
 
 def _differs(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
-    """The learning rate that multiplies the decay is no one number."""
+    """No single learning rate multiplies the decay, unless ``fixed_decay`` is set."""
     return lambda _, group: None if group.get("fixed_decay") else f"{why}: {way_out}"
 
 
 def _never(why: str, way_out: str = "give the group weight_decay=0") -> Callable[[Any, Group], Any]:
-    """Nor is there one with ``fixed_decay``."""
+    """No single learning rate multiplies the decay, even with ``fixed_decay``."""
     return lambda *_: f"{why}: {way_out}"
 
 
 def _projected(_: Any, group: Group) -> Any:
     if group["wd_ratio"] == 1:
         return None
-    return f"tensors whose update it projects have wd_ratio={group['wd_ratio']:g} of it: give the group wd_ratio=1"
+    return f"where it projects the update it multiplies the decay by wd_ratio={group['wd_ratio']:g}: pass wd_ratio=1"
 
 
 def _sgdp(optimizer: Any, group: Group) -> Any:
@@ -180,19 +184,19 @@ def _sgdp(optimizer: Any, group: Group) -> Any:
 
 def _kron(_: Any, group: Group) -> Any:
     drawn = group.get("stochastic_weight_decay")
-    return "it draws a factor for each tensor: pass stochastic_weight_decay=False" if drawn else None
+    return "it draws a random factor for each tensor: pass stochastic_weight_decay=False" if drawn else None
 
 
 def _timm_muon(_: Any, group: Group) -> Any:
-    """Vectors, and what a group says, are left to AdamW."""
+    """It steps vectors, and groups with ``use_fallback``, by AdamW."""
     scale = group.get("fallback_lr_scale", 1.0)
     if scale != 1 and not group.get("use_fallback"):
-        return f"what it leaves to AdamW has fallback_lr_scale={scale:g} of it: pass fallback_lr_scale=1"
+        return f"it steps some tensors by AdamW, with lr times fallback_lr_scale={scale:g}: pass fallback_lr_scale=1"
     return group["lr"] * scale
 
 
 def _timm_adafactor(_: Any, group: Group) -> Any:
-    """Its ``scale_parameter`` acts on the relative step alone."""
+    """Its ``scale_parameter`` acts only with a relative step."""
     return None if group["relative_step"] else group["lr"]
 
 
@@ -275,13 +279,13 @@ _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
     "AdamS": _never("it divides the decay by the mean of its second moments"),
     "Ranger21": _never("it divides the decay by the size of its second moments, and sets its own learning rate"),
     "Magma": _never("it scales each tensor's whole step by a random factor", "wrap the optimizer inside it"),
-    "pytorch_optimizer.ASGD": _differs("it sets its learning rate in the course of its step"),
+    "pytorch_optimizer.ASGD": _differs("it changes its learning rate during the step"),
     "pytorch_optimizer.DAdaptSGD": _differs("it divides the learning rate by the norm of its first gradient"),
 }
 
 
 def layers(optimizer: object) -> Iterator[Optimizer]:
-    """The optimizer, and those inside it under the names in use for that."""
+    """The optimizer and those inside it, found under the usual attribute names."""
     seen: set[int] = set()
     while isinstance(optimizer, Optimizer) and id(optimizer) not in seen:
         seen.add(id(optimizer))

@@ -1,10 +1,10 @@
-"""The maths on one tensor, in the papers' symbols: the definition every kernel is held to.
+"""The maths on one tensor, in the papers' symbols. Tests compare every kernel with these functions.
 
     x <- x - eta * (u + lam * 1[u*x >= 0] * x)      cautious weight decay, arXiv 2510.12402, Algorithm 1
     x <- x - eta * u * alpha(u*g) * 1[u*g > 0]      cautious update, arXiv 2411.16085, Algorithm 1
     w <- w / (1 + p*eta*lam * |x|**(p-2))           decoupled p-norm decay, arXiv 2404.10824
 
-and, for the kernels that make the base's update too, the updates of Adam, SGD and Lion.
+The updates of Adam, SGD and Lion are here for the kernels that also compute the base's update.
 
 ``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update: w = x - eta*u.
 ``g`` is the gradient. The functions take tensors of one shape and return new ones; 16-bit weights are worked on in
@@ -18,8 +18,8 @@ from torch import Tensor
 def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
     """1[u*x >= 0], or 1[u*x > 0] if ``strict``: does the step ``x - eta*u`` move ``x`` towards zero?
 
-    Written with the signs, since the product underflows (in float32, 1e-25 * -1e-25 is -0.0, and -0.0 >= 0); so ``u``
-    may be anything with the update's sign. NaN is never aligned.
+    Computed from the signs, since the product underflows (in float32, 1e-25 * -1e-25 is -0.0, and -0.0 >= 0). So ``u``
+    can be any tensor with the update's signs. NaN is never aligned.
     """
     if strict:
         return (u > 0) & (x > 0) | (u < 0) & (x < 0)
@@ -29,7 +29,7 @@ def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
 def moved_towards_zero(x: Tensor, w: Tensor, strict: bool = False) -> Tensor:
     """`aligned` of the update u that took ``x`` to ``w``, by comparison alone: u >= 0 where w <= x.
 
-    A step across zero counts as towards it, however far it lands on the other side. NaN is never aligned.
+    A step across zero counts as towards zero, however far it goes. NaN is never aligned.
     """
     if strict:
         return (w < x) & (x > 0) | (w > x) & (x < 0)
@@ -37,7 +37,7 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool = False) -> Tensor:
 
 
 def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, random: Tensor | None = None) -> Tensor:
-    """w - eta*lam * mask * x: the decay that ``mask`` lets through, taken of the weight before the step.
+    """w - eta*lam * mask * x: decay where ``mask`` is 1, computed from the weight ``x`` before the step.
 
     Rounded to nearest, or by `stochastic_rounding` where ``random`` is given (16-bit weights only).
     """
@@ -49,15 +49,15 @@ def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, random: T
 def stochastic_rounding(wide: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
     """``wide`` (float32) in a 16-bit ``dtype``: one of its two neighbours there, so that the mean is ``wide``.
 
-    With ``random`` uniform in [0, 1), the farther neighbour comes out with the chance |wide - nearest| / gap. What
-    ``dtype`` holds exactly stays, 0's sign included; NaN, infinities and what overflows are as rounding to nearest
-    has them.
+    With ``random`` uniform in [0, 1), the farther neighbour is chosen with probability |wide - nearest| / gap. Numbers
+    that ``dtype`` holds exactly stay, including the sign of 0. NaN, infinities and overflow are as in rounding to
+    nearest.
     """
     nearest = wide.to(dtype)
     outwards = (wide.abs() > nearest.abs()).to(torch.int16)
     # Read as an integer, the next number outwards is one more and the next towards zero one less, for either sign.
     other = (nearest.view(torch.int16) + (2 * outwards - 1)).view(dtype)
-    chance = (wide - nearest) / (other.to(wide.dtype) - nearest)  # NaN, and so never, where there is nothing to choose
+    chance = (wide - nearest) / (other.to(wide.dtype) - nearest)  # NaN, so never below, if wide is exact
     return torch.where(random < chance, other, nearest)
 
 
@@ -133,12 +133,12 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
-    """1[u*g > 0]: did the step from ``x`` to ``w`` go down the current gradient? By comparison, so without rounding."""
+    """1[u*g > 0]: did the step from ``x`` to ``w`` go down the current gradient? By comparison, without rounding."""
     return (w < x) & (g > 0) | (w > x) & (g < 0)
 
 
 def alpha(kept: Tensor, numel: int | Tensor, scale: str | None) -> Tensor:
-    """The factor that makes up for masked coordinates, of which ``kept`` out of ``numel`` were not.
+    """The factor that compensates for masked coordinates, if ``kept`` out of ``numel`` were not masked.
 
     ``"mean"``: 1 / max(kept/numel, 1e-3), the authors' current code and timm. ``"numel"``: numel / (kept + 1), the
     paper. None: 1. In the type of ``kept``; elementwise, where there are many of each.

@@ -1,4 +1,4 @@
-"""Copies from before a step: of weights, in buffers that are used again, and of gradients. Knows no rule."""
+"""Copies from before a step: of weights, in reused buffers, and of gradients. Independent of the rules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -16,11 +16,11 @@ CopyOn = Callable[[torch.device], Copy]
 class Buffers:
     """Memory for copies of weights, kept from step to step until it is not used in one or `drop` is called.
 
-    It is here and never in an optimizer's ``state``: many optimizers take a parameter with any state at all for one
-    that is already initialised.
+    The copies are not in the optimizer's ``state``, because many optimizers treat a parameter with any state as already
+    initialised.
 
-    While a CUDA graph is captured the copies are made in memory of the graph's own, and none is kept: the graph's last
-    as long as the graph, whatever later steps need and whether or not `drop` is called.
+    During the capture of a CUDA graph, copies are made in the graph's own memory and are not kept here. They live as
+    long as the graph, whether or not `drop` is called.
     """
 
     def __init__(self) -> None:
@@ -39,14 +39,14 @@ class Buffers:
         return _filled(list(self._whole.values()), tensors, copy_on)
 
     def take_piece(self, tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
-        """The same in one buffer for each device and type, which the next call overwrites."""
+        """Like `take`, but in one buffer for each device and type, which the next call overwrites."""
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         for t in tensors:
             needed[t.device, t.dtype] = needed.get((t.device, t.dtype), 0) + _aligned(t)
         piece = {} if capturing() else self._piece
         for key, numel in needed.items():
             if key not in piece or piece[key].numel() < numel:
-                piece.pop(key, None)  # before the larger one is made
+                piece.pop(key, None)  # free it before the larger one is allocated
                 with torch.inference_mode(mode=False):
                     piece[key] = torch.empty(numel, dtype=key[1], device=key[0])
         used = dict.fromkeys(needed, 0)
@@ -58,12 +58,12 @@ class Buffers:
         return _filled(copies, tensors, copy_on)
 
     def drop(self) -> None:
-        """Give all memory back; the next `take` allocates anew."""
+        """Free all memory; the next `take` allocates it again."""
         self.drop_whole()
         self._piece = {}
 
     def drop_whole(self) -> None:
-        """Give back what `take` allocated."""
+        """Free the memory of `take`."""
         self._whole = {}
 
     def _buffer(self, owner: Tensor, t: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ class Buffers:
 
 
 def _buffer_like(t: Tensor) -> Tensor:
-    with torch.inference_mode(mode=False):  # one made in inference mode could not be written outside of it
+    with torch.inference_mode(mode=False):  # a tensor made in inference mode cannot be written outside of it
         return torch.empty_like(t)
 
 
 def _aligned(t: Tensor) -> int:
-    """Room for ``t`` that leaves the next tensor on a boundary of 64 bytes."""
+    """Elements to reserve for ``t``, so that the next tensor starts on a boundary of 64 bytes."""
     return (t.numel() + 31) // 32 * 32
 
 
@@ -108,23 +108,23 @@ class Kept(NamedTuple):
 
 
 class Gradients:
-    """Keeps the gradients that a rule reads after the step, copied as long as the base may modify them in place."""
+    """Keeps the gradients that a rule reads after the step, as copies while the base may modify them in place."""
 
     def __init__(self) -> None:
         self.copied = True
 
     def keep(self, gradients: Sequence[Tensor | None]) -> list[Kept | None]:
-        """The gradients, copied if need be; None where there is none."""
+        """The gradients, copied if necessary; None for a parameter without one."""
         return list(self._each(gradients))
 
     def check(self, kept: Sequence[Kept], now: Sequence[Tensor | None]) -> bool:
-        """Compare what was kept with the gradients after the step; were modified ones read?
+        """Compare the kept gradients with those after the step; returns whether modified ones were used.
 
-        Copies end once a step shows that the base leaves its gradients as they are, and begin again if it does not.
+        Copying stops once a step shows that the base does not modify its gradients, and starts again if it does.
         """
         left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
         if self.copied:
-            # Looking waits for the device. No capture can wait, so the graph copies at each replay.
+            # The comparison waits for the device. A capture cannot wait, so the graph copies at each replay.
             self.copied = capturing() or not _untouched([(k.gradient, g) for k, g in left])
             return False
         self.copied = any(g._version != k.version for k, g in left)
@@ -140,7 +140,7 @@ class Gradients:
 
 
 def _untouched(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Are the gradients from before and after the step equal, and not all 0? An accelerator is waited for once."""
+    """Are the gradients from before and after the step equal, and not all 0? One wait for each accelerator."""
     of_device: dict[torch.device, list[Tensor]] = {}
     for pair in pairs:
         before, after = map(local_real_view, pair)

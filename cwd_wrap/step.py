@@ -214,5 +214,8 @@ class Step:
     def _check_layouts(self, gradients: Sequence[Tensor | None]) -> None:
         work = self._work
         if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
-            msg = f"{work.rule.name} reads gradients, and cannot read the sparse ones of {type(work.base).__name__}"
+            msg = (
+                f"{work.rule.name} needs dense gradients, but {type(work.base).__name__} has sparse ones: pass "
+                "sparse=False to the embedding, or use CautiousDecay with mask='update'"
+            )
             raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Views of a parameter and its companions that elementwise kernels can work on."""
+"""Views of parameters, gradients and state for elementwise kernels."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def local_real_view(t: Tensor) -> Tensor:
-    """A view of ``t`` as real numbers, and only of this rank's shard of it."""
+    """A view of ``t`` as real numbers, limited to this rank's shard."""
     if _is_distributed(t):
         t = _arrived(t.to_local())  # type: ignore[attr-defined]
     return torch.view_as_real(t.detach()) if t.is_complex() else t
@@ -27,9 +27,9 @@ def local_real_views(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def companion(t: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient or state of ``parameter``, as real numbers laid out over the ranks as the parameter is.
+    """A gradient or state of ``parameter`` as real numbers, in the parameter's layout over the ranks.
 
-    Gradients of replicated weights may come as a partial sum on each rank.
+    The gradient of a replicated weight can be a partial sum on each rank.
     """
     if _is_distributed(t):
         if t.placements != parameter.placements:  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
 
 
 class Shard(NamedTuple):
-    """Which places of a whole parameter a tensor holds: runs of ``run``, the first at ``offset``, ``jump`` apart."""
+    """The places of a whole parameter that a tensor holds: runs of length ``run``, from ``offset``, ``jump`` apart."""
 
     offset: int
     run: int
@@ -56,9 +56,9 @@ class Shard(NamedTuple):
 
 
 def shard(parameter: Tensor) -> Shard:
-    """The places that this rank holds of ``parameter``, as `local_real_view` shows them.
+    """The places of ``parameter`` on this rank, in the order of `local_real_view`.
 
-    Raises ValueError where they are not evenly spaced runs: sharded along two dimensions besides the first.
+    Raises ValueError if they are not evenly spaced runs (sharded along two dimensions besides the first).
     """
     numbers = 2 if parameter.is_complex() else 1
     if not _is_distributed(parameter):
@@ -71,8 +71,9 @@ def shard(parameter: Tensor) -> Shard:
     split = [d for d in range(1, parameter.dim()) if shape[d] != parameter.shape[d]]
     if numel and len(split) > 1:
         msg = (
-            f"a parameter of shape {tuple(parameter.shape)} is sharded along dimensions {split}: random numbers for "
-            "its places are known where it is sharded along the first and one more"
+            f"a parameter of shape {tuple(parameter.shape)} is sharded along dimensions {split}, but random numbers "
+            "can be drawn only where the first dimension and at most one other are sharded: shard fewer dimensions, or "
+            'use neither mask="random" nor rounding="stochastic"'
         )
         raise ValueError(msg)
     start = sum(o * i for o, i in zip(offset, inner, strict=True))
@@ -87,7 +88,7 @@ def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:
 
 
 def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> set[int]:
-    """Rows of ``ts`` that do not lie on the ranks as their parameter does: `companion` communicates for them."""
+    """Indices of the ``ts`` that lie on the ranks otherwise than their parameter: `companion` communicates for them."""
     if _PLAIN.issuperset(map(type, ts)):
         return set()
     pairs = enumerate(zip(ts, parameters, strict=True))
@@ -95,7 +96,7 @@ def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> se
 
 
 def largest_shard(parameter: Tensor) -> int:
-    """Bytes of the parameter on the rank that has the most of it: a number that all ranks agree on."""
+    """Bytes of the parameter on the rank with the largest shard: the same number on all ranks."""
     sizes = list(parameter.shape)
     if _is_distributed(parameter):
         for i, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
@@ -105,7 +106,7 @@ def largest_shard(parameter: Tensor) -> int:
 
 
 def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
-    """For each of the ``parameters`` the sum over its shards of a number, of which ``local`` holds this rank's part.
+    """For each of the ``parameters``, the sum over its shards of a number; ``local`` holds this rank's part.
 
     Ranks that share a parameter must call this together. Parameters of one mesh that are sharded over the same of its
     dimensions share an all-reduce for each of these.
@@ -134,11 +135,11 @@ def _is_distributed(t: Tensor) -> bool:
 
 
 def _arrived(t: Tensor) -> Tensor:
-    """A tensor that a collective is still filling has no address yet: wait for it."""
+    """Wait for a tensor that a collective is still filling: it has no address yet."""
     wait = getattr(t, "wait", None) if type(t) not in _PLAIN else None
     return t if wait is None else wait()
 
 
 def _distributed() -> Any:
-    """The module of DTensor, None where it has not been imported: then no tensor is one, and importing it is slow."""
+    """The module of DTensor, or None if it is not imported: then there are no DTensors, and importing it is slow."""
     return next((m for name in _DISTRIBUTED if hasattr(m := sys.modules.get(name), "DTensor")), None)

@@ -1,4 +1,4 @@
-"""Names for timm: after ``import cwd_wrap.timm``, every optimizer that timm knows exists as ``cautious_<name>`` too.
+"""Names for timm: after ``import cwd_wrap.timm``, every optimizer of timm also exists as ``cautious_<name>``.
 
     import cwd_wrap.timm
     optimizer = timm.optim.create_optimizer_v2(model, "cautious_adamw", lr=1e-3, weight_decay=0.05)
@@ -7,7 +7,7 @@ A training script without this import runs unchanged with
 
     python -m cwd_wrap.timm train.py --opt cautious_adamw ...
 
-Processes that multiprocessing starts after the import, or under the launcher, know the names too. The decay is each
+Processes that multiprocessing starts after the import, or under the launcher, have the names too. The decay is each
 group's own ``weight_decay``, as timm's group builders set it, so biases and norms stay out. timm's own ``cadamw`` and
 the like are another method: they mask the update (arXiv 2411.16085), not the decay.
 """
@@ -43,19 +43,19 @@ class CautiousNames(_Registry):  # type: ignore[misc]
     """Added to timm's registry by `register`: names with ``cautious_``, made from the others on request."""
 
     plain_class: Any
-    """The registry's class without this."""
+    """The registry's class without these names."""
 
     def list_optimizers(self, *args: Any, **kwargs: Any) -> Any:
         """All names, those with ``cautious_`` among them; arguments as in timm."""
         everything = self.plain_class()
         for name in super().list_optimizers():
             info = super().get_optimizer_info(name)
-            everything.register(dataclasses.replace(info, name=name))  # an alias's entry has its target's name
+            everything.register(dataclasses.replace(info, name=name))  # the entry of an alias has its target's name
             everything.register(_cautious(info, name))
         return everything.list_optimizers(*args, **kwargs)
 
     def get_optimizer_info(self, name: str) -> "OptimInfo":
-        """The entry of ``name``; timm's own error for ``cautious_`` of a name that it does not know."""
+        """The entry of ``name``. For ``cautious_`` and an unknown name, timm's own error."""
         base = name.lower().removeprefix(PREFIX)
         if base != name.lower() and base.startswith(LOOKAHEAD):
             swapped = base.replace(LOOKAHEAD, LOOKAHEAD + PREFIX, 1)
@@ -73,7 +73,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         return super().get_optimizer_class(info, bind_defaults)
 
     def create_optimizer(self, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
-        """timm's own, for all names; one with ``cautious_`` takes the keyword-only arguments of `CautiousDecay` too."""
+        """Like timm's. A name with ``cautious_`` also takes the keyword-only arguments of `CautiousDecay`."""
         optimizer: Optimizer
         lookahead = LOOKAHEAD if opt.lower().startswith(LOOKAHEAD) else ""
         name = opt.lower().removeprefix(lookahead)
@@ -82,7 +82,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
             return optimizer
         info = self.get_optimizer_info(name)
         options = {option: kwargs.pop(option) for option in _OPTIONS if option in kwargs}
-        # timm treats all before the last "_" as prefixes and drops those it does not know: use a name without "_".
+        # timm treats everything before the last "_" as prefixes and drops unknown ones: use a name without "_".
         only_one = self.plain_class()
         try:
             base = super().get_optimizer_class(name.removeprefix(PREFIX), bind_defaults=False)
@@ -95,7 +95,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Add the names to timm's registry; done on import. Doing it twice changes nothing."""
+    """Add the names to timm's registry. Runs on import; a second call changes nothing."""
     try:
         registry = importlib.import_module("timm.optim._optim_factory").default_registry
     except ImportError as error:
@@ -154,7 +154,7 @@ def run_script(argv: list[str]) -> None:
 
 
 def _stop(message: str) -> NoReturn:
-    """Exit as python does for a script that it cannot open."""
+    """Exit with a message and python's exit code for a script that it cannot open."""
     print(f"python -m cwd_wrap.timm: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 

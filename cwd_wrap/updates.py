@@ -1,7 +1,7 @@
 """The whole update of some optimizers, for the kernels that decay and step in one pass over the weights.
 
-A class is in the table, by its exact name, only if a test holds the one pass equal to the optimizer's own step on its
-own state. `rules` has the readable twin of each update.
+A class is in the table, by its exact name, only if a test shows that one pass equals the optimizer's own step on its
+own state. `rules` has each update in readable form.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,24 +73,23 @@ Update: TypeAlias = Adam | SGD | Lion
 
 
 def find(optimizer: Optimizer, group: Group) -> Update | str:
-    """The update of ``optimizer`` on ``group``, or the reason why no kernel makes it.
+    """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it.
 
-    An optimizer that has the option ``fused`` is stepped by our kernel where the group says ``fused=True``; one that
-    has not (Lion), always.
+    If the optimizer has the option ``fused``, our kernel steps only groups with ``fused=True``; if not (Lion), all.
     """
     cls = type(optimizer)
     make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
     if make is None:
-        return f"no kernel makes the whole update of {cls.__name__}"
+        return f"no compiled kernel computes the whole update of {cls.__name__}"
     if "fused" in group and not group["fused"]:
         return f"{cls.__name__} was not built with fused=True"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        return "its gradients are still scaled"
+        return "GradScaler has not unscaled its gradients yet"
     update = make(group)
     if isinstance(update, str):
         return update
     if any(isinstance(value, Tensor) for value in vars(update).values()):
-        return "its coefficients are tensors"
+        return "its coefficients (momentum, betas, eps) are tensors: pass numbers"
     return update
 
 

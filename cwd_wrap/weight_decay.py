@@ -19,12 +19,12 @@ Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # A distinct object, so that `is` tells our 0.0 from one that a hook wrote.
-_NO_STEP = 1e-12  # Learning rates up to this size, of either sign, are what a schedule's rounding leaves of 0.
+_NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
 _warned: WeakKeyDictionary[Optimizer, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
-    """Raise unless ``value`` is a number >= 0 and finite. A tensor on an accelerator is taken unread: no waiting."""
+    """Raise unless ``value`` is finite and >= 0. Tensors on an accelerator are not checked: that would force a sync."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
@@ -56,10 +56,10 @@ def check_group(
     base: Optimizer,
     way_out: str = WAY_OUT,
 ) -> None:
-    """Raise where `eta_lam` of the group would, or where the group asks for what a wrapper cannot give."""
+    """Raise where `eta_lam` of the group would, and for ``differentiable=True``, which a wrapper cannot support."""
     where = _where(index, base)
     if group.get("differentiable"):
-        msg = f"{where} has differentiable=True, but the decay is not recorded by autograd: leave differentiable off"
+        msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
     if step_size is None and decays(group, fallback):
@@ -77,7 +77,7 @@ def lam(group: Group, fallback: float | None) -> float | Tensor:
 
 
 def decays(group: Group, fallback: float | None) -> bool:
-    """Does the group decay at all? A tensor on an accelerator counts as yes: reading it would wait."""
+    """Does the group decay? A tensor on an accelerator counts as yes, since reading it would force a sync."""
     value = lam(group, fallback)
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
@@ -110,15 +110,15 @@ def eta_lam(
         size = eta(group, where, base, way_out)
     else:
         size = step_size(cast("dict[str, Any]", group))
-        check(size, "the step size that step_size= returned", where)
+        check(size, "the result of step_size=", where)
     product = size * strength
     if not isinstance(product, Tensor) and product > 1:
         _warn_once(
             base,
             "above 1",
             index,
-            f"eta*lam of {where} is {product:g} (eta {size:g}, weight_decay {strength:g}): above 1, a step takes more "
-            "than the whole weight and turns its sign. Choose a smaller weight_decay",
+            f"eta*lam of {where} is {product:g} (eta {size:g}, weight_decay {strength:g}): above 1, a step decays "
+            "a weight past zero and flips its sign. Choose a smaller weight_decay",
         )
     return _scalar(product)
 
@@ -132,14 +132,14 @@ def _warn_once(base: Optimizer, what: str, index: int, message: str) -> None:
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:
-    """torch takes learning rates of one element in any shape; against a 0-d weight only a 0-d one broadcasts."""
+    """Make a one-element tensor 0-d: torch accepts any shape, but only a 0-d one broadcasts with a 0-d weight."""
     return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def stands_still(group: Group) -> bool:
-    """A learning rate of 0 is no step, so no decay, whatever eta is: distributed checkpoints step so to make state.
+    """Is the learning rate 0? Then nothing decays, whatever eta is. Distributed checkpoints make state by such steps.
 
-    Schedules miss 0 by a rounding, on either side (torch's LinearLR ends at -1.85e-20): up to 1e-12 counts as 0.
+    Schedules miss 0 by a rounding in either direction (torch's LinearLR ends at -1.85e-20), so up to 1e-12 counts as 0.
     """
     lr = group.get("lr")
     if not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
@@ -148,13 +148,13 @@ def stands_still(group: Group) -> bool:
 
 
 def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> float | Tensor:
-    """The factor that the optimizer's own decoupled decay has, read afresh each step.
+    """The factor of the optimizer's own decoupled decay, read at each step.
 
     =====================================================  ==========================================
     group                                                  eta
     =====================================================  ==========================================
     coupled decay (``weight_decouple=False``, ...)         lr; d * lr (Prodigy, D-Adaptation)
-    what `cwd_wrap.quirks.eta` knows by the class's name   that, or an error that names the way out
+    a class in `cwd_wrap.quirks.eta`                       its number, or an error with the way out
     ``fixed_decay`` (AdaBelief, ...)                       1
     ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
     ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected
@@ -170,18 +170,18 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     coupled = any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
     known = None if coupled else quirks.eta(base, group)
     if isinstance(known, str):
-        msg = f"{where} has no one step size for its decay: {known}{way_out}"
+        msg = f"{where} has no single step size for its decay: {known}{way_out}"
         raise ValueError(msg)
     if known is not None:
         return known
     if lr is None or group.get("relative_step"):
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (
-            f"{where} has {had}, so the step size that weight_decay is to be multiplied by is unknown: "
+            f"{where} has {had}, so the step size that multiplies weight_decay is unknown: "
             f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
-    if "d" in group and ("k" in group or "step" in group):  # Adafactor's "d" is another thing; it counts no steps here
+    if "d" in group and ("k" in group or "step" in group):  # not Adafactor, whose "d" differs
         d: float | Tensor = group["d"]
         return d * lr * _bias_correction(group)
     return lr
@@ -203,7 +203,7 @@ class DecayOff:
         self._changed: list[tuple[dict[str, Any], str, object, object]] = []
 
     def off(self) -> None:
-        """Take the decay off, in the groups that have one."""
+        """Set the decay to 0, in the groups that have one."""
         for group in self._optimizer.param_groups:
             decay = group.get("weight_decay")
             if decay is None or (not isinstance(decay, Tensor) and decay == 0):
@@ -213,9 +213,9 @@ class DecayOff:
                 group[key] = value
 
     def on(self) -> None:
-        """Put it back, but where a hook or a closure has written a new value meanwhile (a schedule), leave that.
+        """Restore the decay, except where a hook or a closure wrote a new value during the step (a schedule).
 
-        A 0 that is not ours was made from ours (``group["weight_decay"] *= 0.99``) and says nothing: it goes, too.
+        A 0 that is not our object was computed from it (``group["weight_decay"] *= 0.99``), so it is replaced too.
         """
         for group, key, before, meanwhile in self._changed:
             now = group.get(key)
@@ -225,9 +225,9 @@ class DecayOff:
                     self._optimizer,
                     key,
                     index,
-                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} while the base stepped with its "
-                    f"decay off; it is kept at {before!r}. To change it, set it from a hook of the wrapper, or between "
-                    "steps",
+                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} during the step, while the wrapper "
+                    f"had the decay off. It is {before!r} again. To change it, set it between steps, or in a hook of "
+                    "the wrapper",
                 )
                 group[key] = before
             elif now is meanwhile:

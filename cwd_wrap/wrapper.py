@@ -1,4 +1,4 @@
-"""Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` carries a step out."""
+"""Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -33,9 +33,9 @@ class OptimizerWrapper(Contract):
     seed = 0
     """Of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
-    """What the user of this wrapper can do where a learning rate is unknown."""
+    """The way out for error texts about an unknown learning rate."""
     _what = "decay"
-    """What it does, for the text that refuses to do it twice."""
+    """What it does, as a verb, for the error about doing it twice."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class OptimizerWrapper(Contract):
 
     # ---- for users
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled, the decay put back would be lost
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # in compiled code the restored decay would be lost
     @with_hooks
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """Step the base with its decay off, and apply the wrapper's own rule.
@@ -196,25 +196,28 @@ class OptimizerWrapper(Contract):
         return eta_lams
 
     def _check_base(self, base: Optimizer) -> None:
-        """Raise unless ``base`` is an optimizer that this can be put around."""
+        """Raise unless ``base`` is an optimizer that this method can wrap."""
         name = type(self).__name__
         check_optimizer(name, base)
         for layer in quirks.layers(base):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
-                msg = f"{name} cannot be put around {layer!r}: {text}"
+                msg = f"{name} cannot wrap {layer!r}: {text}"
                 raise ValueError(msg)
             if self._rule().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
-                msg = f"{name} cannot read the gradient of {type(layer).__name__}: {reason}"
+                msg = (
+                    f"{name} cannot use the gradient of {type(layer).__name__}: {reason}. "
+                    'CautiousDecay with mask="update" uses none'
+                )
                 raise ValueError(msg)
             if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
-                msg = f"{name} cannot be put around {type(layer).__name__}: {reason}"
+                msg = f"{name} cannot wrap {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
 
     def _clash(self, inner: "OptimizerWrapper") -> str | None:
-        """Why this method makes no sense around another; None if it does."""
+        """Why this method cannot wrap ``inner``; None if it can."""
         if inner._what != self._what:
             return None
-        return f"it {inner._what}s already, and two of them would {inner._what} twice. Pass its base_optimizer instead"
+        return f"it {inner._what}s already, and two wrappers would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
@@ -224,7 +227,7 @@ class OptimizerWrapper(Contract):
             kernels.name(self.backend, device)
 
     def _give_lam(self, lam: float | None) -> None:
-        """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a group is unfit."""
+        """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a check fails."""
         for i, group in enumerate(self.param_groups):
             weight_decay.check(weight_decay.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
         chosen = weight_decay.take_lam(self.param_groups, lam)

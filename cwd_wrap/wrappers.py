@@ -21,7 +21,7 @@ MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
 _FULLY_SHARD = "or shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes"
-_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # of the smallest part of a weight that can be lost
+_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # least half unit in the last place, as a share
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -111,7 +111,7 @@ class CautiousDecay(OptimizerWrapper):
         if self.mask == "update":
             rounds = self.rounding == "stochastic"
             return Rule(name, self._after, before=self._before, whole=self._whole, draws=rounds, rounds=rounds)
-        why = f"mask={self.mask!r} is an ablation, and compares with a copy"
+        why = f"mask={self.mask!r} is an ablation, which needs a copy of the weights"
         draws = self.mask == "random" or self.rounding == "stochastic"
         way_out = f"pass another mask than 'random', {_FULLY_SHARD}" if self.mask == "random" else None
         reads = self.mask == "gradient"
@@ -133,7 +133,7 @@ class CautiousDecay(OptimizerWrapper):
         return backend.step_whole(buckets, **self._flags(count))
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
-        """Warn once where a decay is below half a unit in the last place of every weight."""
+        """Warn once if a decay is below half a unit in the last place of every weight."""
         dtype = buckets[0].w[0].dtype
         if self._warned or self.rounding == "stochastic" or dtype not in _HALF_ULP:
             return
@@ -226,10 +226,11 @@ class CautiousUpdate(OptimizerWrapper):
     def _clash(self, inner: OptimizerWrapper) -> str | None:
         if isinstance(inner, CautiousUpdate):
             return super()._clash(inner)
-        return "its decay would be masked along with the update. Put the decay around this instead"
+        outer = f"{type(inner).__name__}({type(self).__name__}(optimizer))"
+        return f"its decay would be masked with the update. Wrap in the other order: {outer}"
 
     def _rule(self) -> Rule:
-        why = "the size of the update is known only from a copy"
+        why = f"{type(self).__name__} needs a copy of the weights to know the size of the update"
         way_out = None if self.scale is None else f"pass scale=None in place of {self.scale!r}, {_FULLY_SHARD}"
         return Rule(
             type(self).__name__,
@@ -332,7 +333,7 @@ class PNormDecay(OptimizerWrapper):
         return shares
 
     def _rule(self) -> Rule:
-        why = "the decay depends on the weights from before the step and acts on those from after it"
+        why = f"{type(self).__name__} needs a copy of the weights: its decay depends on those from before the step"
         way_out = f"use CautiousDecay, {_FULLY_SHARD}"
         return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
 
@@ -343,14 +344,14 @@ class PNormDecay(OptimizerWrapper):
         nonzero = backend.count_nonzero(x)
         whole = [local_real_view(each) for each in p]
         if any(some.numel() != every.numel() for some, every in zip(w, whole, strict=True)):
-            # Rows that a sparse gradient touches: the others count too.
+            # ``w`` holds only the rows of a sparse gradient; count the other rows too.
             nonzero = nonzero + backend.count_nonzero(whole) - backend.count_nonzero(w)
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
         return sum(map(Tensor.numel, w)) if count else 0
 
 
 def _numel(parameter: Tensor, local: Tensor) -> int:
-    """Elements of the whole parameter; of the rows that a sparse gradient touches, where those are all there is."""
+    """Elements of the whole parameter, or of the rows in its sparse gradient if ``local`` holds only those."""
     return (
         local.numel()
         if local.shape != local_real_view(parameter).shape

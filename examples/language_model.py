@@ -174,7 +174,7 @@ class Run:
 
 @dataclass
 class Outcome:
-    """What one run leaves behind; curves are {step: value}."""
+    """The result of one run; curves are {step: value}."""
 
     run: Run
     train: dict[int, float] = field(default_factory=dict)
@@ -305,7 +305,7 @@ def report_progress() -> None:
 
 def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> list[Outcome]:
     """Train every run, `jobs` at a time, under one progress bar; outcomes in the order of runs."""
-    # A model this small keeps one thread busy and wastes a second one: two runs in two processes
+    # A model this small cannot use a second thread: two runs in two processes
     # finish sooner than one after the other with two threads each.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
@@ -323,7 +323,7 @@ def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> list[Outcom
                 bar.write(f"{name:<24} lam {run.lam:<5g} seed {run.seed}  loss {loss:.4f}")
         return [future.result() for future in futures]
     except BaseException:
-        # After Ctrl-C or an error the pool would still finish the runs it has handed out.
+        # Without this the pool would finish its running jobs after Ctrl-C or an error.
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -377,7 +377,7 @@ def table(outcomes: Sequence[Outcome], settings: Settings) -> str:
 
 
 def compare(plain: Sequence[Outcome], cautious: Sequence[Outcome], noise: float, settings: Settings) -> str:
-    """One sentence: the difference in loss, beside what a change of seed alone does."""
+    """One sentence: the difference in loss, beside the difference between seeds."""
     differences = [c.loss - p.loss for p, c in zip(plain, cautious, strict=True)]
     difference = statistics.fmean(differences)
     names = method_name(False, settings), method_name(True, settings)
@@ -394,11 +394,11 @@ def compare(plain: Sequence[Outcome], cautious: Sequence[Outcome], noise: float,
 
 
 def findings(outcomes: Sequence[Outcome], settings: Settings) -> list[str]:
-    """A sentence for each lam, and one with each method at the lam that suited it best."""
+    """A sentence for each lam, and one that compares the methods at their best lam."""
     grouped = cells(outcomes)
     lams = sorted({lam for lam, _ in grouped})
     losses = {cell: [o.loss for o in group] for cell, group in grouped.items()}
-    # The largest spread of all: with few seeds, that of a single row can be tiny by luck.
+    # The largest spread of all rows: with few seeds, the spread of one row can be small by chance.
     noise = max((spread(x) for x in losses.values() if math.isfinite(sum(x))), default=math.nan)
     sentences = [f"lam {lam:g}: {compare(grouped[lam, False], grouped[lam, True], noise, settings)}" for lam in lams]
     if len(lams) > 1:
@@ -426,7 +426,7 @@ def library_version() -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, if the system gives one."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -524,13 +524,13 @@ def draw(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
     """Loss curves above, mask ratio below; one colour a lam, one line style a method."""
     import matplotlib
 
-    matplotlib.use("Agg")  # a file is all that is wanted: no display is needed
+    matplotlib.use("Agg")  # writes a file, needs no display
     from matplotlib import pyplot as plt
 
     grouped = cells(outcomes)
     lams = sorted({lam for lam, _ in grouped})
     seeds = len(next(iter(grouped.values())))
-    # Plasma without its yellow end: told apart by colour-blind readers, and on white paper.
+    # Plasma without its yellow end: readable on white, and for colour-blind readers.
     shades = plt.get_cmap("plasma")([0.7 * i / max(1, len(lams) - 1) for i in range(len(lams))])
     colours = dict(zip(lams, shades, strict=True))
 
@@ -656,13 +656,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     began = time.perf_counter()
     settings = Settings(**{name: getattr(options, name) for name in Settings.__annotations__})
-    # The two runs of a pair stand side by side: they run together, so that whatever else keeps
-    # the machine busy slows both alike.
+    # The two runs of a pair are neighbours in the list, so they run together, and other work on
+    # the machine slows both alike.
     runs = [
         Run(cautious, lam, seed) for lam in options.lam for seed in range(options.seeds) for cautious in (False, True)
     ]
     jobs = min(options.jobs, len(runs))
-    try:  # some optimizers refuse the model's parameters: better now than in eight processes
+    try:  # some optimizers refuse the model's parameters: fail here, not in eight processes
         make_optimizer(GPT(settings.width, 1, 1), settings, options.lam[0], cautious=False)
     except ValueError as error:
         message = f"torch.optim.{settings.optimizer} does not take this model: {error}"

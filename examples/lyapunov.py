@@ -1,10 +1,10 @@
-"""What CautiousDecay lets fall: one energy H for each optimizer, along its path.
+"""The energy H that falls under CautiousDecay, for each optimizer along its path.
 
 Where an optimizer takes steps so small that it follows a differential equation, cautious decay has an energy H that
 can only fall (arXiv 2510.12402, Table 1): the loss f itself for SGD, f and terms of the momentum for the others. Here
-the real optimizers, in CautiousDecay, walk on a function of six variables from several starts, twice, with step h and
-with h/10, and H is taken at every step. A step of finite size can lift H a little where a mask changes; if the theorem
-and the code are right, what it rises in all goes to 0 with h. Two controls should do what the theorem does not cover:
+the real optimizers, in CautiousDecay, minimise a function of six variables from several starts, twice, with step h and
+with h/10, and H is computed at every step. A step of finite size can raise H a little where a mask changes; if the
+theorem and the code are right, the total rise goes to 0 with h. In two controls, outside the theorem, H should rise:
 
     plain      decay of all weights, mask="all"
     inverted   decay where the step makes the weight larger: the rule with its sign wrong
@@ -38,7 +38,7 @@ SIZE = 6  # variables of f
 DECAYS = ("cautious", "plain", "inverted")
 FINER = 10  # the second walk's step is the first's divided by this
 BETA = 2.0  # rate of SGDM's momentum
-ALPHA, GAMMA = 1.0, 0.5  # rates of Adam's and Lion's averages; the theorem wants 0 < GAMMA <= 4*ALPHA of Adam
+ALPHA, GAMMA = 1.0, 0.5  # rates of Adam's and Lion's averages; the theorem needs 0 < GAMMA <= 4*ALPHA of Adam
 SOFT = 0.1  # where the smooth K of Lion-K turns from a parabola into |m|
 SMOKE = {"time": 0.4, "starts": 2}
 OUTPUTS = ["summary.txt", "energies.png"]
@@ -198,7 +198,7 @@ def gradient(valley: Valley, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Change:
-    """How H went along one walk."""
+    """How H changed along one walk."""
 
     rise: float  # all steps upwards divided by all downwards, of the start where that is largest
     steps: float  # share of all steps, over all starts, that went upwards
@@ -301,7 +301,7 @@ def draw(path: Path, results: Results, steps: Sequence[float], time: float) -> N
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Follow the energies that cautious decay lets fall, along the optimizers' own steps.",
+        description="Measure the energies that fall under cautious decay, along the optimizers' own steps.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -2,13 +2,13 @@
 
     update      where the step makes the weight smaller: cautious weight decay
     gradient    where the gradient alone would, 1[g*x >= 0]
-    random      as many weights of each tensor as "update" picks, but drawn by lot
+    random      as many weights of each tensor as "update" picks, but drawn at random
     all         every weight: AdamW's own decay
     no decay    none
 
 Model, data, schedule and optimizer (AdamW) are language_model.py's. All runs of one seed share the initial weights and
 the batches; they differ in what decays. lam is the same for all masks, so those that pick half of the weights decay
-half as much: "random" is the fair opponent of "update", and --lam takes several values for the others.
+half as much: compare "update" with "random", and --lam takes several values for the others.
 
     python examples/mask_ablation.py                                 # under three minutes, two cores
     python examples/mask_ablation.py --lam 0.3 1 3 --seeds 10        # a longer look
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run leaves behind."""
+    """The result of one run."""
 
     run: Run
     loss: float
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def train(run: Run, settings: lm.Settings) -> Outcome:
-    """Train one model. The last word is the validation loss after the last step."""
+    """Train one model; the result holds the validation loss after the last step."""
     torch.set_num_threads(settings.threads)
     text = lm.load_text()
     torch.manual_seed(run.seed)
@@ -121,7 +121,7 @@ def in_processes(
                 bar.write(say(future.result()))
         return [future.result() for future in futures]
     except BaseException:
-        # After Ctrl-C or an error the pool would still finish the runs it has handed out.
+        # Without this the pool would finish its running jobs after Ctrl-C or an error.
         for worker in multiprocessing.active_children():
             worker.terminate()
         raise
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     same = {"optimizer": "AdamW"} | vars(options)
     settings = lm.Settings(**{name: same[name] for name in lm.Settings.__annotations__})
-    # The runs of a seed stand side by side: what is compared meets the same machine.
+    # The runs of a seed are neighbours in the list, so they run under the same load.
     runs = [
         run
         for seed in range(options.seeds)

@@ -107,7 +107,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run leaves behind. Shares are of the weights that decay: all but the biases."""
+    """The result of one run. Shares are of the weights that decay: all but the biases."""
 
     run: Run
     accuracy: float
@@ -144,7 +144,7 @@ def train(run: Run, settings: Settings) -> Outcome:
             scheduler.step()
             lm.report_progress()
 
-    # sparsity() of a PNormDecay that never steps: without decay there is none to ask.
+    # Runs without decay have no wrapper, so this PNormDecay only measures sparsity(), and never steps.
     counter = optimizer if isinstance(optimizer, PNormDecay) else PNormDecay(base, lam=1.0)
     reached, sparse, small = accuracy(model), counter.sparsity(settings.threshold)[0], counter.sparsity(SMALL)[0]
     with torch.no_grad():
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(options.lr, options.epochs, options.threshold)
     kinds = [(0.0, 0.0), *((p, lam) for p in options.p for lam in options.lam)]
     runs = [Run(p, lam, seed) for p, lam in kinds for seed in range(options.seeds)]
-    images = [len(part) for part in load_images()]  # before any process is started: scikit-learn may be missing
+    images = [len(part) for part in load_images()]  # fails before any process starts if scikit-learn is missing
     options.out.mkdir(parents=True, exist_ok=True)
     outcomes = in_processes(train, runs, settings, min(options.jobs, len(runs)), settings.steps, say)
 

@@ -6,9 +6,9 @@ The two functions of the paper's Figure 3 (arXiv 2510.12402) are 0 on a curve, a
     parabola   f = (y - 3 - (x-3)^2)^2
     line       f = (x-5)^2
 
-All three optimizers share lr, betas, eps and the starts; AdamW and CautiousDecay(Adam) share lam too. What decay wants
-is a small |x| and |y|; what the loss wants is the curve. Where on the curve no small move makes both |x| and |y|
-smaller, the two have nothing left to trade: that part is its local Pareto front.
+All three optimizers share lr, betas, eps and the starts; AdamW and CautiousDecay(Adam) share lam too. Decay makes
+|x| and |y| smaller; the loss is 0 on the curve. The part of the curve where no small move along it makes both |x| and
+|y| smaller is its local Pareto front.
 
     python examples/toy_landscapes.py                     # a minute and a half, one core
     python examples/toy_landscapes.py --lam 0.2 --lr 3e-3
@@ -112,7 +112,7 @@ METHODS = {
 
 
 def run(method: str, *, lr: float, lam: float, steps: int, bar: tqdm | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """All starts on all functions at once, as rows of one tensor: the optimizers work on each number by itself.
+    """All starts on all functions at once, as rows of one tensor, since the optimizers are elementwise.
 
     Returns, by function, the trajectories, (readings, starts, 2) with the end last, and for each start the mean of f
     over the last steps.

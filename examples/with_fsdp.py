@@ -1,9 +1,9 @@
-"""FSDP2 with CautiousDecay: the demo's language model on two CPU ranks, with a checkpoint to go on from.
+"""FSDP2 with CautiousDecay: the demo's language model on two CPU ranks, with a checkpoint to resume from.
 
     torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py
-    torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py   # goes on with the newest checkpoint
+    torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py   # resumes from the newest checkpoint
 
-The checkpoint is the one of plain AdamW: any number of ranks goes on with it, with the wrapper or without.
+The checkpoint is that of plain AdamW: any number of ranks can resume from it, with the wrapper or without.
 
 Needs: pip install cwd-wrap[cpu] tqdm
 """
@@ -28,7 +28,7 @@ LR, LAM = 1e-3, 0.1
 
 
 def sharded(width: int, layers: int, context: int) -> nn.Module:
-    """The same weights on each rank, of which it keeps its share."""
+    """Make the same weights on each rank, and keep this rank's shard."""
     torch.manual_seed(0)
     model = GPT(width, layers, context)
     for block in model.blocks:
@@ -82,7 +82,7 @@ def main() -> None:
     for step in trange(first, settings.steps, disable=rank != 0, unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = LR * schedule(step, settings.steps)
-        batches = torch.Generator().manual_seed(step * ranks + rank)  # each rank reads other text, after a restart too
+        batches = torch.Generator().manual_seed(step * ranks + rank)  # each rank and step has its own text
         starts = torch.randint(len(text) - settings.context, (settings.batch,), generator=batches)
         inputs, targets = windows(text, starts, settings.context)
         loss = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

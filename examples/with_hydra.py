@@ -30,7 +30,7 @@ ConfigStore.instance().store("config", node=CONFIG)
 def main(cfg: DictConfig) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
-    # The parameters are handed to the inner optimizer, the one that the config cannot name.
+    # Pass the parameters to the inner optimizer; a config cannot name them.
     optimizer = instantiate(cfg.optimizer, base_optimizer={"params": list(model.parameters())})
     x = torch.randn(64, 3)
     for _ in range(cfg.steps):

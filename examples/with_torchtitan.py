@@ -24,11 +24,11 @@ from cwd_wrap import CautiousDecay
 
 
 class CautiousOptimizers(OptimizersContainer):
-    """Knows "Cautious" + every name that torchtitan knows, DistMuon too."""
+    """Has "Cautious" + name for every name in torchtitan, including DistMuon."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(OptimizersContainer.Config):
-        """As torchtitan's own."""
+        """The same fields as torchtitan's own."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
@@ -36,7 +36,7 @@ class CautiousOptimizers(OptimizersContainer):
         return CautiousDecay.over(factory) if name.startswith("Cautious") else factory
 
     def _register_bf16_optimizer_state_hook(self) -> None:
-        # torchtitan makes bfloat16 state for Adam and AdamW by their class: show it those inside.
+        # torchtitan makes bfloat16 state for the classes Adam and AdamW, so pass it the inner optimizers.
         ours, self.optimizers = self.optimizers, [getattr(each, "base_optimizer", each) for each in self.optimizers]
         super()._register_bf16_optimizer_state_hook()
         self.optimizers = ours

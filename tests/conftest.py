@@ -1,4 +1,4 @@
-"""One thread, one seed, the cases of tests over paths, and a header that names the versions."""
+"""Sets one thread and one seed, makes the cases of tests over paths, and prints a header with the versions."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:
-    """The versions that decide what a test means."""
+    """Name the versions that the results depend on."""
     return "versions: " + ", ".join(_version(name) for name in LIBRARIES)
 
 
@@ -27,7 +27,7 @@ def _version(name: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``every_path``, and maybe ``every_base``, or ``every_method`` runs for each of them.
+    """Run a test that takes ``every_path``, ``every_base`` or ``every_method`` for each of them.
 
     ``every_rule``: the methods that have a reference, since they draw no random numbers.
     """
@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests over every path have their bases step in more than one piece."""
+    """Make pieces small, so that tests over every path step in more than one piece."""
     whole = paths.PIECE
     if {"every_path", "every_method", "every_rule"} & set(request.fixturenames):
         paths.PIECE = 16

@@ -15,7 +15,7 @@ Build = Callable[[], tuple[nn.Module, nn.Module]]
 
 
 def net() -> nn.Sequential:
-    """Over two ranks 5 rows are 3 and 2, one row is 1 and none; over three one rank has no row of several weights."""
+    """A small net with uneven shards. Two ranks split 5 rows into 3 and 2, and one row into 1 and 0."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def whole(t: Tensor) -> Tensor:
-    """All of a tensor, wherever it is."""
+    """The whole tensor, gathered from its shards."""
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
@@ -76,7 +76,7 @@ def fsdp2(make: Callable[[], nn.Sequential] = net, **options: Any) -> tuple[nn.M
 
 
 def columns() -> tuple[nn.Module, int]:
-    """Matrices are sharded by their columns."""
+    """Shard matrices along their columns."""
     from torch.distributed.tensor import Shard
 
     return fsdp2(block, shard_placement_fn=lambda p: Shard(p.ndim - 1))
@@ -89,7 +89,7 @@ def offloaded() -> tuple[nn.Module, int]:
 
 
 def mixed() -> tuple[nn.Module, int]:
-    """The first layer is sharded, the last one is replicated and a plain tensor."""
+    """Shard the first layer; leave the last one replicated, as plain tensors."""
     from torch.distributed.fsdp import fully_shard
 
     model = net()
@@ -180,7 +180,7 @@ def trained(rank: int, engine: Callable[[], tuple[nn.Module, int]], build: Any, 
 
 
 def alone(model: nn.Module, build: Any, last: Any = None) -> Tensor:
-    """The weights after the same training in one process; the last step is that of another optimizer, if given."""
+    """The weights after the same training in one process; the last step uses another optimizer, if given."""
     optimizer = build(model.parameters())
     for step in range(STEPS):
         if step == STEPS - 1 and last is not None:

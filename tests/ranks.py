@@ -1,4 +1,4 @@
-"""Real processes: one rank each, joined by gloo over a file, that end cleanly. They are kept for the next test."""
+"""Starts real processes, one rank each, joined by gloo over a file. They end cleanly and are kept for the next test."""
 
 import atexit
 import multiprocessing
@@ -32,7 +32,7 @@ def spawn(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any
 
 
 class Ranks:
-    """Processes that form one group over a file of their own, and run one function after the other."""
+    """Processes that form one group over their own file and run one function after another."""
 
     def __init__(self, ranks: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -88,7 +88,7 @@ class Ranks:
         self.kill()
 
     def kill(self) -> None:
-        """End the processes that are left, as a machine that fails does."""
+        """Kill the processes that are left, as a failing machine does."""
         for process in self.processes:
             process.kill()
             process.join()

@@ -33,7 +33,7 @@ def decay(mask: str = "update", strict: bool = False) -> Reference:
 
 
 def update(scale: str | None = "mean") -> Reference:
-    """arXiv 2411.16085, Algorithm 1 (``numel``), as the authors' code has it (``mean``), and without the factor."""
+    """arXiv 2411.16085: Algorithm 1 (``numel``), the authors' code (``mean``), or no factor (None)."""
 
     def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
         kept = aligned(x - w, g, strict=True).double()
@@ -47,7 +47,7 @@ def update(scale: str | None = "mean") -> Reference:
 
 
 def p_norm(p: float = 0.8) -> Reference:
-    """The line of the authors' code for arXiv 2404.10824: X = |x|**(2-p); w *= X / (X + p*eta*lam)."""
+    """arXiv 2404.10824, as in the authors' code: X = |x|**(2-p); w *= X / (X + p*eta*lam)."""
 
     def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
         size = x.abs() ** (2 - p)
@@ -57,5 +57,5 @@ def p_norm(p: float = 0.8) -> Reference:
 
 
 def ruled(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
-    """The paper's rule for a step that took ``x`` to ``w``, in the type of ``w``."""
+    """The weights after the paper's rule, for a step from ``x`` to ``w``, in the type of ``w``."""
     return decay()(x, w, x, eta_lam)

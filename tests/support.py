@@ -19,7 +19,7 @@ both_paths = pytest.mark.parametrize("path", ["direction", "snapshot"])
 
 
 class PathOptions(dict[str, Any]):
-    """Keyword arguments that force one path on a wrapper; `base` has those that its base needs to take that path."""
+    """Keyword arguments that force a path on a wrapper; `base` holds those that its base needs for that path."""
 
     @property
     def base(self) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class PathOptions(dict[str, Any]):
 
     @property
     def copies(self) -> bool:
-        """Does it know the update from a copy of the weights? Then it sees no step that is lost in rounding."""
+        """Does it compute the update from a copy of the weights? Then it misses steps that are lost in rounding."""
         return self["path"] in ("snapshot", "pieces")
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ def param(*values: Any, path: PathOptions) -> Any:
 
 
 class Base:
-    """A row of the table of bases: called with parameters, and options of its own if there are any, it builds one."""
+    """A row of the table of bases: a call with parameters and options builds the optimizer."""
 
     def __init__(self, name: str, cls: Callable[..., Optimizer], **options: Any) -> None:
         self.name = name
@@ -69,7 +69,7 @@ class Base:
         return self.name
 
     def on(self, path: PathOptions) -> "Base | None":
-        """The same with what ``path`` needs; None if it cannot take it."""
+        """The same base with the options that ``path`` needs; None if it cannot take that path."""
         if path["path"] == "one_pass" and (self.cls is Adagrad or "fused" in self.options or "foreach" in self.options):
             return None
         return Base(self.name, self.cls, **self.options, **path.base)
@@ -111,7 +111,7 @@ class Method:
         self.base = path.base
 
     def after_sgd(self, p: Tensor, g: Tensor, lr: float = 0.1, lam: float = 0.5) -> Tensor:
-        """Where a step of plain SGD along ``g``, wrapped, is to take ``p``."""
+        """``p`` after a wrapped step of plain SGD along ``g``, as the reference gives it."""
         x, g = p.detach().double(), g.double()
         return self.reference(x, x - lr * g, g, lr * lam).to(p.dtype)
 

@@ -1,4 +1,4 @@
-"""GradScaler meets a plain optimizer in the wrapper: it unscales for it, and skips it where gradients overflow."""
+"""GradScaler treats the wrapper as a plain optimizer: it unscales the gradients, and skips the step on overflow."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def plain_step(model: torch.nn.Module, opt: Any, step: int, *, clip: bool = Fals
 
 @all_bases
 def test_the_wrapper_does_not_claim_to_unscale(build: Any) -> None:
-    """Fused bases unscale by themselves and say so by a flag; the wrapper, fused base or not, has no such flag."""
+    """Fused bases unscale themselves and have a flag that says so; the wrapper never has this flag."""
     opt = CautiousDecay(build(net().parameters()))
 
     assert not getattr(opt, "_step_supports_amp_scaling", False)
@@ -56,7 +56,7 @@ def test_training_with_a_scaler_equals_training_without(every_base: Base, clip: 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_an_overflow_changes_nothing(every_method: Method, bad: float) -> None:
-    """A step with an infinite gradient is skipped: weights and state stay bit-identical, nothing decays."""
+    """A step with an infinite gradient is skipped: weights and state keep their bits, and nothing decays."""
     model, scale = net(), scaler()
     opt = every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base))
     scaled_step(model, opt, scale, 0)
@@ -91,7 +91,7 @@ def test_training_goes_on_after_an_overflow(every_method: Method) -> None:
 
 
 def test_a_disabled_scaler_steps_the_wrapper(every_path: PathOptions) -> None:
-    """GradScaler(enabled=False) is no scaler: the step is taken, with the decay."""
+    """GradScaler(enabled=False) scales nothing: the wrapper steps and decays."""
     ours, plain = net(), net()
     opt, other = (CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (ours, plain))
     scaled_step(ours, opt, GradScaler("cpu", enabled=False), 0)
@@ -101,7 +101,7 @@ def test_a_disabled_scaler_steps_the_wrapper(every_path: PathOptions) -> None:
 
 
 def test_nothing_of_the_scaler_stays_on_the_base(every_base: Base, every_path: PathOptions) -> None:
-    """After a scaled step the base has neither grad_scale nor found_inf of the scaler."""
+    """After a scaled step the base has neither the scaler's grad_scale nor its found_inf."""
     model = net()
     opt = CautiousDecay(every_base(model.parameters()), **every_path)
     scaled_step(model, opt, scaler(), 0)

@@ -1,4 +1,4 @@
-"""Who carries the rules out: chosen by device, refused where it cannot run, imported only when chosen."""
+"""The backend is chosen by device, refused where it cannot run, and imported only when chosen."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ def test_eager_runs_everywhere(device: str) -> None:
 
 
 def test_triton_is_refused_where_it_cannot_run() -> None:
-    """Asked for on the CPU, triton is an error that says why and lists what can run, at construction."""
+    """backend="triton" on the CPU raises at construction; the text says why and lists what can run."""
     can = "'eager', 'numba'" if HAS_NUMBA else "'eager'"
 
     with pytest.raises(ValueError, match=rf"backend='triton' cannot run on cpu: .*TRITON_INTERPRET=1.* {can}"):
@@ -41,14 +41,16 @@ def test_triton_is_refused_where_it_cannot_run() -> None:
 
 
 def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where numba is installed but cannot be imported, the step warns once and is made without it."""
+    """If numba is installed but cannot be imported, the step warns once and uses torch operations."""
     monkeypatch.setattr(kernels, "_obstacles", {("numba", CPU): None})
     monkeypatch.setitem(sys.modules, "cwd_wrap.kernels._numba", None)
     monkeypatch.delattr(kernels, "_numba", raising=False)
     p = weight(1.0, grad=[1.0])
     opt = CautiousDecay(SGD([p], lr=0.1), lam=0.5)
 
-    with pytest.warns(UserWarning, match="cwd_wrap steps without numba, which cannot be imported: "):
+    with pytest.warns(
+        UserWarning, match=r"cwd_wrap uses torch operations on cpu: numba cannot be imported \(.*Reinstall numba"
+    ):
         opt.step()
     assert "backend='eager'" in repr(opt)
     assert p.item() == pytest.approx(0.85)
@@ -56,7 +58,7 @@ def test_broken_numba_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an image without a C compiler the choice is eager, which is said once; triton is refused with the reason."""
+    """Without a C compiler the choice is eager, with one warning; backend="triton" raises with the reason."""
     import triton
 
     class Driver:
@@ -74,7 +76,7 @@ def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels.choose("eager", cuda).__name__ == "cwd_wrap.kernels._eager"
-    with pytest.warns(UserWarning, match=r"steps with torch operations on cuda:0: Triton cannot .* C compiler") as said:
+    with pytest.warns(UserWarning, match=r"uses torch operations on cuda:0: Triton cannot .* C compiler") as said:
         assert all(kernels.choose(None, cuda).__name__ == "cwd_wrap.kernels._eager" for _ in range(3))
     assert len(said) == 1
     with pytest.raises(ValueError, match=r"on cuda:0: Triton cannot build its launcher.* C compiler.*CC env.*'eager'"):
@@ -87,7 +89,7 @@ def test_triton_that_cannot_build_its_launcher(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_card_without_triton_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton is not installed, steps on a card are made by torch operations without a word."""
+    """Without Triton, steps on a card use torch operations, and nothing warns."""
     monkeypatch.setattr(kernels, "_obstacles", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

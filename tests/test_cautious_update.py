@@ -27,7 +27,7 @@ def masked(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
 
 
 class Moves(Optimizer):
-    """Takes the updates ``u`` that it is told, whatever the gradient: lr * u off every weight."""
+    """Subtracts lr * u from the weights, with updates ``u`` that the test sets; it ignores the gradient."""
 
     def __init__(self, params: Iterable[Tensor], u: Tensor, **options: Any) -> None:
         super().__init__(params, {"lr": 0.5, "weight_decay": 0.0, **options})
@@ -58,7 +58,7 @@ class Spoils(Optimizer):
 
 
 class SpoilsSilently(Spoils):
-    """The same through ``.data``, as many an old optimizer has it."""
+    """The same through ``.data``, as many older optimizers do."""
 
     silent = True
 
@@ -80,7 +80,7 @@ def test_four_numbers(scale: str | None, alpha: float) -> None:
 
 @all_scales
 def test_zero_update_and_zero_gradient_are_masked(scale: str | None) -> None:
-    """u*g > 0 is strict: neither a weight without gradient moves nor one without update, and no mean counts them."""
+    """u*g > 0 is strict: a weight with gradient 0 or update 0 does not move and is not counted in the mean."""
     p = weight(1, 1, grad=[0, 1])
     CautiousUpdate(Moves([p], torch.tensor([1.0, 0.0])), scale=scale).step()
 
@@ -89,7 +89,7 @@ def test_zero_update_and_zero_gradient_are_masked(scale: str | None) -> None:
 
 @pytest.mark.parametrize(("scale", "alpha"), [("mean", 1000.0), ("numel", 4000 / 2), (None, 1.0)])
 def test_one_of_many(scale: str | None, alpha: float) -> None:
-    """One kept weight of 4000 takes 1000 steps, not 4000: the mean is clamped at 1e-3. The paper's takes 2000."""
+    """One kept weight of 4000 is scaled by 1000, not 4000: the mean is clamped at 1e-3. The paper's factor is 2000."""
     g = -torch.ones(4000)
     g[7] = 1
     p = weight(*[0.0] * 4000, grad=g)
@@ -101,7 +101,7 @@ def test_one_of_many(scale: str | None, alpha: float) -> None:
 
 @all_scales
 def test_all_masked_is_no_step(scale: str | None) -> None:
-    """A parameter whose whole update goes up the gradient stays, but for its decay."""
+    """A parameter whose whole update goes up the gradient only decays."""
     p, q = weight(1, 2, grad=[-1, -1]), weight(1, 2, grad=[-1, -1])
     CautiousUpdate(Moves([p], torch.ones(2)), scale=scale).step()
     CautiousUpdate(Moves([q], torch.ones(2), weight_decay=0.25), scale=scale).step()
@@ -111,7 +111,7 @@ def test_all_masked_is_no_step(scale: str | None) -> None:
 
 
 def test_each_parameter_has_its_own_mean() -> None:
-    """Half of one parameter is kept and it takes double steps; the other takes plain ones."""
+    """A parameter with half its update kept takes double steps; the other parameter takes plain ones."""
     p, q = weight(0, 0, grad=[1, -1]), weight(0, 0, grad=[1, 1])
     CautiousUpdate(Moves([p, q], torch.ones(2))).step()
 
@@ -141,7 +141,7 @@ def printed_c_adamw(w: Tensor, gradients: Iterable[Tensor], lr: float, lam: floa
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_equals_the_printed_algorithm(maximize: bool, lam: float, scale: str | None) -> None:
-    """Over AdamW in float64 it is C-AdamW as printed, at each of thirty steps, to 1e-12."""
+    """Around AdamW in float64 it equals the printed C-AdamW at each of thirty steps, to 1e-12."""
     start, gradients = torch.randn(40, dtype=F64), list(torch.randn(30, 40, dtype=F64))
     p = nn.Parameter(start.clone())
     base = AdamW([p], lr=0.05, betas=(0.9, 0.99), eps=1e-8, weight_decay=lam, maximize=maximize)
@@ -154,7 +154,7 @@ def test_equals_the_printed_algorithm(maximize: bool, lam: float, scale: str | N
 
 # ------------------------------------------------------------------------------------ timm's own
 
-# Others than these are equal. What differs is what timm's cautious version masks, and the last test has it out.
+# All others are equal. These differ in what timm's cautious version masks; the last test removes the difference.
 DIFFER = {
     "cadan": "masks the first moment only, and lets the term of gradient differences through unmasked",
     "cadanw": "the same",
@@ -172,7 +172,7 @@ def timms(name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype = F64, **
 
 
 def apart(name: str, shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype = F64, **options: Any) -> float:
-    """The largest difference that ever is between timm's cautious optimizer and its plain one in the wrapper."""
+    """The largest difference over all steps between timm's cautious optimizer and the wrapped plain one."""
     own = timms(name, shapes, dtype, **options)
     wrapped = CautiousUpdate(timms(name, shapes, dtype, caution=False, **options))
     plain = timms(name, shapes, dtype, caution=False, **options)
@@ -187,7 +187,7 @@ def apart(name: str, shapes: list[tuple[int, ...]] = SHAPES, dtype: torch.dtype 
         for a, b, c in zip(*(o.param_groups[0]["params"] for o in (own, wrapped, plain)), strict=True):
             worst = max(worst, (a - b).abs().max().item())
             masked_anything = max(masked_anything, (a - c).abs().max().item())
-    assert masked_anything > 0.01  # or the comparison would say nothing
+    assert masked_anything > 0.01  # otherwise the comparison is empty
     return worst
 
 
@@ -202,7 +202,7 @@ def cautious_names() -> list[str]:
 
 
 def test_timms_names_are_found() -> None:
-    """timm has cautious versions of two dozen optimizers, those that differ among them."""
+    """timm has cautious versions of two dozen optimizers; the list contains those that differ."""
     pytest.importorskip("timm")
 
     assert {"cadamw", "clion", "csgdw", "cnadamw", "cadafactorbv", "clamb", "cmars", *DIFFER} <= {*cautious_names()}
@@ -222,14 +222,14 @@ def test_equals_timms_own_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIFFER)
 def test_differs_from_timms_own(name: str) -> None:
-    """Where timm masks something else than the update, the two differ, as `DIFFER` says."""
+    """Where timm masks something other than the update, the two differ, as listed in `DIFFER`."""
     if name in cautious_names():
         assert apart(name) > 1e-3
 
 
 @pytest.mark.parametrize("name", DIFFER)
 def test_equals_timms_own_without_the_reason(name: str) -> None:
-    """Without a term of differences, or without anything to project (vectors), these are equal too."""
+    """Without the term that makes them differ, these are equal too."""
     if name.startswith("cadan"):
         assert apart(name, betas=(0.98, 0.0, 0.99)) < 1e-11
     else:
@@ -253,17 +253,17 @@ def spoiled(cls: Any) -> None:
 
 
 def test_gradients_changed_in_place_are_copied() -> None:
-    """A base that changes gradients is masked by the right ones, from the first step on."""
+    """If a base changes gradients in place, the mask still uses the original ones, from the first step on."""
     spoiled(Spoils)
 
 
 def test_gradients_changed_behind_autograds_back() -> None:
-    """So is one that changes them through ``.data`` (torch_optimizer's NovoGrad), which no version counter shows."""
+    """The same holds for changes through ``.data`` (torch_optimizer's NovoGrad), which no version counter shows."""
     spoiled(SpoilsSilently)
 
 
 def test_gradients_changed_for_the_first_time_later_are_warned_of() -> None:
-    """A base that begins to change gradients when it is no longer suspected is named in a warning, once."""
+    """A base that starts to change gradients after copying has stopped is named in one warning."""
 
     class Later(SGD):
         spoils = False
@@ -290,7 +290,7 @@ def test_gradients_changed_for_the_first_time_later_are_warned_of() -> None:
 
 @pytest.mark.parametrize("name", ["Ranger", "NovoGrad", "LARS", "OrthoGrad", "StableSPAM", "GrokFastAdamW"])
 def test_pytorch_optimizers_that_change_gradients(name: str) -> None:
-    """The mask is that of the gradient that was there before the step."""
+    """The mask uses the gradient from before the step."""
     lib = pytest.importorskip("pytorch_optimizer")
 
     def build(p: nn.Parameter) -> Optimizer:
@@ -326,7 +326,7 @@ def test_pytorch_optimizers_maximize(name: str) -> None:
 
 @pytest.mark.parametrize(("cls", "expected"), [("Spoils", 2 * 12), ("SGD", 12)])
 def test_copies_of_gradients_count_as_memory(cls: str, expected: int) -> None:
-    """Gradients are copied until a step has left them as they are; `snapshot_bytes` is the extra memory at the peak."""
+    """Gradients are copied until a step leaves them unchanged; `snapshot_bytes` is the extra memory at the peak."""
     p = weight(1, 1, 1, grad=[1, 1, 1])
     opt = CautiousUpdate({"Spoils": Spoils, "SGD": SGD}[cls]([p], lr=0.1))
     before = opt.snapshot_bytes
@@ -336,13 +336,15 @@ def test_copies_of_gradients_count_as_memory(cls: str, expected: int) -> None:
 
 
 def test_sparse_gradients_are_refused_before_anything_changes() -> None:
-    """The error names both optimizers; weights, state and groups are as before, of dense parameters too."""
+    """The error names both optimizers; weights, state and groups are unchanged, dense parameters included."""
     embedding, dense = nn.Embedding(4, 2, sparse=True), weight(1, grad=[1])
     base = SGD([dense, *embedding.parameters()], lr=0.1, momentum=0.0, weight_decay=0.5)
     opt = CautiousUpdate(base)
     embedding(torch.tensor([1, 2])).sum().backward()
     before = embedding.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"CautiousUpdate.*sparse.*SGD"):
+    with pytest.raises(
+        ValueError, match=r"CautiousUpdate needs dense gradients, but SGD has sparse ones: pass sparse=False"
+    ):
         opt.step()
 
     assert torch.equal(before, embedding.weight)
@@ -352,7 +354,7 @@ def test_sparse_gradients_are_refused_before_anything_changes() -> None:
 
 
 def test_sparse_gradients_from_a_closure_are_refused_too() -> None:
-    """Within a closure gradients are known later; the base has still not stepped."""
+    """Sparse gradients that a closure makes are refused too, before the base steps."""
     embedding = nn.Embedding(4, 2, sparse=True)
     opt = CautiousUpdate(SGD(embedding.parameters(), lr=0.1, weight_decay=0.5))
     before = embedding.weight.detach().clone()
@@ -371,7 +373,7 @@ def test_sparse_gradients_from_a_closure_are_refused_too() -> None:
 
 
 class GoesOn(SGD):
-    """Takes its parent's step, and then another of its own: -lr * 1 and, if its group decays, to zero."""
+    """Takes its parent's step, then subtracts lr, and sets the weights to zero if its group decays."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -384,7 +386,7 @@ class GoesOn(SGD):
 
 
 def test_a_base_that_goes_on_after_its_parents_step() -> None:
-    """The update that is masked is the whole step of a subclass, not its parent's; its decay is off to the end."""
+    """The mask covers the whole step of a subclass, not only its parent's; the decay stays off until the end."""
     p = weight(1, 1, grad=[1, -3])
     CautiousUpdate(GoesOn([p], lr=0.125, weight_decay=0.5), scale=None).step()
 
@@ -410,7 +412,7 @@ lists = st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=8)
 @given(weights=lists)
 @settings(max_examples=50, deadline=None)
 def test_never_up_the_gradient(scale: str | None, weights: list[tuple[float, float, float]]) -> None:
-    """Whatever the update: a weight moves down its gradient or not at all, and where masked it stays bit for bit."""
+    """For any update a weight moves down its gradient or not at all; masked weights keep their bits."""
     x, u, g = (torch.tensor(column) for column in zip(*weights, strict=True))
     p = nn.Parameter(x.clone())
     p.grad = g
@@ -424,7 +426,7 @@ def test_never_up_the_gradient(scale: str | None, weights: list[tuple[float, flo
 @given(weights=lists)
 @settings(max_examples=50, deadline=None)
 def test_the_mean_step_is_kept(weights: list[tuple[float, float, float]]) -> None:
-    """With scale="mean" the kept coordinates move by 1/ratio as much: the formula in float64."""
+    """With scale="mean" the kept coordinates move by 1/ratio times the update, as computed in float64."""
     x, u, g = (torch.tensor(column, dtype=F64) for column in zip(*weights, strict=True))
     p = nn.Parameter(x.clone())
     p.grad = g
@@ -444,7 +446,7 @@ SIGNED: dict[str, Callable[[Any], Optimizer]] = {
 
 @pytest.mark.parametrize("build", SIGNED.values(), ids=list(SIGNED))
 def test_without_momentum_nothing_is_masked(build: Any) -> None:
-    """Where the update has the gradient's sign by construction, the wrapper changes nothing but roundings."""
+    """Where the update always has the gradient's sign, the wrapper changes only roundings."""
     a, b = net().double(), net().double()
     for step in range(5):
         for model in (a, b):
@@ -459,7 +461,7 @@ def test_without_momentum_nothing_is_masked(build: Any) -> None:
 
 
 def test_over_muon_the_mask_is_after_orthogonalisation() -> None:
-    """What is masked is the step that Muon takes, orthogonalised: entries against the gradient are cut out of it."""
+    """The mask applies to Muon's orthogonalised step: entries against the gradient are set to zero."""
     p = nn.Parameter(torch.randn(4, 6))
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
@@ -479,7 +481,7 @@ def test_over_muon_the_mask_is_after_orthogonalisation() -> None:
 
 
 def test_without_learning_rate() -> None:
-    """An optimizer that finds its own step size can be masked, as long as nothing decays."""
+    """An optimizer without a learning rate can be masked if no group decays."""
     timm = pytest.importorskip("timm.optim")
     p = nn.Parameter(torch.randn(4, 3))
     opt = CautiousUpdate(timm.create_optimizer_v2([p], "adafactor", lr=None, weight_decay=0.0))
@@ -490,7 +492,7 @@ def test_without_learning_rate() -> None:
 
 
 def test_the_error_for_an_unknown_learning_rate_offers_what_there_is() -> None:
-    """Where the decay needs a learning rate that is not there, the text names no argument that this class lacks."""
+    """The error about a missing learning rate does not name step_size=, which this class lacks."""
     timm = pytest.importorskip("timm.optim")
     base = timm.create_optimizer_v2([weight(1.0)], "adafactor", lr=None, weight_decay=0.1)
     with pytest.raises(ValueError, match="group 0 of Adafactor") as caught:
@@ -506,8 +508,8 @@ def test_unknown_scales(scale: object) -> None:
         CautiousUpdate(SGD([weight(1.0)], lr=0.1), scale=scale)  # type: ignore[arg-type]
 
 
-def test_the_observer_hears_how_many_were_kept() -> None:
-    """The report says how many of the weights that took part were kept, in groups that do not decay too."""
+def test_the_report_counts_kept_updates() -> None:
+    """The report counts the kept weights, also in groups that do not decay."""
     p, q = weight(0, 0, 0, 0, grad=[1, 1, -1, -1]), weight(0, 0, 0, 0)
     opt, reports = CautiousUpdate(Moves([p, q], FOUR)), []
     opt.observer = reports.append
@@ -517,7 +519,7 @@ def test_the_observer_hears_how_many_were_kept() -> None:
 
 
 def test_no_warning_without_decay() -> None:
-    """A base without weight decay is the usual case here, and nothing to warn of."""
+    """A base without weight decay raises no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = CautiousUpdate(AdamW([weight(1.0, grad=[1.0])], weight_decay=0.0))

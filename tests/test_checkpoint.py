@@ -1,4 +1,4 @@
-"""Stopping and going on, in a new process, another format, from another optimizer: the weights come out the same."""
+"""A run that stops and resumes gives the same weights: in a new process, another format, from another optimizer."""
 
 import itertools
 import os
@@ -63,7 +63,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
 def test_a_fresh_process_goes_on_bit_for_bit(
     every_base: Base, every_path: PathOptions, resumed: dict[Any, torch.Tensor]
 ) -> None:
-    """Three steps, torch.save, a new process, three steps: the weights of six steps in one go."""
+    """Three steps, torch.save, and three steps in a new process give the weights of six steps in one run."""
     model = net()
     train(model, CautiousDecay(every_base(model.parameters()), **every_path), range(6))
 
@@ -71,7 +71,7 @@ def test_a_fresh_process_goes_on_bit_for_bit(
 
 
 def test_a_plain_run_is_continued_cautiously(every_path: PathOptions) -> None:
-    """A plain AdamW checkpoint goes on in the wrapper as if AdamW, with its state, had been wrapped on the spot."""
+    """A plain AdamW checkpoint resumed in the wrapper trains as if that AdamW had been wrapped in place."""
     model, twin = net(), net()
     base, plain = (BASES["AdamW"](m.parameters(), **every_path.base) for m in (twin, model))
     train(twin, base, range(3))
@@ -85,7 +85,7 @@ def test_a_plain_run_is_continued_cautiously(every_path: PathOptions) -> None:
 
 
 def test_a_cautious_run_is_continued_plainly(every_path: PathOptions) -> None:
-    """A checkpoint of the wrapper goes on in plain AdamW, with its own decay back on."""
+    """A checkpoint of the wrapper resumes in plain AdamW, with AdamW's own decay."""
     model, twin = net(), net()
     opt, other = (CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (model, twin))
     train(model, opt, range(3))
@@ -125,7 +125,7 @@ def test_asking_a_fresh_optimizer_changes_no_weight(tensor_lr: bool, flat: bool,
 
 @flat_or_not
 def test_a_plain_checkpoint_loads_by_dcp(flat: bool, every_path: PathOptions) -> None:
-    """A plain AdamW's distributed checkpoint loads into a fresh wrapper: its state is there, no weight has changed."""
+    """A plain AdamW's distributed checkpoint loads into a new wrapper: the state arrives, and no weight changes."""
     model, options = net(), StateDictOptions(flatten_optimizer_state_dict=flat)
     plain = BASES["AdamW"](model.parameters(), **every_path.base)
     train(model, plain, range(2))
@@ -140,7 +140,7 @@ def test_a_plain_checkpoint_loads_by_dcp(flat: bool, every_path: PathOptions) ->
 
 @flat_or_not
 def test_a_run_goes_on_from_dcp_bit_for_bit(flat: bool, every_path: PathOptions) -> None:
-    """Two steps, a distributed checkpoint, a fresh net and wrapper, two steps: the weights of four steps in one go."""
+    """Two steps, a distributed checkpoint, and two steps of a new net and wrapper give the weights of four steps."""
     straight, model, again = net(), net(), net()
     opt, first = (
         CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (straight, model)
@@ -158,7 +158,7 @@ def test_a_run_goes_on_from_dcp_bit_for_bit(flat: bool, every_path: PathOptions)
 
 
 def test_a_flat_checkpoint_has_the_plain_optimizers_keys(every_path: PathOptions) -> None:
-    """The wrapper adds no key to a flat distributed checkpoint, where every key of the live groups is required."""
+    """The wrapper adds no key to a flat distributed checkpoint, which requires every key of the groups."""
     options, keys = StateDictOptions(flatten_optimizer_state_dict=True), []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, **every_path)):
         model = net()
@@ -170,7 +170,7 @@ def test_a_flat_checkpoint_has_the_plain_optimizers_keys(every_path: PathOptions
 
 
 def test_asking_between_two_steps_changes_nothing(every_path: PathOptions) -> None:
-    """A checkpoint in mid-training, with the gradients cleared, takes no hidden step: Adam's counter stays at 2."""
+    """A checkpoint during training, with gradients cleared, takes no hidden step: Adam's counter stays at 2."""
     model = net()
     opt = CautiousDecay(BASES["AdamW"](model.parameters(), **every_path.base), **every_path)
     train(model, opt, range(2))

@@ -59,14 +59,14 @@ def trainer(model: nn.Module, folder: Path, optimizer: Any = None, **kwargs: Any
 
 
 def inner(optimizer: Any) -> CautiousDecay:
-    """The wrapper inside what the client made of it."""
+    """The wrapper inside the client's own optimizer object."""
     while not isinstance(optimizer, CautiousDecay):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def test_trainer_takes_the_class_and_resumes(tmp_path: Path, every_path: PathOptions) -> None:
-    """`optimizer_cls_and_kwargs`: the Trainer's groups decay or do not, and a resumed run is the uninterrupted one."""
+    """`optimizer_cls_and_kwargs` keeps the Trainer's decay groups, and a resumed run equals the uninterrupted one."""
     cls = CautiousDecay.over(AdamW, **every_path)
     kwargs = {"cls": (cls, {"lr": 0.05, **every_path.base}), "bf16": every_path["path"] == "direction"}
     first = trainer(model := language_model(), tmp_path, **kwargs)
@@ -163,7 +163,7 @@ def by_hand(steps: int, accumulate: int = 1, path: PathOptions = CHOSEN) -> Tens
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every_path: PathOptions) -> None:
-    """With a closure inside `step` or by hand, with a scheduler: the plain loop's weights."""
+    """Lightning, with a scheduler and automatic or manual steps, gives the plain loop's weights."""
     module = lightning_module(automatic, every_path)
     fit(module, tmp_path)
 
@@ -172,7 +172,7 @@ def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
-    """Two batches a step."""
+    """Lightning with two batches per step gives the plain loop's weights."""
     module = lightning_module()
     fit(module, tmp_path, accumulate_grad_batches=2)
 
@@ -181,7 +181,7 @@ def test_lightning_accumulates_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_resumes_from_its_checkpoint(tmp_path: Path, every_path: PathOptions) -> None:
-    """One epoch, a checkpoint, and one more epoch: two epochs in one run."""
+    """One epoch, a checkpoint and one more epoch give the weights of two epochs in one run."""
     first = fit(lightning_module(path=every_path), tmp_path)
     first.save_checkpoint(tmp_path / "last.ckpt")
     module = lightning_module(path=every_path)
@@ -199,7 +199,7 @@ def accelerated(
 ) -> tuple[Tensor, Any]:
     """Train with accelerate, two batches a step, on the batches ``steps``."""
     accelerate = pytest.importorskip("accelerate")
-    accelerate.state.AcceleratorState._reset_state(True)  # what a Trainer of an earlier test left for all accelerators
+    accelerate.state.AcceleratorState._reset_state(True)  # left over from a Trainer of an earlier test
     accelerate.state.GradientState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = net()
@@ -220,7 +220,7 @@ def accelerated(
 
 
 def test_accelerate_trains_as_a_plain_loop(tmp_path: Path, every_path: PathOptions) -> None:
-    """Prepared and accumulating, the scheduler drives the base's lr and the weights are the plain loop's."""
+    """After prepare, with accumulation and a scheduler, the weights are those of the plain loop."""
     trained, optimizer = accelerated(tmp_path, range(6), every_path)
 
     assert torch.equal(trained, by_hand(6, 2, every_path))
@@ -240,7 +240,7 @@ def test_accelerate_saves_and_loads(tmp_path: Path, every_path: PathOptions) -> 
 
 @pytest.mark.parametrize(("library", "name"), [("torch_optimizer", "Yogi"), ("pytorch_optimizer", "AdaBelief")])
 def test_optimizers_of_other_libraries_in_one_line(library: str, name: str) -> None:
-    """Any optimizer they have is wrapped as torch's own are, and its checkpoint is its own."""
+    """An optimizer of another library is wrapped as torch's are, and keeps its own checkpoint format."""
     cls = getattr(pytest.importorskip(library), name)
     models = net(), net()
     wrapped = CautiousDecay(cls(models[0].parameters(), lr=0.01, weight_decay=0.5))
@@ -280,7 +280,7 @@ def test_hydra_builds_it_from_dotted_names() -> None:
 
 
 def test_hydra_builds_the_class() -> None:
-    """`.over` is found by a dotted name as well, and `_partial_` leaves the parameters for later."""
+    """Hydra finds `.over` by a dotted name; `_partial_` leaves the parameters for later."""
     pytest.importorskip("hydra")
     from hydra.utils import instantiate
 
@@ -310,7 +310,7 @@ EXAMPLES = {
 def test_examples_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Each example under examples/ ends well and prints what it is for."""
+    """Each example under examples/ runs without error and prints its result."""
     library, expected = EXAMPLES[command]
     script, *argv = command.format(tmp=tmp_path).split()
     for name in {library, {"with_timm.py": "sklearn"}.get(script, "torch")}:

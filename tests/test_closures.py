@@ -1,4 +1,4 @@
-"""A closure runs with gradients enabled, as often as the base wants it, and decides who takes part in the step."""
+"""A closure runs with gradients enabled, as often as the base calls it, and decides which parameters step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,7 @@ def test_a_closure_changes_nothing_else(every_base: Base, every_path: PathOption
 
 
 def test_a_closure_changes_nothing_else_for_any_method(every_method: Method) -> None:
-    """So it is for every method around AdamW: masks read the gradient that the closure makes."""
+    """The same holds for every method around AdamW: masks read the gradient that the closure computes."""
     ours, plain = net(), net()
     opt, other = (
         every_method.wrap(AdamW(m.parameters(), weight_decay=0.5, **every_method.base)) for m in (ours, plain)
@@ -77,7 +77,7 @@ def test_gradients_may_come_with_the_first_closure(every_path: PathOptions) -> N
 
 
 def test_gradients_may_go_with_the_closure(every_path: PathOptions) -> None:
-    """A parameter whose gradient the closure takes away does not take part: it keeps its value."""
+    """A parameter whose gradient the closure sets to None keeps its value."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", None) or 0.0)
@@ -99,7 +99,7 @@ def lbfgs(model: torch.nn.Module, **options: Any) -> LBFGS:
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_lbfgs_evaluates_its_closure_as_often_as_alone(search: str | None) -> None:
-    """LBFGS calls the closure many times a step; wrapped, it calls it as often, at the same weights."""
+    """A wrapped LBFGS calls the closure as often as a plain one, at the same weights."""
     seen: list[list[Tensor]] = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, lam=0.5)):
         model = net()
@@ -113,7 +113,7 @@ def test_lbfgs_evaluates_its_closure_as_often_as_alone(search: str | None) -> No
 
 
 def test_lbfgs_decays_once_a_step() -> None:
-    """However many evaluations: the weights are those of LBFGS alone, decayed once by lr * lam where not grown."""
+    """After many evaluations the weights are those of plain LBFGS, decayed once by lr * lam where the mask is 1."""
     plain, ours = net(), net()
     before = values(plain)
     alone, opt = lbfgs(plain), CautiousDecay(lbfgs(ours), lam=0.5)
@@ -132,7 +132,7 @@ class NoEnableGrad(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Like SGD's, but for the closure."""
+        """As in SGD, but the closure runs under no_grad."""
         loss = None if closure is None else closure()
         for p in self.param_groups[0]["params"]:
             p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
@@ -140,7 +140,7 @@ class NoEnableGrad(Optimizer):
 
 
 def test_a_base_without_enable_grad_can_backward_in_its_closure() -> None:
-    """The closure of a base that forgets enable_grad runs with gradients: w = 1 - 0.1*2, minus 0.1*0.5*1."""
+    """A base that calls its closure under no_grad still gets gradients: w = 1 - 0.1*2 - 0.1*0.5*1."""
     p = weight(1.0)
     opt = CautiousDecay(NoEnableGrad([p]), lam=0.5)
 
@@ -157,7 +157,7 @@ def test_a_base_without_enable_grad_can_backward_in_its_closure() -> None:
 
 
 def test_prodigy_can_backward_in_its_closure() -> None:
-    """Prodigy itself calls its closure under no_grad; wrapped, loss.backward() in it works."""
+    """Prodigy calls its closure under no_grad; in the wrapper, loss.backward() works there."""
     prodigyopt = pytest.importorskip("prodigyopt")
     model = net()
     opt = CautiousDecay(prodigyopt.Prodigy(model.parameters(), weight_decay=0.5))
@@ -169,7 +169,7 @@ def test_prodigy_can_backward_in_its_closure() -> None:
 
 
 def test_a_closure_reaches_a_base_that_needs_it_though_nothing_decays() -> None:
-    """With lam 0 LBFGS still gets its closure; it cannot step without."""
+    """With lam 0 LBFGS still gets its closure, which it needs to step."""
     p = weight(1.0, -1.0)
     opt = CautiousDecay(torch.optim.LBFGS([p], lr=0.1), lam=0.0)
 
@@ -185,7 +185,7 @@ def test_a_closure_reaches_a_base_that_needs_it_though_nothing_decays() -> None:
 
 
 def test_frozen_weights_are_not_copied_before_a_closure() -> None:
-    """A closure may bring gradients, but not to a frozen parameter."""
+    """A frozen parameter is not copied before a closure, which cannot give it a gradient."""
     frozen, p = weight(1.0, 1.0, 1.0), weight(1.0)
     frozen.requires_grad_(False)
     opt = CautiousDecay(torch.optim.SGD([frozen, p], lr=0.1), lam=0.5, path="snapshot")

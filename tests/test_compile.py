@@ -33,7 +33,7 @@ def run(base: Base, path: PathOptions, compiler: str | None) -> tuple[list[float
 
 
 def test_each_compiled_step_decays(every_path: PathOptions) -> None:
-    """With a zero gradient, three compiled steps take 0.95, 0.95^2, 0.95^3, and weight_decay is 0.5 after each."""
+    """With a zero gradient, three compiled steps give 0.95, 0.95^2 and 0.95^3, and weight_decay is 0.5 after each."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     step, seen = compiled(opt, "eager"), []
@@ -48,7 +48,7 @@ def test_each_compiled_step_decays(every_path: PathOptions) -> None:
     ("name", "compiler"), [("SGD-momentum", "aot_eager"), ("AdamW", "eager")], ids=["SGD-aot_eager", "AdamW-eager"]
 )
 def test_compiled_steps_equal_eager_ones(name: str, compiler: str, every_path: PathOptions) -> None:
-    """Four compiled steps under a schedule give the weights, and leave the strength, of four eager ones."""
+    """Four compiled steps under a schedule give the weights and the weight_decay of four eager ones."""
     weights, strength = run(BASES[name], every_path, None)
 
     # Compiled, Adam's bias corrections may be computed in another order.
@@ -56,7 +56,7 @@ def test_compiled_steps_equal_eager_ones(name: str, compiler: str, every_path: P
 
 
 def test_the_comparison_can_fail() -> None:
-    """Weights that do not decay end elsewhere: the tests above compare something."""
+    """Without decay the weights differ, so the tests above can fail."""
     along = PathOptions(path="direction")
     weights, _ = run(BASES["AdamW"], along, compiler=None)
     others, _ = run(Base("idle", torch.optim.AdamW, lr=0.01, weight_decay=1e-9), along, compiler=None)
@@ -79,7 +79,7 @@ def compile_step(base: Optimizer) -> CompileCounter:
 @pytest.mark.parametrize("name", ["SGD-momentum", "AdamW"])
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "pieces"])
 def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool) -> None:
-    """Wrapped, it gives the weights of one that is not compiled; a schedule of 12 learning rates compiles twice."""
+    """A wrapped compiled base gives the weights of an eager one; a schedule of 12 learning rates compiles twice."""
     params, options = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)], path.base or {"foreach": False}
     base, plain = (BASES[name]([p], lr=torch.tensor(0.1) if tensor else 0.1, **options) for p in params)
     counter = compile_step(base)
@@ -98,7 +98,7 @@ def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool)
 
 
 def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
-    """Compiling sets its groups up for compiled code, and pieces call the step itself: it takes a snapshot instead."""
+    """A compiled base takes a snapshot: its groups are set up for compiled code, and pieces call the plain step."""
     params = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)]
     base, plain = (RMSprop([p], lr=0.1, momentum=0.9, weight_decay=0.5) for p in params)
     compile_step(base)
@@ -111,12 +111,14 @@ def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
     assert ["snapshot", "pieces"] == [optimizer.paths()[0].path for optimizer in (opt, other)]
     assert opt.paths()[0].reason.endswith("the step of RMSprop is compiled")
     torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="path='pieces' cannot be taken by RMSprop: the step of RMSprop is compiled"):
+    with pytest.raises(
+        ValueError, match="path='pieces' does not work for param group 0 of RMSprop: the step of RMSprop is"
+    ):
         CautiousDecay(base, path="pieces")
 
 
 def test_pieces_of_a_class_that_is_not_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first compilation marks the step of some classes so: pieces are still possible, and hooks fire once."""
+    """A class marked as not to be compiled still steps in pieces, and its hooks fire once."""
     monkeypatch.setattr(RAdam, "step", torch._dynamo.disable(RAdam.step))
     params, seen = [weight(1, -1, grad=[1, 1]), weight(1, -1, grad=[1, 1])], []
     opt = CautiousDecay(RAdam(params, lr=0.1, weight_decay=0.5), path="pieces")

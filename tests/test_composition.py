@@ -1,4 +1,4 @@
-"""One wrapper around another: what each layer sees, what is refused, and that nested ones are optimizers like any."""
+"""One wrapper around another: what each layer sees, what is refused, and how nested wrappers act as optimizers."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ LR, LAM, P = 0.05, 0.5, 0.8
 
 
 def nested(outer: Any, inner: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    """Wraps a base twice; ``on`` are options of both layers for one call, the outer's and the inner's."""
+    """Wraps a base twice; ``on`` holds the options of both layers, the outer's and the inner's."""
     return lambda base, on=({}, {}): outer(CautiousUpdate(base, **inner, **on[1]), **options, **on[0])
 
 
@@ -48,7 +48,7 @@ LAYERS = {
 
 
 def by_hand(name: str, x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
-    """Both layers in float64: the outer's w is what the inner one, whose decay is off, makes of the base's."""
+    """Both layers in float64: the outer's w is the result of the inner layer, whose decay is off."""
     outer, scale = LAYERS[name]
     return outer(x, reference.update(scale)(x, w, g, 0.0), g, eta_lam)
 
@@ -95,7 +95,7 @@ def test_each_layer_sees_what_the_inner_one_made(build: Any, name: str, inner: P
 
 @pytest.mark.parametrize(("outer", "rule"), [(CautiousDecay, reference.decay()), (PNormDecay, reference.p_norm(P))])
 def test_a_lookahead_between_the_two(outer: Any, rule: Any) -> None:
-    """Around Lookahead around CautiousUpdate, the decay sees the step back to the slow weights as part of u."""
+    """For CautiousDecay(Lookahead(CautiousUpdate)), the step back to the slow weights is part of u."""
     p = nn.Parameter(torch.randn(30, dtype=F64))
     q = nn.Parameter(p.detach().clone())
     opt = outer(lookahead(CautiousUpdate(AdamW([p], lr=LR, weight_decay=LAM))))
@@ -118,7 +118,7 @@ def test_four_numbers() -> None:
     """SGD with momentum 4, gradients -1, 1 under weights 2, -2: the masked weights did not move, so they decay."""
     p = weight(2, 2, -2, -2, grad=[4, 4, -4, -4], dtype=F64)
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale="mean"))
-    opt.step()  # all are kept and on their way to zero: 2 - 0.5 - 0.125
+    opt.step()  # all are kept and move towards zero: 2 - 0.5 - 0.125
     first = p.tolist()
     p.grad = torch.tensor([-1.0, 1.0, 1.0, -1.0], dtype=F64)
     opt.step()  # momenta 3, 5, -3, -5: the first and third are masked, the others take two steps of 5/8
@@ -142,7 +142,7 @@ def test_strict_spares_what_the_inner_one_masked() -> None:
 
 
 class Spy(SGD):
-    """Notes its groups' weight_decay at each step, and may refuse to step."""
+    """Records its groups' weight_decay at each step, and can raise instead of stepping."""
 
     seen: list[float]
     fails = False
@@ -197,7 +197,7 @@ def test_groups_without_decay_are_masked_only() -> None:
 
 
 def test_lam_reaches_the_base() -> None:
-    """lam= of the outer is written into the one set of groups that all share."""
+    """lam= of the outer layer is written into the groups, which all layers share."""
     base = AdamW([weight(1.0)], weight_decay=0.1)
     opt = CautiousDecay(CautiousUpdate(base), lam=0.25)
 
@@ -207,7 +207,7 @@ def test_lam_reaches_the_base() -> None:
 
 
 def test_a_later_group_reaches_the_base() -> None:
-    """add_param_group goes through, and a group that names no decay gets the outer's lam."""
+    """add_param_group reaches the base, and a group without a weight_decay gets the outer's lam."""
     base = AdamW([weight(1.0)], weight_decay=0.1)
     opt = CautiousDecay(CautiousUpdate(base), lam=0.25)
     opt.add_param_group({"params": [weight(2.0)]})
@@ -219,7 +219,7 @@ def test_a_later_group_reaches_the_base() -> None:
 @pytest.mark.parametrize("name", ["lamb", "lars"])
 @nestings
 def test_trust_ratios_stay_on_through_two_layers(wrap: Any, name: str) -> None:
-    """LAMB and LARS of timm adapt their step only in groups that decay: here too, though they see weight_decay 0."""
+    """timm's LAMB and LARS adapt their step only in groups that decay; they still do under two wrappers."""
     timm = pytest.importorskip("timm.optim")
     p = nn.Parameter(torch.randn(4, 3, dtype=F64))
     q = nn.Parameter(p.detach().clone())
@@ -245,12 +245,20 @@ def adamw() -> AdamW:
     return AdamW([weight(1.0)], lr=LR, weight_decay=LAM)
 
 
-MASKED_DECAY = ["masked along with the update", "around this instead"]
+MASKED_DECAY = ["masked with the update", "Wrap in the other order:"]
 TWICE = ["decay twice", "base_optimizer"]
 REFUSED: list[tuple[Any, Callable[[], Optimizer], list[str]]] = [
     (CautiousUpdate, lambda: CautiousUpdate(adamw()), ["CautiousUpdate(AdamW", "mask", "twice", "base_optimizer"]),
-    (CautiousUpdate, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *MASKED_DECAY]),
-    (CautiousUpdate, lambda: PNormDecay(adamw()), ["PNormDecay(AdamW", *MASKED_DECAY]),
+    (
+        CautiousUpdate,
+        lambda: CautiousDecay(adamw()),
+        ["CautiousDecay(AdamW", *MASKED_DECAY, "CautiousDecay(CautiousUpdate(optimizer))"],
+    ),
+    (
+        CautiousUpdate,
+        lambda: PNormDecay(adamw()),
+        ["PNormDecay(AdamW", *MASKED_DECAY, "PNormDecay(CautiousUpdate(optimizer))"],
+    ),
     (CautiousDecay, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *TWICE]),
     (CautiousDecay, lambda: PNormDecay(adamw()), ["PNormDecay(AdamW", *TWICE]),
     (PNormDecay, lambda: CautiousDecay(adamw()), ["CautiousDecay(AdamW", *TWICE]),
@@ -261,9 +269,9 @@ REFUSED: list[tuple[Any, Callable[[], Optimizer], list[str]]] = [
 @pytest.mark.parametrize(("outer", "inner", "pieces"), REFUSED)
 @pytest.mark.parametrize("between", ["nothing", "Lookahead"])
 def test_nesting_that_makes_no_sense_is_refused(outer: Any, inner: Any, pieces: list[str], between: str) -> None:
-    """The text says what is inside, why not, and what to do; a Lookahead between the two hides nothing."""
+    """The error says what is inside, why it is refused and what to do, also with a Lookahead between the two."""
     base = lookahead(inner()) if between == "Lookahead" else inner()
-    with pytest.raises(ValueError, match=f"^{outer.__name__} cannot be put around") as caught:
+    with pytest.raises(ValueError, match=f"^{outer.__name__} cannot wrap ") as caught:
         outer(base)
 
     assert [] == [piece for piece in pieces if piece not in str(caught.value)]
@@ -272,16 +280,16 @@ def test_nesting_that_makes_no_sense_is_refused(outer: Any, inner: Any, pieces: 
 @pytest.mark.parametrize("outer", [CautiousDecay, PNormDecay])
 @pytest.mark.parametrize("innermost", [CautiousUpdate, CautiousDecay])
 def test_a_third_layer_is_refused_as_well(outer: Any, innermost: Any) -> None:
-    """Whatever is at the bottom, nothing decays or masks twice, and no wrapper goes around a complete pair."""
-    with pytest.raises(ValueError, match="cannot be put around"):
+    """No wrapper goes around a pair of wrappers, so nothing decays or masks twice."""
+    with pytest.raises(ValueError, match="cannot wrap "):
         outer(CautiousUpdate(lookahead(innermost(adamw()))))
-    with pytest.raises(ValueError, match="cannot be put around"):
+    with pytest.raises(ValueError, match="cannot wrap "):
         outer(CautiousDecay(CautiousUpdate(adamw())))
 
 
 @nestings
 def test_what_makes_sense_is_not_refused(wrap: Any) -> None:
-    """The pairs of the table are taken without a warning, and name both layers."""
+    """The allowed pairs build without a warning, and repr names both layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt = wrap(adamw())
@@ -291,16 +299,16 @@ def test_what_makes_sense_is_not_refused(wrap: Any) -> None:
 
 
 def test_schedule_free_is_refused() -> None:
-    """Schedule-free optimizers compute the weights from a copy: masked steps would come back."""
+    """Schedule-free optimizers compute the weights from a copy, so every wrapper refuses them."""
     lib = pytest.importorskip("schedulefree")
     for outer in (CautiousUpdate, PNormDecay):
-        with pytest.raises(ValueError, match=f"{outer.__name__} cannot be put around AdamWScheduleFree"):
+        with pytest.raises(ValueError, match=f"{outer.__name__} cannot wrap AdamWScheduleFree"):
             outer(lib.AdamWScheduleFree([weight(1.0)], weight_decay=0.1))
 
 
 @nestings
 def test_sparse_gradients_are_refused_before_anything_changes(wrap: Any) -> None:
-    """The inner one cannot read them; weights, groups and state of all layers are as they were."""
+    """The inner layer refuses sparse gradients; weights, groups and state of all layers stay unchanged."""
     embedding = nn.Embedding(4, 2, sparse=True)
     base = SGD(embedding.parameters(), lr=LR, weight_decay=LAM)
     opt = wrap(base)
@@ -325,7 +333,7 @@ def trained(wrap: Any, steps: int = 3) -> tuple[nn.Module, Any]:
 
 @nestings
 def test_the_state_dict_is_the_bases_own(wrap: Any) -> None:
-    """Keys and values are those of the AdamW inside: no foreign key, the user's weight_decay."""
+    """The state dict is that of the AdamW inside, with the user's weight_decay and no extra key."""
     _, opt = trained(wrap)
     plain = AdamW(net().parameters(), lr=0.01, weight_decay=LAM).state_dict()
     state = opt.state_dict()
@@ -337,7 +345,7 @@ def test_the_state_dict_is_the_bases_own(wrap: Any) -> None:
 
 @nestings
 def test_checkpoints_go_both_ways(wrap: Any) -> None:
-    """A checkpoint of the nested one loads in a plain AdamW and one of that loads in the nested one."""
+    """A nested wrapper's checkpoint loads in plain AdamW, and a plain one loads in the nested wrapper."""
     _, opt = trained(wrap)
     plain = AdamW(net().parameters())
     plain.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -411,7 +419,7 @@ def test_over(cls: Any, wrap: Any) -> None:
 
 
 def test_over_names_every_layer() -> None:
-    """The name of a nested class says all of it, and asked for twice it is one class."""
+    """The name of a nested class contains every layer, and the same arguments give the same class."""
     cls = CautiousDecay.over(CautiousUpdate.over(AdamW))
 
     assert "CautiousDecayCautiousUpdateAdamW" == cls.__name__
@@ -423,14 +431,14 @@ def test_over_names_every_layer() -> None:
 
 @nestings
 def test_a_schedule_reaches_all_layers(wrap: Any) -> None:
-    """A scheduler of the nested one is as writing the learning rates into AdamW's groups by hand."""
+    """A scheduler on the nested wrapper acts like learning rates written into AdamW's groups by hand."""
     model = net()
     opt = wrap(AdamW(model.parameters(), lr=0.01, weight_decay=LAM))
     schedule = LambdaLR(opt, lambda step: 1 / (1 + step))
     other = net()
     by_hand = wrap(AdamW(other.parameters(), lr=0.01, weight_decay=LAM))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns where it does not see the steps
+        warnings.simplefilter("error")  # torch warns if it sees no steps
         for step in range(4):
             train(model, opt, [step])
             schedule.step()
@@ -442,7 +450,7 @@ def test_a_schedule_reaches_all_layers(wrap: Any) -> None:
 
 @nestings
 def test_a_scheduler_of_the_base_works_as_well(wrap: Any) -> None:
-    """A scheduler made before wrapping goes on working, and training stays copyable with one around."""
+    """A scheduler made before wrapping still works, and the optimizer can still be copied."""
     model = net()
     base = AdamW(model.parameters(), lr=0.01, weight_decay=LAM)
     schedule = CosineAnnealingLR(base, 4)
@@ -458,7 +466,7 @@ def test_a_scheduler_of_the_base_works_as_well(wrap: Any) -> None:
 @nestings
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler(wrap: Any, fused: bool) -> None:
-    """With a GradScaler training is that without, bit for bit; an overflow is skipped by all layers."""
+    """Training with a GradScaler equals training without, bit for bit; all layers skip an overflow."""
     model, other = net(), net()
     opt, plain = (wrap(AdamW(m.parameters(), lr=0.01, weight_decay=LAM, fused=fused)) for m in (model, other))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -527,7 +535,7 @@ def test_closures_go_through(wrap: Any) -> None:
 
 @nestings
 def test_a_closure_may_schedule_the_decay(wrap: Any) -> None:
-    """What a closure writes into weight_decay counts from this step on, and stays."""
+    """A weight_decay that a closure writes applies from this step on, and stays."""
     p, q = weight(1, -1, grad=[1, 1], dtype=F64), weight(1, -1, grad=[1, 1], dtype=F64)
     opt, other = wrap(SGD([p], lr=LR, weight_decay=LAM)), wrap(SGD([q], lr=LR, weight_decay=0.25))
 
@@ -542,8 +550,8 @@ def test_a_closure_may_schedule_the_decay(wrap: Any) -> None:
     assert 0.25 == opt.param_groups[0]["weight_decay"]
 
 
-def test_observers_of_both_layers_hear_their_own() -> None:
-    """The inner's report counts kept updates, the outer's decayed weights."""
+def test_observers_of_both_layers_get_their_own_reports() -> None:
+    """The inner layer's report counts kept updates, the outer layer's counts decayed weights."""
     p = weight(1, 1, 1, -1, grad=[4, 4, 4, 4])
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale=None))
     opt.step()
@@ -559,7 +567,7 @@ def test_observers_of_both_layers_hear_their_own() -> None:
 
 @nestings
 def test_gradients_changed_by_the_base_reach_no_layer(wrap: Any) -> None:
-    """Every layer reads the gradient as it was before the step."""
+    """Every layer uses the gradient from before the step."""
 
     class Spoils(Optimizer):
         @torch.no_grad()
@@ -581,7 +589,7 @@ def test_gradients_changed_by_the_base_reach_no_layer(wrap: Any) -> None:
 
 @nestings
 def test_memory_is_counted_a_layer(wrap: Any) -> None:
-    """Each layer takes a copy of its own, and says so; dropping it changes nothing in training."""
+    """Each layer makes and reports its own copy; dropping the copies does not change training."""
     model, opt = trained(wrap)
     size = 4 * sum(p.numel() for p in model.parameters())
     opt.drop_snapshot()

@@ -66,7 +66,7 @@ def set_gradients(case: Case, groups: Groups, step: int) -> None:
 
 
 def eta(case: Case, group: dict[str, Any]) -> float:
-    """Each library's own arithmetic, as the note in the zoo has it."""
+    """eta, by the formula that the zoo notes for this library."""
     names = {"sqrt": math.sqrt, "t": group.get("step", 0) + 1, **group}
     return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, names))
 
@@ -129,7 +129,7 @@ class Pair:
 
 
 def has_gradient(p: Tensor) -> Tensor:
-    """Where a step can be said to have happened: nowhere without a gradient, in its rows only if that is sparse."""
+    """Where a step happened: nowhere without a gradient, and only in the rows of a sparse one."""
     if p.grad is None or not p.grad.is_sparse:
         return torch.full(p.shape, p.grad is not None)
     rows = torch.zeros(p.shape, dtype=torch.bool)
@@ -138,14 +138,14 @@ def has_gradient(p: Tensor) -> Tensor:
 
 
 def tolerance(x: Tensor, w: Tensor, roundings: int) -> Tensor:
-    """So many roundings of float32 at the size of the numbers that are added."""
+    """That many float32 roundings at the size of the largest term."""
     size = torch.maximum(x.abs(), w.abs()).double()
     return roundings * torch.finfo(torch.float32).eps * size + 1e-45
 
 
 @pytest.mark.parametrize("case", HOLDING, ids=str)
 def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
-    """From a snapshot, each step is w - eta*lam*1[u*x>=0]*x, of the plain optimizer's w, to one rounding."""
+    """With a snapshot, each step gives w - eta*lam*1[u*x>=0]*x, with the plain optimizer's w, to one rounding."""
     pair = Pair(case, path="snapshot")
     decayed = 0
     for number in range(STEPS):
@@ -164,10 +164,10 @@ def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
 
 @pytest.mark.parametrize("case", HOLDING, ids=str)
 def test_default_path_obeys_the_rule_where_the_weight_moved(case: Case) -> None:
-    """Left to choose, the wrapper gives the same; a weight that the step left in place is decayed or is not."""
+    """The default path gives the same where the step moved the weight; other weights decay fully or not at all."""
     pair = Pair(case, path=None)
     if {"snapshot", "plain"} >= {of_group.path for of_group in pair.wrapped.paths()}:
-        return  # the snapshot path is the default, and the test above holds it
+        return  # the snapshot path is the default, which the test above checks
     for number in range(STEPS):
         for x, plain, wrapped, eta_lam, stepped in pair.step(number):
             mask = rules.moved_towards_zero(x.double(), plain.double()) & stepped
@@ -179,7 +179,7 @@ def test_default_path_obeys_the_rule_where_the_weight_moved(case: Case) -> None:
 
 
 def test_the_table_covers_more_than_230_optimizers() -> None:
-    """The list is found by looking into the libraries, and every case that does not hold says why."""
+    """The table is discovered from the libraries, and every refused case has a reason."""
     missing = [name for name in ("timm", *LIBRARIES) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -204,9 +204,9 @@ def test_both_optimizers_of_a_pair_draw_the_same_numbers_from_numpy() -> None:
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.refused and "recompute" in c.refused], ids=str)
 def test_what_recomputes_its_weights_is_refused(case: Case) -> None:
-    """An optimizer that computes the weights from a copy of its own would lose the decay: it is refused by name."""
+    """An optimizer that computes the weights from its own copy would lose the decay, so it is refused by name."""
     base = case.build(make_groups(case, LAM))
-    with pytest.raises(ValueError, match=f"{type(base).__name__}: it computes the weights anew"):
+    with pytest.raises(ValueError, match=f"{type(base).__name__}: each step computes the weights from a copy"):
         CautiousDecay(base, lam=LAM)
 
 

@@ -1,4 +1,4 @@
-"""What torch.optim.Optimizer promises its users, kept by the wrapper: type, copies, state, hooks, groups."""
+"""The wrapper keeps what torch.optim.Optimizer promises: type, copies, state, hooks, groups."""
 
 import copy
 import inspect
@@ -40,7 +40,7 @@ duplicates = pytest.mark.parametrize(
 
 
 def overridden(cls: type) -> list[str]:
-    """The public methods of Optimizer that ``cls`` has its own version of."""
+    """The public methods of Optimizer that ``cls`` overrides."""
     ours = {name: getattr(cls, name) for name in dir(Optimizer) if not name.startswith("_")}
     return [name for name, ours_ in ours.items() if inspect.isfunction(ours_) and ours_ is not getattr(Optimizer, name)]
 
@@ -51,19 +51,19 @@ def parameters(cls: type, name: str) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("name", overridden(CautiousDecay))
 def test_signatures_equal_those_of_torch(name: str) -> None:
-    """Every overridden method takes torch's parameters: same names, kinds and defaults."""
+    """Every overridden method has torch's parameters: the same names, kinds and defaults."""
     assert parameters(Optimizer, name) == parameters(CautiousDecay, name)
 
 
 def test_the_discovery_finds_the_overrides() -> None:
-    """The signature test is not run over an empty list: the methods that hold the contract are on it."""
+    """The signature test covers the methods of the contract, so its list is not empty."""
     expected = {"step", "zero_grad", "state_dict", "load_state_dict", "add_param_group"}
 
     assert expected <= set(overridden(CautiousDecay))
 
 
 def test_the_signature_check_can_fail() -> None:
-    """A load_state_dict(sd), which torch calls by keyword, is told from torch's."""
+    """The check finds a load_state_dict(sd), whose parameter has another name than torch's."""
 
     class Renamed(CautiousDecay):
         def load_state_dict(self, sd: dict[str, Any]) -> None: ...
@@ -90,7 +90,7 @@ def test_objects_are_the_bases_own_and_fresh() -> None:
 
 @pytest.mark.parametrize("name", ["param_groups", "state", "defaults"])
 def test_objects_assigned_to_the_wrapper_reach_the_base(name: str) -> None:
-    """DeepSpeed and Lightning assign these attributes; the base then works with what was assigned."""
+    """DeepSpeed and Lightning assign these attributes; the base then uses the assigned objects."""
     opt = wrapped()
     new = copy.copy(getattr(opt, name))
     setattr(opt, name, new)
@@ -100,13 +100,13 @@ def test_objects_assigned_to_the_wrapper_reach_the_base(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["train", "eval", "is_second_order", "sync_lookahead", "_step_supports_amp_scaling"])
 def test_has_no_attribute_that_the_base_lacks(name: str) -> None:
-    """What only some optimizers have, the wrapper has only if the base has it; nothing is forwarded unnamed."""
+    """The wrapper has an optional attribute only if the base has it, and forwards no other attribute."""
     assert not hasattr(wrapped(), name)
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "sync_lookahead"])
 def test_forwards_the_modes_of_the_base(name: str) -> None:
-    """Where the base can train() and eval(), so can the wrapper."""
+    """If the base has train() and eval(), so has the wrapper."""
     called: list[str] = []
     base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
     setattr(base, name, lambda: called.append(name))
@@ -119,7 +119,7 @@ def test_forwards_the_modes_of_the_base(name: str) -> None:
 
 
 def goes_on_alike(model: torch.nn.Module, opt: Optimizer, duplicate: Any) -> bool:
-    """Do a net with its optimizer, and a duplicate of the two, come out of the same training bit for bit?"""
+    """Do a net with its optimizer and a copy of both train to the same bits?"""
     train(model, opt, range(2))
     twins = (model, opt), duplicate((model, opt))
     for twin, twin_opt in twins:
@@ -131,7 +131,7 @@ def goes_on_alike(model: torch.nn.Module, opt: Optimizer, duplicate: Any) -> boo
 
 @duplicates
 def test_a_copy_trains_on_like_the_original(every_base: Base, every_path: PathOptions, duplicate: Any) -> None:
-    """copy.deepcopy, or pickle, of a net with its optimizer gives a pair that goes on as the original does."""
+    """A deep copy or pickle of a net with its optimizer trains on like the original."""
     model = net()
 
     assert goes_on_alike(model, CautiousDecay(every_base(model.parameters()), **every_path), duplicate)
@@ -139,7 +139,7 @@ def test_a_copy_trains_on_like_the_original(every_base: Base, every_path: PathOp
 
 @duplicates
 def test_a_copy_of_every_method_trains_on_like_the_original(every_method: Method, duplicate: Any) -> None:
-    """So it is for every method: its arguments are copied, the class too."""
+    """The same holds for every method: its class and arguments are copied."""
     model = net()
 
     assert goes_on_alike(model, every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base)), duplicate)
@@ -147,7 +147,7 @@ def test_a_copy_of_every_method_trains_on_like_the_original(every_method: Method
 
 @duplicates
 def test_a_class_from_over_trains_like_the_wrapper(every_method: Method, duplicate: Any) -> None:
-    """over() of every method builds what the method makes of the same base, and can be copied."""
+    """A class from over() trains like the method around the same base, and can be copied."""
     model, other = net(), net()
     opt = every_method.wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5, **every_method.base))
     cls = every_method.over(AdamW)
@@ -200,7 +200,7 @@ def has_the_plain_state(opt: Optimizer, ours: torch.nn.Module, base: Any, roundi
 
 
 def test_state_dict_is_that_of_the_plain_optimizer(every_base: Base, every_path: PathOptions) -> None:
-    """It has the plain optimizer's keys, types and values, step counters too; one pass may round differently."""
+    """The state dict has the plain optimizer's keys, types, values and counters; one pass may round differently."""
     model = net()
     opt = CautiousDecay(every_base(model.parameters()), **every_path)
 
@@ -208,7 +208,7 @@ def test_state_dict_is_that_of_the_plain_optimizer(every_base: Base, every_path:
 
 
 def test_state_dict_of_every_method_is_that_of_the_plain_optimizer(every_method: Method) -> None:
-    """So it is for every method, around AdamW."""
+    """The same holds for every method around AdamW."""
     model = net()
     opt = every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base))
 
@@ -219,7 +219,7 @@ def test_state_dict_of_every_method_is_that_of_the_plain_optimizer(every_method:
 
 @all_bases
 def test_checkpoints_load_both_ways(build: Any) -> None:
-    """A plain optimizer's checkpoint loads in the wrapper and the wrapper's in the plain one: nothing changes."""
+    """A plain optimizer's checkpoint loads in the wrapper, and the wrapper's in the plain one, without a change."""
     model = net()
     plain = build(model.parameters())
     train(model, plain, range(2))
@@ -243,7 +243,7 @@ def test_checkpoint_is_read_with_weights_only() -> None:
 
 
 def test_load_state_dict_takes_its_argument_by_keyword() -> None:
-    """DCP calls load_state_dict(state_dict=...), and the groups' new values count."""
+    """load_state_dict(state_dict=...), as DCP calls it, loads the groups' values."""
     opt, other = wrapped(), wrapped(lam=0.25)
     opt.load_state_dict(state_dict=other.state_dict())
 
@@ -311,7 +311,7 @@ def test_a_pre_hook_may_change_the_arguments() -> None:
 
 
 def test_a_pre_hook_that_returns_anything_else_is_refused_as_by_torch() -> None:
-    """torch raises RuntimeError for a pre hook's result that is no pair of arguments; so does the wrapper."""
+    """A pre hook that returns anything but a pair of arguments raises RuntimeError, as in torch."""
     for opt in (SGD([weight(1.0)], lr=0.1), wrapped()):
         opt.register_step_pre_hook(lambda *_: 3)
         with pytest.raises(RuntimeError, match="must return None or a tuple of"):
@@ -319,7 +319,7 @@ def test_a_pre_hook_that_returns_anything_else_is_refused_as_by_torch() -> None:
 
 
 def test_state_dict_hooks_may_replace_the_dict() -> None:
-    """What a state-dict post hook, or a load pre hook, returns takes the place of the state dict."""
+    """The return value of a state-dict post hook, or of a load pre hook, replaces the state dict."""
     opt = wrapped()
     opt.register_state_dict_post_hook(lambda _, state_dict: {**state_dict, "note": 1})
     opt.register_load_state_dict_pre_hook(lambda _, state_dict: wrapped(lam=0.25).state_dict())
@@ -330,7 +330,7 @@ def test_state_dict_hooks_may_replace_the_dict() -> None:
 
 
 def test_loading_leaves_the_callers_dict_alone() -> None:
-    """A load pre hook that edits the dict it is given does not edit the caller's."""
+    """A load pre hook that edits its dict does not change the caller's dict."""
     opt = wrapped()
     opt.register_load_state_dict_pre_hook(lambda _, state_dict: state_dict.update(note=1))
     checkpoint = opt.state_dict()
@@ -340,7 +340,7 @@ def test_loading_leaves_the_callers_dict_alone() -> None:
 
 
 def test_hooks_of_the_base_fire_too(every_method: Method) -> None:
-    """A hook that was on the base before it was wrapped still fires, with the base, once a step."""
+    """A hook registered on the base before wrapping still fires once a step, with the base as argument."""
     opt, seen = every_method.wrap(sgd(**every_method.base)), []
     for register in STEP_HOOKS:
         getattr(opt.base_optimizer, register)(lambda optimizer, *_: seen.append(optimizer))
@@ -351,7 +351,7 @@ def test_hooks_of_the_base_fire_too(every_method: Method) -> None:
 
 @pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
 def test_global_hooks_fire_once_a_step(register: Any, every_method: Method) -> None:
-    """torch's profiler counts steps by a global hook: it counts one for a wrapped step."""
+    """torch's profiler counts steps with a global hook; a wrapped step counts as one."""
     opt, seen = every_method.wrap(sgd(**every_method.base)), []
     handle = register(lambda *_: seen.append(1))
     try:
@@ -364,7 +364,7 @@ def test_global_hooks_fire_once_a_step(register: Any, every_method: Method) -> N
 
 
 def test_torch_does_not_patch_the_step_again() -> None:
-    """torch patches the step of a class that is not marked as hooked; the wrapper's is, so hooks still fire once."""
+    """The wrapper's step is marked as hooked, so torch does not patch it and hooks fire once."""
     opt, seen = wrapped(), []
     opt._patch_step_function()
     opt.register_step_pre_hook(lambda *_: seen.append(1))
@@ -383,7 +383,7 @@ def test_a_step_leaves_no_hook_behind(every_method: Method) -> None:
 
 
 def test_a_base_hook_may_change_the_gradient(every_rule: Method) -> None:
-    """Every method uses the gradient that the step uses: here a hook of the base has turned it round."""
+    """Every method uses the gradient that the step uses, here one negated by a hook of the base."""
     opt = every_rule.wrap(sgd(**every_rule.base))
     (p,) = opt.param_groups[0]["params"]
     opt.base_optimizer.register_step_pre_hook(lambda *_: setattr(p, "grad", -p.grad))
@@ -397,7 +397,7 @@ def test_a_base_hook_may_change_the_gradient(every_rule: Method) -> None:
 
 
 def test_an_added_group_is_trained_and_decayed(every_rule: Method) -> None:
-    """A group added to the wrapper is the base's: it steps, and the method acts on it."""
+    """A group added to the wrapper is added to the base: it steps, and the method applies to it."""
     opt, p = every_rule.wrap(sgd(**every_rule.base)), weight(1.0, -2.0, grad=[1.0, 1.0])
     opt.param_groups[0]["params"][0].grad = None
     opt.add_param_group({"params": [p]})
@@ -417,7 +417,7 @@ def test_add_param_group_takes_its_argument_by_keyword() -> None:
 
 
 def test_a_parameter_cannot_be_added_twice() -> None:
-    """A parameter that is in a group already is refused with torch's error, and no group is added."""
+    """A parameter that is already in a group raises torch's error, and no group is added."""
     opt = wrapped()
     with pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": opt.param_groups[0]["params"]})
@@ -440,14 +440,14 @@ def test_param_names_are_kept() -> None:
 
 
 class ApexLike(SGD):
-    """Like apex's: whether to None is an option of the constructor."""
+    """Like apex's optimizers: set_to_none is an option of the constructor."""
 
     def zero_grad(self) -> None:
         super().zero_grad(set_to_none=True)
 
 
 def test_zero_grad_of_a_base_that_takes_no_option() -> None:
-    """It is called without set_to_none. set_to_none=False, which it cannot do, raises the base's TypeError."""
+    """Such a zero_grad is called without set_to_none; set_to_none=False raises the base's TypeError."""
     p = weight(1.0, grad=[1.0])
     opt = CautiousDecay(ApexLike([p], weight_decay=0.5))
     with pytest.raises(TypeError, match="set_to_none"):
@@ -468,7 +468,7 @@ def test_zero_grad(set_to_none: bool) -> None:
 
 
 def test_replaced_parameters_are_stepped_and_decayed(every_rule: Method) -> None:
-    """accelerate and FSDP2 put other tensors into a group; the next step works on those."""
+    """The next step uses the tensors that accelerate or FSDP2 put into a group."""
     opt, p = every_rule.wrap(sgd(**every_rule.base)), weight(1.0, grad=[1.0])
     opt.step()
     opt.param_groups[0]["params"] = [p]
@@ -479,7 +479,7 @@ def test_replaced_parameters_are_stepped_and_decayed(every_rule: Method) -> None
 
 
 def test_groups_stepped_one_at_a_time_are_stepped_once(every_rule: Method) -> None:
-    """DeepSpeed assigns one group, steps, and goes on: every group takes one step in all."""
+    """When one group is assigned and stepped at a time, as in DeepSpeed, every group takes one step."""
     params = [weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])]
     base = SGD([{"params": [p]} for p in params], lr=0.1, weight_decay=0.5, **every_rule.base)
     opt, expected = every_rule.wrap(base), [every_rule.after_sgd(p, p.grad) for p in params]
@@ -508,7 +508,7 @@ def test_profiler_ranges(every_method: Method) -> None:
 
 
 def test_repr_tells_the_path_and_its_cost() -> None:
-    """repr names the base, the strength, the path and the bytes of the snapshot: two float32 weights take 8."""
+    """repr names the base, lam, the path and the bytes of the snapshot: 8 for two float32 weights."""
     assert "CautiousDecay(SGD, lam=0.5, path='snapshot', backend='eager', snapshot_bytes=8)" == repr(
         wrapped(path="snapshot", backend="eager")
     )
@@ -520,5 +520,5 @@ def test_the_snapshot_costs_nothing_on_the_direction_path() -> None:
 
 
 def test_the_table_of_bases_is_not_empty() -> None:
-    """The tests above run over several bases, a fused one among them."""
+    """The table of bases holds several, including a fused one."""
     assert {"SGD", "AdamW", "AdamW-fused"} <= set(BASES)

@@ -1,4 +1,4 @@
-"""Every row of the table of directions: the predicted sign is the sign of the step that then comes."""
+"""For every row of the table of directions, the predicted sign is the sign of the step."""
 
 import importlib
 
@@ -46,7 +46,7 @@ IDS = [f"{c if isinstance(c, str) else c.__name__}-{'-'.join(f'{k}={v}' for k, v
 
 BACKENDS = [PathOptions(backend=backend) for backend in ("eager", "numba")]
 
-# Known not to follow from gradient and state, so they take the snapshot.
+# The sign of their update does not follow from gradient and state, so they take a copy.
 UNKNOWN = [
     (o.Rprop, {}, "Rprop"),
     (o.ASGD, {}, "ASGD"),
@@ -67,14 +67,14 @@ def make(cls: type[Optimizer] | str, p: torch.nn.Parameter, flags: dict[str, obj
 
 
 def gradient(generator: torch.Generator) -> torch.Tensor:
-    """Of mixed sizes, and sometimes zero."""
+    """A random gradient of mixed sizes, with some zeros."""
     size = 10.0 ** torch.randint(-3, 3, (SIZE,), generator=generator)
     return torch.randn(SIZE, generator=generator) * size * (torch.rand(SIZE, generator=generator) < 0.9)
 
 
 @pytest.mark.parametrize(("cls", "flags"), ROWS, ids=IDS)
 def test_predicted_sign_is_the_sign_of_the_step(cls: type[Optimizer] | str, flags: dict[str, object]) -> None:
-    """Stepping from w = 0, -w is the update itself: its sign is that of a*m + b*g, up to what rounding may cancel."""
+    """After a step from w = 0, -w is the update: it has the sign of a*m + b*g, except where rounding cancels it."""
     p = torch.nn.Parameter(torch.zeros(SIZE))
     opt, generator = make(cls, p, flags), torch.Generator().manual_seed(0)
     for _ in range(STEPS):
@@ -121,7 +121,7 @@ def test_direction_and_snapshot_agree_where_the_weight_moved(
 
 @pytest.mark.parametrize(("cls", "flags", "reason"), UNKNOWN)
 def test_unknown_direction_gives_its_reason(cls: type[Optimizer] | str, flags: dict[str, object], reason: str) -> None:
-    """An update whose sign does not follow from gradient and state is told so, and takes the snapshot."""
+    """If gradient and state do not give the sign of the update, `find` returns the reason and a copy is taken."""
     p = torch.nn.Parameter(torch.ones(3))
     opt = make(cls, p, flags)
 
@@ -141,7 +141,7 @@ def test_a_subclass_is_not_its_parent() -> None:
 
 
 def test_bf16_direction_sees_what_rounds_away() -> None:
-    """At lr 1e-4 most bfloat16 weights do not move, which a snapshot takes for u = 0; the direction knows the sign."""
+    """At lr 1e-4 most bfloat16 weights do not move: a snapshot sees u = 0, but the direction has the sign."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(SIZE).bfloat16())
     opt = o.AdamW([p], lr=1e-4)

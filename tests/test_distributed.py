@@ -1,4 +1,4 @@
-"""Who builds or steps optimizers by itself: ZeroRedundancyOptimizer, around and inside, and steps within backward."""
+"""ZeroRedundancyOptimizer around and inside the wrapper, and optimizers that step within backward."""
 
 import warnings
 from collections.abc import Iterator
@@ -30,12 +30,12 @@ def zero(params: Any, cls: Any, **options: Any) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates pieces of its own in it
+        warnings.simplefilter("ignore")  # torch uses its own deprecated functions in it
         return ZeroRedundancyOptimizer(params, optimizer_class=cls, **OPTIONS, **options)
 
 
 def alone(path: PathOptions) -> torch.Tensor:
-    """The weights after three steps of the wrapper without any of this."""
+    """The weights after three steps of the wrapper alone."""
     model = net()
     train(model, CautiousDecay(AdamW(model.parameters(), **OPTIONS, **path.base), **path), range(3))
     return values(model)
@@ -43,7 +43,7 @@ def alone(path: PathOptions) -> torch.Tensor:
 
 @pytest.mark.usefixtures("one_process")
 def test_zero_around_the_wrapper(every_path: PathOptions) -> None:
-    """ZeRO builds a class from over() by itself; training is that of the wrapper alone, bit for bit."""
+    """ZeRO builds a class from over(); training equals that of the wrapper alone, bit for bit."""
     model = net()
     train(model, zero(model.parameters(), CautiousDecay.over(AdamW, **every_path), **every_path.base), range(3))
 
@@ -51,8 +51,8 @@ def test_zero_around_the_wrapper(every_path: PathOptions) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_zero_around_the_wrapper_hears_a_schedule() -> None:
-    """What is written into ZeRO's groups reaches the wrapper, and the 0 that it sets for a step does not come out."""
+def test_a_schedule_on_zero_reaches_the_wrapper() -> None:
+    """A value written into ZeRO's groups reaches the wrapper; the wrapper's temporary 0 does not reach ZeRO."""
     model = net()
     opt = zero(model.parameters(), CautiousDecay.over(AdamW))
     opt.param_groups[0]["weight_decay"] = 0.25
@@ -66,7 +66,7 @@ def test_zero_around_the_wrapper_hears_a_schedule() -> None:
 
 @pytest.mark.usefixtures("one_process")
 def test_the_wrapper_around_zero() -> None:
-    """The wrapper around a ZeRO optimizer takes a snapshot, and training is that of the snapshot path, bit for bit."""
+    """The wrapper around a ZeRO optimizer takes a snapshot; training equals the snapshot path, bit for bit."""
     model = net()
     train(model, CautiousDecay(zero(model.parameters(), AdamW)), range(3))
 
@@ -75,7 +75,7 @@ def test_the_wrapper_around_zero() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_steps_within_backward(every_path: PathOptions) -> None:
-    """torch builds one optimizer a parameter and steps it inside backward; training is the same, bit for bit."""
+    """With one optimizer per parameter, stepped by torch inside backward, training is the same, bit for bit."""
     from torch.distributed.optim import _apply_optimizer_in_backward
 
     model = net()
@@ -89,7 +89,7 @@ def test_steps_within_backward(every_path: PathOptions) -> None:
 
 
 def test_steps_within_gradient_hooks(every_path: PathOptions) -> None:
-    """One wrapper a parameter, stepped by a hook as soon as the gradient is there, gives the same training."""
+    """With one wrapper per parameter, stepped by a gradient hook, training is the same."""
     model = net()
     for p in model.parameters():
         each = CautiousDecay(AdamW([p], **OPTIONS, **every_path.base), **every_path)

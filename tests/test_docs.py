@@ -1,4 +1,4 @@
-"""Every snippet in the documentation runs, every link leads somewhere, and what the pages say of the project is so."""
+"""Every snippet in the documentation runs, every link works, and statements about the project are true."""
 
 import contextlib
 import doctest
@@ -45,7 +45,7 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("sign", ["-", "+"])
 def test_the_diff_of_the_readme_runs(sign: str) -> None:
-    """The README's diff runs as it was before the change and as it is after it."""
+    """Both sides of the README's diff run."""
     (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     lines = [line[1:] for line in diff.splitlines() if line[0] in {sign, " "}]
     namespace: dict[str, object] = {}
@@ -68,7 +68,7 @@ def test_docstrings_run(name: str) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/clients.md", "docs/how_it_works.md"])
 def test_pages_have_snippets(page: str) -> None:
-    """The check of snippets is not one over nothing."""
+    """The check of snippets finds snippets."""
     assert snippets(ROOT / page)
 
 
@@ -107,7 +107,7 @@ def test_the_file_tree_is_complete() -> None:
 
 @pytest.mark.parametrize("name", ["step", "mask"])
 def test_the_drawings_come_from_their_script(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/draw.py draws the SVG files that are there."""
+    """docs/draw.py produces the SVG files in the repository."""
     monkeypatch.syspath_prepend(ROOT / "docs")
 
     assert getattr(importlib.import_module("draw"), name)() == (ROOT / f"docs/{name}.svg").read_text()
@@ -119,7 +119,7 @@ def test_the_drawings_come_from_their_script(name: str, monkeypatch: pytest.Monk
 
 
 class Html(HTMLParser):
-    """What a page points to, and the places in it that can be pointed to."""
+    """The links of a page and its anchors."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Html(HTMLParser):
 
 
 def broken(site: Path) -> list[str]:
-    """Links, pictures, scripts and styles of a folder of pages that lead to nothing in it."""
+    """The broken links, pictures, scripts and styles in a folder of pages."""
     pages = {path: Html(path) for path in site.rglob("*.html")}
     bad = []
     for page, html in pages.items():
@@ -152,7 +152,7 @@ def broken(site: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly."""
+    """The folder of the built site."""
     for package in ("mkdocs", "material", "mkdocstrings_handlers"):
         pytest.importorskip(package, reason=f"the site needs the docs extra: no {package}")
     folder = tmp_path_factory.mktemp("site").resolve()
@@ -166,7 +166,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_has_no_broken_link(site: Path) -> None:
-    """Every link, anchor, picture, script and style of the built site leads to something in it."""
+    """Every link, anchor, picture, script and style of the built site exists."""
     assert broken(site) == []
 
 
@@ -178,7 +178,7 @@ def test_the_site_asks_no_other_host(site: Path) -> None:
 
 
 def test_formulas_keep_their_stars(site: Path) -> None:
-    """No formula is taken for emphasis: `eta*lam*x` without its ticks would lose its stars."""
+    """Markdown reads no formula as emphasis: `eta*lam*x` without ticks would lose its stars."""
     for page in site.glob("*.html"):
         assert not re.findall(r".*\w<em>.*|.*</em>\w.*", page.read_text()), page.name
 
@@ -196,7 +196,7 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
 
 
 def test_broken_links_are_found(tmp_path: Path) -> None:
-    """The check can fail: a missing page, picture and anchor are found, what is there is not."""
+    """The check can fail: it finds a missing page, picture and anchor, and passes existing ones."""
     (tmp_path / "a.html").write_text(
         '<p id="x"><a href="b.html">1</a><a href="#y">2</a><a href="a.html#x">3</a><img src="c.png">'
     )

@@ -1,4 +1,4 @@
-"""Random numbers over ranks are those of one process, however ranks are seeded and weights are laid out."""
+"""Ranks draw the random numbers of one process, for any seeds of the ranks and any layout of the weights."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ METHODS = [{"rounding": "stochastic"}, {"mask": "random", "path": "snapshot"}]
 
 
 def trained(path: PathOptions, method: dict[str, str], place: object = None) -> list[Tensor]:
-    """Whole bfloat16 weights after three steps, with everything where ``place`` puts it; dropout runs in between."""
+    """The whole bfloat16 weights after three steps, in the layout that ``place`` makes, with dropout in between."""
     place = place or (lambda t: t)
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(place(torch.randn(shape, generator=generator).bfloat16())) for shape in SHAPES]
@@ -52,7 +52,7 @@ def work(rank: int) -> None:
 
 
 def test_ranks_draw_what_one_process_draws() -> None:
-    """Replicas and shards of ranks that are seeded differently end bit for bit where one process ends."""
+    """Replicas and shards on ranks with different seeds give the weights of one process, bit for bit."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
     if torch.__version__ < "2.6":
         pytest.skip("distribute_tensor of older torch communicates")
@@ -80,13 +80,13 @@ def places(rank: int, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 6, 2)], ids=str)
 def test_places_of_a_shard(shape: tuple[int, ...]) -> None:
-    """On a mesh of four ranks a shard knows the places that it holds, sharded along one dimension, two or none."""
+    """On a mesh of four ranks, `shard` gives the right places for one, two or no sharded dimensions."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
     spawn(4, places, shape)
 
 
 def test_a_plain_tensor_holds_all_places() -> None:
-    """Without DTensor a parameter is one run; a complex number takes two places."""
+    """A plain tensor is one run of places; a complex number has two."""
     assert shard(torch.zeros(3, 4)) == Shard(0, 12, 12, 12)
     assert shard(torch.zeros(3, dtype=torch.complex64)) == Shard(0, 6, 6, 6)
 

@@ -40,8 +40,8 @@ def test_path_is_the_one_that_a_wrapper_takes(cls: type[Optimizer], options: dic
     assert taken == ("direction" if path == "one_pass" and kernels.name(None, CPU) == "eager" else path)
 
 
-def test_refused_classes_are_told() -> None:
-    """A class that cannot be wrapped is refused, by its own name or by that of a parent."""
+def test_refused_classes_are_listed() -> None:
+    """The report marks a class as refused by its own name or that of a parent."""
 
     class TRAC(SGD): ...
 
@@ -61,8 +61,8 @@ def test_each_backend_can_run_or_says_why_not() -> None:
     assert [line for line in of_cpu if "(chosen)" in line] == [f"  {kernels.name(None, CPU)}: can run (chosen)"]
 
 
-def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card has its name, memory and compute capability; one that is too old for Triton steps eagerly."""
+def test_a_card_is_listed_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card is listed with name, memory and compute capability; one too old for Triton uses eager."""
     card = SimpleNamespace(name="Old Card", total_memory=8 << 30, major=6, minor=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
@@ -76,13 +76,13 @@ def test_a_card_is_told_with_what_decides_about_triton(monkeypatch: pytest.Monke
     assert of_card[0].startswith("cuda:0: Old Card, 8 GiB, compute capability 6.1, CUDA ")
     assert of_card[1:] == [
         "  eager: can run (chosen)",
-        "  numba: cannot run: numba's kernels run on the CPU",
-        "  triton: cannot run: Triton needs compute capability 7.0",
+        "  numba: cannot run: numba's kernels run on the CPU only",
+        "  triton: cannot run: Triton needs compute capability 7.0 or higher",
     ]
 
 
-def test_versions_are_told() -> None:
-    """The report begins with Python's version, and has torch's."""
+def test_versions_are_listed() -> None:
+    """The report starts with Python's version and contains torch's."""
     lines = env.report().splitlines()
 
     assert lines[0].startswith(f"python {sys.version.split()[0]} on ")
@@ -100,8 +100,8 @@ def test_optimizers_are_counted_and_listed() -> None:
     assert lines[start + 1 : start + 1 + counted] == [f"  {cls.__qualname__}: {env.path_of(cls)}" for cls in ours]
 
 
-def test_broken_packages_are_told_and_do_not_stop_the_report(tmp_path: Path) -> None:
-    """A numba and a library that are installed but raise when imported appear with their errors."""
+def test_broken_packages_are_listed_and_do_not_stop_the_report(tmp_path: Path) -> None:
+    """Packages that are installed but raise when imported appear with their errors."""
     (tmp_path / "numba.py").write_text("")
     (tmp_path / "llvmlite.py").write_text("raise ImportError('no LLVM here')")
     (tmp_path / "schedulefree.py").write_text("print('noise'); raise RuntimeError('not with this torch')")
@@ -117,7 +117,7 @@ def test_broken_packages_are_told_and_do_not_stop_the_report(tmp_path: Path) -> 
 def test_env_prints_the_report(
     words: list[str], flag: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`env` prints the report, with the list of classes if that is asked for."""
+    """`env` prints the report, and with --optimizers the list of classes."""
     monkeypatch.setattr(sys, "argv", ["cwd_wrap", *words])
     monkeypatch.setattr(env, "report", lambda *, optimizers: f"report, optimizers={optimizers}")
     __main__.main()
@@ -142,7 +142,7 @@ def test_without_a_command_the_usage_is_printed(
 
 
 def test_numba_can_run_where_there_is_no_fork() -> None:
-    """The report of a system without fork, as Windows is, has numba among what can run."""
+    """On a system without fork, such as Windows, the report lists numba as able to run."""
     pytest.importorskip("numba")
     program = "import os, numba, cwd_wrap.env; del os.register_at_fork; print(*cwd_wrap.env._devices())"
     told = python("-c", program).stdout

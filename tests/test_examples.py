@@ -1,4 +1,4 @@
-"""The examples run, small, from the command line as a reader would start them."""
+"""The examples run at a small size from the command line."""
 
 import csv
 import subprocess
@@ -16,7 +16,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_language_model(tmp_path: Path) -> None:
-    """The demo prints its table and leaves a row for each run, the curves and the picture."""
+    """The demo prints its table and writes a row for each run, the curves and the picture."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     done = run("examples/language_model.py", *SMALL, "--out", tmp_path)
@@ -34,7 +34,7 @@ def test_language_model(tmp_path: Path) -> None:
     [(["--seeds", 0], "0"), (["--lam", -1], "-1"), (["--optimizer", "Adamm"], "Adamm")],
 )
 def test_language_model_says_what_is_wrong(words: list[object], text: str) -> None:
-    """A value that makes no sense is named, in one line and without a traceback."""
+    """A bad argument is named in one line, without a traceback."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
     done = run("examples/language_model.py", *words)

@@ -1,4 +1,4 @@
-"""Errors: which, what their text says (the value, the place, the way out), and that nothing has been changed."""
+"""Errors have the right type, a text with value, place and way out, and leave everything unchanged."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
 
 
 def sgd(**options: Any) -> SGD:
-    """Two groups, of which both decay."""
+    """SGD with two groups that both decay."""
     groups = [{"params": [weight(1.0, grad=[1.0])]}, {"params": [weight(1.0, grad=[1.0])], "weight_decay": 0.25}]
     return SGD(groups, **{"lr": 0.1, "weight_decay": 0.5, **options})
 
@@ -28,7 +28,7 @@ def with_key(base: Optimizer, key: str, value: object, group: int = 1) -> Optimi
 
 
 class LookaheadLike(Optimizer):
-    """Keeps the optimizer that it is around under timm's name for it."""
+    """Keeps the inner optimizer under the attribute name that timm uses."""
 
     def __init__(self, base: Optimizer) -> None:
         """Around ``base``."""
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
 
 
 def contents(base: object) -> object:
-    """Everything in the groups of an optimizer, parameters and the lists of them by identity."""
+    """Everything in the groups of an optimizer, with parameters and their lists by identity."""
     groups = getattr(base, "param_groups", []) if isinstance(base, Optimizer) else []
     return [
         {k: [id(v), *map(id, v)] if k == "params" else copy.deepcopy(repr(v)) for k, v in g.items()} for g in groups
@@ -132,7 +132,7 @@ def contents(base: object) -> object:
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=list(REFUSED))
 def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
-    """The error has the right type, and its text names what came, where, and what to do; the base is as it was."""
+    """The error has the right type; its text names what came, where, and what to do; the base is unchanged."""
     base, options, error, pieces = case
     before = contents(base)
     with pytest.raises(error) as caught:
@@ -145,7 +145,7 @@ def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
 
 @pytest.mark.parametrize("keywords", [{"params": [], "lr": 0.1}, {"base_optimizer": sgd(), "weight_decay": 0.1}])
 def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) -> None:
-    """Keywords alone are told the same, and a method without lam= does not speak of it."""
+    """The error names the optimizer that takes the argument; it names lam= only if the method has lam."""
     owner = "SGD" if "base_optimizer" in keywords else "the optimizer"
     name = ", ".join(key for key in keywords if key != "base_optimizer")
     with pytest.raises(TypeError, match=f"^CautiousUpdate does not take {name}: pass that to {owner}. It takes "):
@@ -153,7 +153,7 @@ def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) 
 
 
 def test_a_subclass_may_take_any_keyword() -> None:
-    """The check of the names is Python's own: a constructor with **kwargs passes."""
+    """A subclass whose constructor has **kwargs may take any keyword."""
 
     class Logged(CautiousDecay):
         def __init__(self, base_optimizer: Optimizer, **kwargs: Any) -> None:
@@ -164,7 +164,7 @@ def test_a_subclass_may_take_any_keyword() -> None:
 
 
 def test_a_refused_lam_is_not_written_into_any_group() -> None:
-    """Group 1 has no learning rate, so group 0 does not get lam either."""
+    """If group 1 has no learning rate, lam is not written into group 0 either."""
     base = with_key(sgd(), "lr", None)
     with pytest.raises(ValueError, match="step_size="):
         CautiousDecay(base, lam=0.125)
@@ -203,7 +203,7 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 
 @pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
 def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], every_path: PathOptions) -> None:
-    """A schedule that writes an impossible value into group 1 gets a ValueError naming it; no weight has moved."""
+    """A bad value written into group 1 raises a ValueError that names it, and no weight moves."""
     base = sgd(**every_path.base)
     opt = CautiousDecay(base, **every_path)
     base.param_groups[1][key] = value
@@ -219,7 +219,7 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
 
 @pytest.mark.parametrize("value", NOT_DECAYS)
 def test_an_unfit_step_size_stops_the_step(value: float, every_path: PathOptions) -> None:
-    """step_size= that returns something negative, NaN or infinite is named, with the group; no weight has moved."""
+    """A step_size= that returns a negative, NaN or infinite value raises with the group, and no weight moves."""
     base = sgd(**every_path.base)
     opt = CautiousDecay(base, step_size=lambda group: value, **every_path)
     with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
@@ -235,7 +235,7 @@ def broken(*_: object, **__: object) -> None:
 
 
 def test_a_base_that_raises_gets_its_decay_back(every_method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the base's step raises comes through, and the groups and hooks are as before."""
+    """An error in the base's step reaches the caller, and groups and hooks are restored."""
     base = with_key(sgd(**every_method.base), "always_adapt", value=False)
     opt = every_method.wrap(base)
     before = contents(base)
@@ -248,7 +248,7 @@ def test_a_base_that_raises_gets_its_decay_back(every_method: Method, monkeypatc
 
 
 def test_a_base_goes_on_after_it_has_raised(every_rule: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step after a failed one is the base's and the method's, by the group's own strength."""
+    """The step after a failed one applies the base and the method, with the group's own weight_decay."""
     base = sgd(**every_rule.base)
     opt = every_rule.wrap(base)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
@@ -265,7 +265,7 @@ def test_a_base_goes_on_after_it_has_raised(every_rule: Method, monkeypatch: pyt
     "where", ["closure", *(f"{whose} {which} hook" for whose in ("wrapper's", "base's") for which in ("pre", "post"))]
 )
 def test_what_a_user_raises_comes_through(where: str, every_method: Method) -> None:
-    """An error in a closure or a hook comes through, and the groups and the base's hooks are as before."""
+    """An error in a closure or a hook reaches the caller, and groups and the base's hooks are restored."""
     base = sgd(**every_method.base)
     opt = every_method.wrap(base)
     if where != "closure":
@@ -282,7 +282,7 @@ def test_what_a_user_raises_comes_through(where: str, every_method: Method) -> N
 
 
 def test_the_decay_is_off_while_the_base_steps(every_method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the base steps its decay is 0 and always_adapt is on; for its hooks, before and after, all is as it was."""
+    """While the base steps, weight_decay is 0 and always_adapt is on; its hooks see the original values."""
     base = with_key(sgd(**every_method.base), "always_adapt", value=False)
     opt, inside, outside = every_method.wrap(base), [], []
     module = sys.modules["torch.optim.sgd"]
@@ -304,7 +304,7 @@ def test_the_decay_is_off_while_the_base_steps(every_method: Method, monkeypatch
 
 
 def test_lamb_gets_always_adapt_back() -> None:
-    """timm's LAMB, whose step raises, has weight_decay and always_adapt as before."""
+    """timm's LAMB has its weight_decay and always_adapt back after its step raised."""
     timm = pytest.importorskip("timm.optim")
     base = timm.Lamb([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5)
     opt = CautiousDecay(base)
@@ -329,7 +329,7 @@ def test_lamb_gets_always_adapt_back() -> None:
     ],
 )
 def test_an_unfit_group_is_not_added(group: dict[str, Any], pieces: list[str]) -> None:
-    """A group that could not be stepped is refused when it is added, and the base has the groups it had."""
+    """A group that cannot be stepped is refused when it is added, and the base keeps its groups."""
     opt = CautiousDecay(sgd())
     before = contents(opt)
     with pytest.raises(ValueError, match="group 2 of SGD") as caught:
@@ -340,7 +340,7 @@ def test_an_unfit_group_is_not_added(group: dict[str, Any], pieces: list[str]) -
 
 
 def test_the_adaptive_bases_are_not_refused() -> None:
-    """The refusals above are not refusals of everything: plain bases, fused ones and amsgrad pass."""
+    """Plain, fused, amsgrad and maximize variants of Adam and AdamW are accepted."""
     for base in (Adam, AdamW):
         for options in ({}, {"fused": True}, {"amsgrad": True}, {"maximize": True}):
             assert isinstance(CautiousDecay(base([weight(1.0)], weight_decay=0.5, **options)), Optimizer)

@@ -1,4 +1,4 @@
-"""What the experiments in examples/ show, held as facts; and each of them runs, small, from the command line."""
+"""The results of the experiments in examples/, as facts; each also runs at a small size from the command line."""
 
 import csv
 import functools
@@ -42,7 +42,7 @@ def ends(method: str) -> dict[tuple[str, toy.Point], tuple[Tensor, float]]:
 @pytest.mark.parametrize("start", LINE.starts)
 @pytest.mark.parametrize(("method", "x"), [("Adam", 5.0), ("AdamW", 2.0), ("CautiousDecay(Adam)", 5.0)])
 def test_one_variable(method: str, x: float, start: toy.Point) -> None:
-    """f = (x-5)^2 with lam = 0.5: AdamW stops at the end of its box, 1/lam; CautiousDecay where f is 0."""
+    """For f = (x-5)^2 with lam = 0.5, AdamW stops at the end of its box, 1/lam, and CautiousDecay where f is 0."""
     end, _ = ends(method)["line", start]
     assert end[0].item() == pytest.approx(x, abs=0.1)
 
@@ -63,7 +63,7 @@ def test_adamw_leaves_the_curve_for_the_corner_of_its_box(landscape: toy.Landsca
 def test_cautious_decay_ends_on_the_curve_and_inside_the_pareto_front(
     landscape: toy.Landscape, start: toy.Point
 ) -> None:
-    """CautiousDecay(Adam) ends where f is as good as 0, on the arc where |x| and |y| cannot both fall any more."""
+    """CautiousDecay(Adam) ends where f is almost 0, on the arc where |x| and |y| cannot both decrease."""
     end, f = ends("CautiousDecay(Adam)")[landscape.name, start]
     assert f < 1e-3
     assert toy.distance(landscape, end).item() < 0.01
@@ -72,7 +72,7 @@ def test_cautious_decay_ends_on_the_curve_and_inside_the_pareto_front(
 
 @pytest.mark.parametrize(("landscape", "start"), [(RING, (4.5, 3.2)), (RING, (3.2, 5.0)), (PARABOLA, (5.0, 5.0))])
 def test_cautious_decay_slides(landscape: toy.Landscape, start: toy.Point) -> None:
-    """Adam stops where it meets the curve; CautiousDecay goes on to where both |x| and |y| are smaller, one by far."""
+    """Adam stops where it meets the curve; CautiousDecay moves on to smaller |x| and |y|, one by more than 1."""
     stopped, f = ends("Adam")[landscape.name, start]
     slid, _ = ends("CautiousDecay(Adam)")[landscape.name, start]
     assert f < 1e-3
@@ -81,14 +81,14 @@ def test_cautious_decay_slides(landscape: toy.Landscape, start: toy.Point) -> No
 
 
 def test_cautious_decay_stays_on_the_front() -> None:
-    """On the diagonal Adam meets the ring on its Pareto front, and CautiousDecay has nowhere to slide."""
+    """On the diagonal Adam reaches the ring on its Pareto front, and CautiousDecay stays there."""
     stopped, stayed = (ends(method)["ring", (4.5, 4.5)][0] for method in ("Adam", "CautiousDecay(Adam)"))
     assert toy.is_pareto(RING, stopped)
     assert (stayed - stopped).abs().max().item() < 0.05
 
 
 def test_pareto_front_by_search() -> None:
-    """`is_pareto` says what a search along the ring says."""
+    """`is_pareto` agrees with a search along the ring."""
     angles = torch.arange(0.5, 360, 1, dtype=torch.float64).deg2rad()
     on_ring = lambda a: 3 + torch.stack([a.cos(), a.sin()], dim=-1)
     better = [(on_ring(angles + turn).abs() < on_ring(angles).abs()).all(-1) for turn in (-1e-3, 1e-3)]
@@ -96,7 +96,7 @@ def test_pareto_front_by_search() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# The energies that cautious decay lets fall
+# The energies that fall under cautious decay
 # ------------------------------------------------------------------------------------------------
 
 STEP_SIZES = (0.02, 0.004)
@@ -105,7 +105,7 @@ systems = pytest.mark.parametrize("system", lyapunov.SYSTEMS, ids=lambda s: s.na
 
 @functools.cache
 def rise(name: str, decay: str, h: float, time: float = 3.0) -> float:
-    """All upward steps of H over all downward ones."""
+    """The sum of all upward steps of H, divided by that of all downward ones."""
     system = next(s for s in lyapunov.SYSTEMS if s.name == name)
     return lyapunov.change(lyapunov.walk(system, decay, h=h, lam=1.0, time=time, starts=16, seed=0)).rise
 
@@ -114,13 +114,13 @@ def rise(name: str, decay: str, h: float, time: float = 3.0) -> float:
     "system", [s for s in lyapunov.SYSTEMS if s.name != "Lion"], ids=lambda s: s.name
 )  # Lion's energy has a kink where m changes its sign; Lion-K is the same with a smooth K
 def test_energy_falls_at_each_of_the_first_steps(system: lyapunov.System) -> None:
-    """Over the first part of the walk, of a hundred steps from each of 16 starts, H never rises."""
+    """H never rises over the first hundred steps from each of 16 starts."""
     assert rise(system.name, "cautious", h=2e-3, time=0.2) == 0
 
 
 @systems
 def test_energy_falls_in_the_limit_of_small_steps(system: lyapunov.System) -> None:
-    """The whole way down: what H rises where masks change is little, and goes to 0 with the step."""
+    """Over the whole run H rises a little where masks change, and this goes to 0 with the step size."""
     coarse, fine = (rise(system.name, "cautious", h) for h in STEP_SIZES)
     assert fine < 0.01
     assert fine < 0.5 * coarse
@@ -129,14 +129,14 @@ def test_energy_falls_in_the_limit_of_small_steps(system: lyapunov.System) -> No
 @systems
 @pytest.mark.parametrize("decay", ["plain", "inverted"])
 def test_energy_rises_under_another_decay(system: lyapunov.System, decay: str) -> None:
-    """The two tests above can fail: with all weights decaying, or the wrong ones, H rises however small the step."""
+    """The two tests above can fail: if all weights decay, or the wrong ones, H rises at any step size."""
     coarse, fine = (rise(system.name, decay, h) for h in STEP_SIZES)
     assert fine > 0.01
     assert fine > 0.5 * coarse
 
 
 def test_change_counts_ups_and_downs() -> None:
-    """Two walks, one that only falls, one that rises by 1 and falls by 4: the worse is reported."""
+    """Of two runs, one that only falls and one that rises by 1 and falls by 4, the second is reported."""
     energies = torch.tensor([[9.0, 5.0], [6.0, 6.0], [3.0, 2.0]])
     assert lyapunov.change(energies) == lyapunov.Change(rise=0.25, steps=0.25)
 
@@ -164,7 +164,7 @@ def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_smoke(name: str, tmp_path: Path) -> None:
-    """It prints its table with machine, versions and date, shows progress, and leaves a picture."""
+    """Each experiment prints its table with machine, versions and date, shows progress, and writes a picture."""
     pytest.importorskip("matplotlib")
     pytest.importorskip(NEEDS.get(name, "torch"))
     done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path)
@@ -207,7 +207,7 @@ def test_rows(name: str, rows: int, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
-    """With its value, and without a traceback."""
+    """A wrong argument is named with its value, without a traceback."""
     done = run(f"examples/{name}.py", *words)
 
     assert done.returncode != 0
@@ -217,8 +217,8 @@ def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_that_scikit_learn_is_missing_is_said(name: str, tmp_path: Path) -> None:
-    """In one line that says what to install."""
+def test_scripts_say_that_scikit_learn_is_missing(name: str, tmp_path: Path) -> None:
+    """Without scikit-learn, the script prints one line that says what to install."""
     (tmp_path / "sklearn.py").write_text("raise ImportError('not here')")
     done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
 

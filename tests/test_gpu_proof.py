@@ -1,4 +1,4 @@
-"""The proof for a card, run without one: each of its rows works, and one that does not costs only itself."""
+"""The GPU proof, run without a card: each row works, and a failing row does not stop the others."""
 
 import contextlib
 import csv
@@ -30,7 +30,7 @@ def dry(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], 
 
 
 def test_every_row_that_can_run_without_a_card_does(tmp_path: Path) -> None:
-    """The rows of all parts are carried out, interpreted on small tensors; only those that need a card are skipped."""
+    """All rows run with the interpreter on small tensors, except those that need a card."""
     pytest.importorskip("triton")
     done, rows = dry(tmp_path, "--here")
     labels = [row["what"] for row in rows]
@@ -44,7 +44,7 @@ def test_every_row_that_can_run_without_a_card_does(tmp_path: Path) -> None:
 
 
 def test_a_part_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """As on a card: rows come from another process, as printed lines, a table and a page."""
+    """A part in its own process, as on a card, gives its rows as printed lines, a table and a page."""
     pytest.importorskip("triton")
     done, rows = dry(tmp_path, "--only", "versions", "large")
 
@@ -55,7 +55,7 @@ def test_a_part_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_without_a_card_it_says_so() -> None:
-    """Asked for the proof itself, a machine without a card is told how to see the rows."""
+    """Without a card the proof exits with a text that says how to see the rows."""
     if torch.cuda.is_available():
         pytest.skip("there is a card")
     done = subprocess.run(
@@ -71,7 +71,7 @@ def test_without_a_card_it_says_so() -> None:
 
 
 def test_a_row_that_fails_costs_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    """What it raised stands in the row, and the rows after it come; an error between rows ends the part as a row."""
+    """A failing row holds its error, and later rows run; an error between rows ends the part with a row."""
 
     def trials() -> Iterator[object]:
         def skipped() -> None:
@@ -104,7 +104,7 @@ def test_a_row_that_fails_costs_only_itself(capsys: pytest.CaptureFixture[str]) 
 def test_a_crash_costs_only_its_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, expected: tuple[str, str, str]
 ) -> None:
-    """A process that dies, or takes too long, has its rows so far and one that says what happened."""
+    """A process that dies or takes too long keeps its rows so far, and adds one that says what happened."""
     child = tmp_path / "child.py"
     row = '{"part": "p", "what": "first", "value": 1.0}'
     child.write_text(f"print({row!r}, flush=True); {program}")
@@ -116,7 +116,7 @@ def test_a_crash_costs_only_its_part(
 
 
 def test_no_part_begins_after_the_last_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the eight minutes are over, the parts that are left are rows that say so."""
+    """After eight minutes, each remaining part becomes a row that says so."""
     monkeypatch.setattr(gpu_proof, "MINUTES", 0)
     rows = list(gpu_proof.all_rows(["graphs", "large"], with_tests=False, isolated=True, log=tmp_path / "errors.txt"))
 
@@ -127,7 +127,7 @@ def test_no_part_begins_after_the_last_minute(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_tests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest's last line is a row, failed if pytest is; without pytest the row says so."""
+    """pytest's last line is a row, which fails if pytest fails; without pytest the row says so."""
     monkeypatch.setattr(gpu_proof, "GPU_TESTS", ["no_such_test.py"])
     (row,) = gpu_proof.tests()
 
@@ -141,7 +141,7 @@ def test_the_tests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_that_does_nothing_is_not_timed() -> None:
-    """A benchmark of steps that leave the weights as they are is refused, as a row."""
+    """A benchmark whose steps do not change the weights is a failed row."""
     parameters = [torch.nn.Parameter(torch.ones(64))]
     parameters[0].grad = torch.ones(64)
     opt = torch.optim.SGD(parameters, lr=0.1)
@@ -186,7 +186,7 @@ class Card:
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_the_three_times_of_a_step(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
-    """On a card, here stubbed: a row for each path and time; what fails costs itself."""
+    """On a stubbed card, each path and time has a row, and a failure affects its own row only."""
     Card(monkeypatch, busy)
     p = torch.nn.Parameter(torch.zeros(16))
     p.grad = -torch.ones(16)

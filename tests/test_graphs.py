@@ -82,7 +82,7 @@ def test_what_a_graph_reads_is_never_released(capture: Capture, monkeypatch: pyt
 
 
 def test_a_new_table_is_sent_by_the_graph(capture: Capture) -> None:
-    """One that no step has made comes from memory that was pinned before, which is the graph's from then on."""
+    """A new table comes from memory that was pinned before the capture and then belongs to the graph."""
     tables = _tables._of_device.setdefault(CPU, _tables._Tables())
     tables.spare(torch.zeros(8, dtype=torch.uint8))
     (spare,) = tables._spares
@@ -97,13 +97,18 @@ def test_a_new_table_is_sent_by_the_graph(capture: Capture) -> None:
 
 
 def test_a_capture_without_warm_up(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch cannot pin memory in a capture, the error says what to do before it."""
+    """If torch cannot pin memory during a capture, the error says what to do before it."""
 
     def refused(_: Tensor) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(Tensor, "pin_memory", refused)
-    with capture(), pytest.raises(RuntimeError, match=r"table of 3 bytes that no step.*steps of the same.*side stream"):
+    with (
+        capture(),
+        pytest.raises(
+            RuntimeError, match=r"table of 3 bytes that no step.*pinned memory.*steps of the same.*side stream"
+        ),
+    ):
         _tables.table(numbers, CPU, b"abc")
 
 
@@ -201,7 +206,7 @@ def test_the_copies_of_a_graph_are_its_own(capture: Capture, take: str) -> None:
 
 @pytest.mark.parametrize("path", ["snapshot", "pieces"])
 def test_dropping_the_snapshot_leaves_graphs_alone(capture: Capture, path: str) -> None:
-    """A step that is captured leaves nothing of its own behind, so `drop_snapshot` frees what eager steps keep only."""
+    """`drop_snapshot` frees only the memory of eager steps; a captured step keeps its own in the graph."""
     p = weight(1.0, 2.0, grad=[1.0, 1.0])
     opt = CautiousDecay(SGD([p], lr=0.1, momentum=0.9), lam=0.5, path=path)
     with capture():
@@ -215,7 +220,7 @@ def test_dropping_the_snapshot_leaves_graphs_alone(capture: Capture, path: str) 
 
 
 def test_a_capture_does_not_look_at_gradients(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first step that is captured goes on copying gradients: to find out whether it must would wait."""
+    """A captured first step keeps copying gradients, because the check whether it must would wait."""
     p = weight(1.0, grad=[1.0])
     opt = CautiousUpdate(SGD([p], lr=0.1))
     with capture(), monkeypatch.context() as m:
@@ -228,7 +233,7 @@ def test_a_capture_does_not_look_at_gradients(capture: Capture, monkeypatch: pyt
 
 
 def test_gradients_are_compared_with_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step asks once, for all gradients together, whether the base has left them as they were."""
+    """The first step checks once, for all gradients together, whether the base changed them."""
     parameters = [weight(1.0, grad=[1.0]) for _ in range(50)]
     opt = CautiousUpdate(AdamW(parameters, lr=0.1, fused=True))
     asked = []

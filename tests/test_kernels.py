@@ -1,4 +1,4 @@
-"""Every backend does what rules.py says, whatever the sizes, strides, types and values.
+"""Every backend computes what rules.py defines, for all sizes, strides, types and values.
 
 Each backend takes part where it runs. For the Triton kernels that is a card, or a process of its own:
 
@@ -272,7 +272,7 @@ def test_along_equals_the_rule(on: Place, pair: tuple[float, float], strict: boo
 @pytest.mark.parametrize("b", [1.0, -1.0, 0.3])
 @all_types
 def test_along_a_gradient_equals_the_rule(on: Place, dtype: torch.dtype, b: float) -> None:
-    """So it is along the gradient alone, in every type; a negative b maximizes."""
+    """The same holds along the gradient alone, in every type; a negative b maximizes."""
     w, g = (on.many(dtype, k) for k in (0, 100))
     expected = [expected_along(x, None, y, 0.0, b, 0.3) for x, y in zip(w, g, strict=True)]
     along(on, w, None, g, (0.0, b), 0.3)
@@ -426,7 +426,7 @@ def test_strides_do_not_matter(on: Place, n: int) -> None:
 
 
 def test_an_expanded_gradient(on: Place) -> None:
-    """The gradient of a sum is one number expanded: it is read as what it stands for."""
+    """The gradient of a sum, one number expanded, is read with its full shape."""
     w, g = on.some((3, 50), torch.float32, 0), torch.ones(1, device=on.device).expand(3, 50)
     expected = expected_along(w, None, g, 0.0, 1.0, 0.3)
     along(on, [w], None, [g], (0.0, 1.0), 0.3)
@@ -810,7 +810,7 @@ def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: 
     error = (w.float() - wide) * x.sign()
 
     assert abs(sigmas(error)) < 5
-    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 2)) > 5  # it would notice a decay that is half off
+    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 2)) > 5  # the check would notice half the decay
     assert on.equal(plain, x)
 
 
@@ -902,7 +902,7 @@ def test_the_wrapper_gives_what_it_gives_with_eager(on: Place, wrap: Callable[..
 @strict_or_not
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_mask_by_signs_is_the_rule(strict: bool, sign: float) -> None:
-    """What eager does on a card, where a product would underflow: the mask of rules.py, for all special numbers."""
+    """Eager's mask by signs, used on a card, equals that of rules.py for all special numbers."""
     d, x = (torch.cat(parts) for parts in zip(Place("eager", "cpu").special(2), torch.randn(2, 100), strict=True))
     mask = _eager._mask_by_signs(d.clone(), x, sign, strict)
 
@@ -911,7 +911,7 @@ def test_the_mask_by_signs_is_the_rule(strict: bool, sign: float) -> None:
 
 
 def test_where_the_mask_is_taken_by_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product is for the CPU alone: a decay on another device compares signs."""
+    """Eager takes the product on the CPU only, and compares signs on other devices."""
     taken = []
     for name in ("_mask_by_signs", "_mask_by_product"):
         monkeypatch.setattr(_eager, name, lambda d, *_, name=name: taken.append(name) or d)

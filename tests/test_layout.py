@@ -1,4 +1,4 @@
-"""The house: which module may import which, and what `import cwd_wrap` may load."""
+"""Which module may import which, and what `import cwd_wrap` may load."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "cwd_wrap"
 
-# Each module with the modules of the package that it may import. Nothing else, and nothing the other way.
+# Each module with the modules of the package that it may import.
 ARROWS: dict[str, set[str]] = {
     "rules": set(),
     "directions": set(),
@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"env"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
-# What is not torch, and the only module that may import it.
+# Each other package, with the only module that may import it.
 OUTSIDE = {
     "llvmlite": "kernels._numba",
     "matplotlib": "plot",
@@ -57,7 +57,7 @@ OUTSIDE = {
 
 
 def imports(source: str) -> set[str]:
-    """The modules that a source text names in import statements, wherever they stand."""
+    """The modules that a source text imports, at the top or inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -88,12 +88,12 @@ def modules() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_arrows_run_one_way(name: str) -> None:
-    """No module imports more of the package than the picture of the house allows."""
+    """No module imports more of the package than `ARROWS` allows."""
     assert inside(modules()[name]) <= ARROWS[name]
 
 
 def test_the_picture_has_no_circle() -> None:
-    """Following the arrows never leads back."""
+    """The allowed imports have no cycle."""
 
     def below(name: str, path: tuple[str, ...] = ()) -> None:
         assert name not in path, (*path, name)
@@ -105,14 +105,14 @@ def test_the_picture_has_no_circle() -> None:
 
 
 def test_the_check_can_fail() -> None:
-    """An import that breaks the rule is seen, at the top or inside a function."""
+    """The check finds a forbidden import at the top or inside a function."""
     assert inside("from cwd_wrap.wrapper import OptimizerWrapper") == {"wrapper"}
     assert inside("def f():\n    from cwd_wrap.kernels import _eager") == {"kernels._eager"}
     assert not inside("from cwd_wrap import wrappers") <= ARROWS["rules"]
 
 
 def test_only_torch_is_needed() -> None:
-    """Besides the standard library and torch, each optional package is imported by the one module that needs it."""
+    """Each optional package is imported only by the one module that needs it."""
     needed = {"cwd_wrap", "torch", "typing_extensions", *sys.stdlib_module_names}
     for name, source in modules().items():
         for imported in {module.split(".")[0] for module in imports(source)} - needed:
@@ -123,7 +123,7 @@ LOADED = "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - se
 
 
 def loaded(*program: str) -> str:
-    """The packages that the lines load on top of torch's own, in a process of its own."""
+    """The packages that the lines load beyond torch's own, in a separate process."""
     lines = ["import sys, torch; before = set(sys.modules)", *program, LOADED]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True, cwd=ROOT.parent
@@ -132,7 +132,7 @@ def loaded(*program: str) -> str:
 
 
 def test_import_loads_torch_and_nothing_else() -> None:
-    """`import cwd_wrap` brings in no numba, triton, timm or matplotlib beyond what torch itself brings."""
+    """`import cwd_wrap` loads no numba, triton, timm or matplotlib beyond what torch loads."""
     assert loaded("import cwd_wrap") == "['cwd_wrap']"
 
 
@@ -144,12 +144,12 @@ WRAPPED = (
 
 
 def test_a_wrapper_loads_nothing_before_its_first_step() -> None:
-    """Neither building nor asking a wrapper for its paths imports numba: that takes half a second."""
+    """Building a wrapper and calling paths() do not import numba, which takes half a second."""
     assert loaded(*WRAPPED) == "[]"
 
 
 def test_the_first_step_loads_numba() -> None:
-    """The first step does, where numba is installed."""
+    """The first step imports numba, where it is installed."""
     pytest.importorskip("numba")
 
     assert "numba" in loaded(*WRAPPED, "opt.step()")

@@ -71,7 +71,7 @@ AT_ZERO = [
 
 @pytest.mark.parametrize(("mask", "strict", "expected"), AT_ZERO)
 def test_at_zero(mask: str, strict: bool, expected: list[float]) -> None:
-    """Without gradient or update a weight decays, with strict=True it does not; "all" has no condition."""
+    """A weight with gradient and update 0 decays, unless strict=True; mask="all" always decays it."""
     p = weight(1, -1, grad=[0, 0])
     CautiousDecay(sgd(p), mask=mask, strict=strict).step()
 
@@ -93,7 +93,7 @@ AS_THEIRS: dict[str, Any] = {
 
 @pytest.mark.parametrize("build", AS_THEIRS.values(), ids=list(AS_THEIRS))
 def test_all_is_the_optimizers_own_decoupled_decay(build: Any) -> None:
-    """mask="all" around AdamW and its kin is their own decay, to roundings, after a hundred steps in float64."""
+    """mask="all" around AdamW and similar equals their own decay after a hundred float64 steps, to roundings."""
     start = torch.randn(30, dtype=F64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     opt, plain = CautiousDecay(build([ours]), mask="all"), build([theirs])
@@ -108,7 +108,7 @@ def test_all_is_the_optimizers_own_decoupled_decay(build: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgdw", "nadamw"])
 def test_all_is_timms_own_decoupled_decay(name: str) -> None:
-    """So it is around timm's optimizers that decouple, where the update does not read the decayed weight."""
+    """The same holds for timm's decoupled optimizers whose update does not read the decayed weight."""
     timm = pytest.importorskip("timm.optim")
     start = torch.randn(6, 5, dtype=F64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -125,7 +125,7 @@ def test_all_is_timms_own_decoupled_decay(name: str) -> None:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_all_is_muons_own_decay() -> None:
-    """Around torch's Muon too."""
+    """mask="all" around torch's Muon equals Muon's own decay."""
     start = torch.randn(6, 5)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     opt, plain = (torch.optim.Muon([p], lr=0.02, weight_decay=0.1) for p in (ours, theirs))
@@ -140,7 +140,7 @@ def test_all_is_muons_own_decay() -> None:
 
 
 def test_all_decouples_a_coupled_decay() -> None:
-    """Around Adam, whose own decay goes into the gradient, it is AdamW."""
+    """mask="all" around Adam, whose own decay is coupled, equals AdamW."""
     a, b = net().double(), net().double()
     x = torch.randn(20, 17, dtype=F64)
     opts = (
@@ -160,7 +160,7 @@ def test_all_decouples_a_coupled_decay() -> None:
 
 
 def test_gradient_and_update_are_one_where_the_update_is_the_gradient() -> None:
-    """Around plain SGD the two masks say the same."""
+    """Around plain SGD, mask="gradient" and mask="update" are equal."""
     out = []
     for mask in ("update", "gradient"):
         model = net()
@@ -171,7 +171,7 @@ def test_gradient_and_update_are_one_where_the_update_is_the_gradient() -> None:
 
 
 def test_gradients_that_the_base_changes_are_copied() -> None:
-    """The gradient mask reads them as they were before the step."""
+    """mask="gradient" uses the gradients from before the step."""
 
     class Spoils(Optimizer):
         @torch.no_grad()
@@ -202,7 +202,7 @@ def decayed(p: nn.Parameter, opt: Optimizer, g: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_random_has_the_ratio_of_the_papers_mask(ratio: float) -> None:
-    """Of each tensor as many decay as the paper's mask would take, within five standard errors; others than those."""
+    """In each tensor as many weights decay as under the paper's mask, within five standard errors, but other ones."""
     n = 20_000
     x = torch.randn(n, dtype=F64).abs() + 1
     g = torch.where(torch.rand(n) < ratio, 1.0, -1.0).double()
@@ -217,7 +217,7 @@ def test_random_has_the_ratio_of_the_papers_mask(ratio: float) -> None:
 
 
 def test_random_has_a_ratio_for_each_tensor() -> None:
-    """A tensor that the paper's mask takes as a whole decays as a whole, and one that it leaves alone does not."""
+    """A tensor decays as a whole if the paper's mask is 1 everywhere, and not at all if it is 0 everywhere."""
     p, q = nn.Parameter(torch.ones(500, dtype=F64)), nn.Parameter(torch.ones(500, dtype=F64))
     p.grad, q.grad = torch.ones(500, dtype=F64), -torch.ones(500, dtype=F64)
     CautiousDecay(sgd(p, q), mask="random").step()
@@ -246,7 +246,7 @@ def fresh(seed: int = 0) -> tuple[nn.Module, Optimizer]:
 
 
 def test_random_is_splitmix_at_a_counter() -> None:
-    """Each weight decays where its 16 bits, worked out here with Python's integers, are below the share of the mask."""
+    """A weight decays if its 16 bits, computed here with Python's integers, are below the share of the mask."""
 
     def mixed(z: int) -> int:
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -275,7 +275,7 @@ def test_random_is_splitmix_at_a_counter() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 3), (2, 3, 4, 5)], ids=str)
 def test_random_in_every_type_and_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Each number decays by eta*lam of itself or not at all, whatever the type, the shape and the layout."""
+    """Each number decays by eta*lam times itself or not at all, for every type, shape and layout."""
     p = nn.Parameter(torch.randn(shape, dtype=dtype))
     p.grad = torch.zeros_like(p)
     x = p.detach().clone()
@@ -311,7 +311,7 @@ def test_random_resumes() -> None:
 
 @pytest.mark.parametrize("mask", ["update", "gradient", "all", "random"])
 def test_no_mask_uses_a_generator(mask: str) -> None:
-    """Dropout and data are as without the wrapper."""
+    """No mask draws from torch's generator, so dropout and data do not change."""
     p = weight(1, -1, grad=[1, 1])
     before = torch.get_rng_state()
     CautiousDecay(sgd(p), mask=mask).step()
@@ -336,7 +336,7 @@ COUNTS = [
 @pytest.mark.parametrize("path", [None, "snapshot"])
 @pytest.mark.parametrize(("mask", "strict", "expected"), COUNTS)
 def test_the_observer_counts(mask: str, strict: bool, expected: int, path: str | None) -> None:
-    """The report counts the weights that the mask let decay, out of those that took part."""
+    """The report counts the weights that decayed, out of those that took part."""
     p, q = weight(1, 1, -1, -2, grad=[1, -1, 0, -1]), weight(1)
     opt, reports = CautiousDecay(sgd(p, q), mask=mask, strict=strict, path=path), []
     opt.observer = reports.append
@@ -346,7 +346,7 @@ def test_the_observer_counts(mask: str, strict: bool, expected: int, path: str |
 
 
 def test_the_observer_counts_what_was_drawn() -> None:
-    """With mask="random" the report has the number of weights that did decay, not of those that should."""
+    """With mask="random" the report has the number of weights that decayed, not the expected number."""
     p = nn.Parameter(torch.ones(1000, dtype=F64))
     opt, reports = CautiousDecay(sgd(p), mask="random"), []
     opt.observer = reports.append
@@ -367,7 +367,7 @@ def test_unknown_masks(mask: object) -> None:
 
 @ablations
 def test_another_path_is_refused(mask: str) -> None:
-    """An ablation takes a copy: the error of another path names the mask."""
+    """An ablation needs a copy, so path="direction" raises an error that names the mask."""
     with pytest.raises(ValueError, match="path='direction'") as caught:
         CautiousDecay(sgd(weight(1.0)), mask=mask, path="direction")
 
@@ -376,10 +376,10 @@ def test_another_path_is_refused(mask: str) -> None:
 
 @ablations
 def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
-    """snapshot_bytes and repr say so."""
+    """snapshot_bytes and repr show the copy that an ablation makes."""
     opt = CautiousDecay(sgd(weight(1, 2, 3)), mask=mask)
 
-    # Gradients are copied as well, until a step has shown that the base leaves them alone.
+    # Gradients are copied too, until a step shows that the base does not change them.
     assert (24 if mask == "gradient" else 12) == opt.snapshot_bytes
     assert "path='pieces'" in repr(opt)
 
@@ -390,7 +390,7 @@ def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_every_weight_decays_or_not(mask: str, weights: list[tuple[float, float]]) -> None:
-    """Whatever the numbers, the result is the base's step or that less eta*lam*x, rounded once: nothing in between."""
+    """Every result is the base's step, or that minus eta*lam*x, rounded once."""
     x, g = (torch.tensor(column) for column in zip(*weights, strict=True))
     p = nn.Parameter(x.clone())
     p.grad = g

@@ -27,7 +27,7 @@ SCHEDULE = (0.25, 0.5, 1.0, 0.5, 0.75, 1.0, 0.25)  # of the learning rate; RAdam
 SIZES = (1.0, 1 / 8, 1 / 64, 1.0, 1 / 8, 1 / 64, 1.0)  # of the weights
 EXACT = 1e-3
 
-# Not in the list that is tested for everything: here where they are installed.
+# Not in the zoo; tested here if they are installed.
 FURTHER = ("optimi", "rose_opt")
 
 SWITCHES = re.compile(r"decay|decoupl|wd|fixed|corrected|scale_parameter|bias_correction|no_prox")
@@ -40,10 +40,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 CHOICES = {"ApolloDQN": ("l2", "decoupled", "stable"), "QHM": ("grad", "direct")}  # of weight_decay_type
 
-# Plain gradient descent with coupled decay cannot be told from decoupled decay, and this one lags a step behind its lr.
+# In plain gradient descent, coupled and decoupled decay are the same; this one uses the lr of the previous step.
 COUPLED_DESCENT = ("torch.ASGD",)
 
-# These compute their update from weights that have decayed, so that the decay shows in it: in AdaSmooth it drowns.
+# These compute their update from decayed weights, so it contains the decay; in AdaSmooth it is too small to see.
 SEES_DECAYED_WEIGHTS = ("pytorch_optimizer.AdaSmooth", "pytorch_optimizer.ApolloDQN")
 
 
@@ -51,7 +51,7 @@ SEES_DECAYED_WEIGHTS = ("pytorch_optimizer.AdaSmooth", "pytorch_optimizer.Apollo
 
 
 def option_sets(case: Case) -> Iterator[dict[str, Any]]:
-    """All combinations of the options that bear on decay, as differences to the defaults."""
+    """All combinations of the options that affect decay, as differences from the defaults."""
     choices: dict[str, list[Any]] = {}
     for name, default in case.options.items():
         if name in VALUES:
@@ -94,7 +94,7 @@ class Factors:
 
 
 class Trio:
-    """With its own decay, without, and wrapped; ``refusal`` is what the wrapper raised instead."""
+    """One optimizer with its own decay, one without, and one wrapped; ``refusal`` is the wrapper's error, if any."""
 
     def __init__(self, case: Case, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
         self.case, self.dtype = case, dtype
@@ -210,7 +210,7 @@ def measure(case: Case, options: dict[str, Any]) -> tuple[Trio, list[Factors]]:
 
 
 def is_coupled(trio: Trio, measured: list[Factors]) -> bool:
-    """Its own decay has no factor: by its own word, or as measured. Some do not decay at all when told not to."""
+    """Is its own decay coupled, so without a factor, by its options or as measured? Some do not decay at all."""
     said = any(
         trio.own.param_groups[0].get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled")
     )
@@ -222,7 +222,7 @@ def is_coupled(trio: Trio, measured: list[Factors]) -> bool:
 
 @pytest.mark.parametrize(("case", "options"), rows())
 def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, options: dict[str, Any]) -> None:
-    """At each step and shape the wrapper decays by the optimizer's own factor; by lr where its decay is coupled.
+    """At each step and shape the wrapper decays by the optimizer's own factor, or by lr if its decay is coupled.
 
     Or the wrapper refuses by name, and then there is no one factor that follows from lr.
     """
@@ -239,7 +239,7 @@ def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, optio
         return
     tolerance = 0.11 if case.fades else EXACT  # a tenth of the decay may be pulled back in the same step
     for f in moved:
-        if not (coupled and "d" in trio.own.param_groups[0]):  # there it is lr times what the optimizer has learnt
+        if not (coupled and "d" in trio.own.param_groups[0]):  # there it is d * lr
             own = f.own
             if case.name.endswith("Adan"):  # divides by 1 + eta*lam where others multiply by 1 - eta*lam
                 own /= 1 - LAM * own
@@ -252,7 +252,7 @@ def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, optio
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.eta == "given" and c.decay_key and not c.refused], ids=str)
 def test_step_size_is_the_way_out(case: Case) -> None:
-    """What is refused without step_size= is taken with it."""
+    """An optimizer that is refused without step_size= is accepted with it."""
     params = [torch.nn.Parameter(torch.ones(SHAPES[d])) for d in case.dims]
     build = partial(case.build, [{"params": params, "weight_decay": LAM}])
     with pytest.raises(ValueError, match="pass step_size="):
@@ -263,7 +263,7 @@ def test_step_size_is_the_way_out(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["Kron", "LARS"])
 def test_exempt_names_the_parameters_that_the_optimizers_own_decay_leaves_alone(name: str) -> None:
-    """Kron and LARS of pytorch_optimizer decay no vectors, also inside another optimizer; AdamW decays all."""
+    """pytorch_optimizer's Kron and LARS do not decay vectors, also inside Lookahead; AdamW decays all."""
     library = pytest.importorskip("pytorch_optimizer")
     vector, matrix = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 2))
     base = getattr(library, name)([vector, matrix], weight_decay=LAM)

@@ -42,14 +42,14 @@ def test_p_1_takes_about_eta_lam_off() -> None:
 
 @pytest.mark.parametrize("size", [10.0, 100.0, 1e4])
 def test_p_1_is_like_soft_shrinkage(size: float) -> None:
-    """What p = 1 takes off a weight much larger than eta*lam is eta*lam, to the square of it over the weight."""
+    """With p = 1 a large weight loses eta*lam, with an error below eta*lam squared over the weight."""
     taken = size - still(size, p=1.0).item()
 
     assert pytest.approx(1 / 16, abs=(1 / 16) ** 2 / size * 1.01) == taken
 
 
 def test_small_weights_collapse_below_p_1() -> None:
-    """With p = 0.5 a weight of 1e-4 is multiplied by 3.2e-5 in one step: this is where sparsity comes from."""
+    """With p = 0.5 a weight of 1e-4 is multiplied by 3.2e-5 in one step, which makes weights sparse."""
     assert pytest.approx(1e-4 * 1e-6 / (1e-6 + 0.5 / 16), rel=1e-12) == still(1e-4, p=0.5).item()
 
 
@@ -63,7 +63,7 @@ def test_the_weight_before_the_step_says_how_much() -> None:
 
 @all_p
 def test_to_first_order_it_is_the_decay_of_the_penalty(p: float) -> None:
-    """For small eta it takes eta * lam * d|w|**p/dw off: the lam of the authors' code, without another factor p."""
+    """For small eta the decay is eta * lam * d|w|**p/dw: lam is that of the authors' code, without another factor p."""
     eta = 1e-7
     x = torch.tensor([0.5, -2.0], dtype=F64, requires_grad=True)
     (gradient,) = torch.autograd.grad((x.abs() ** p).sum(), x)
@@ -80,7 +80,7 @@ def test_to_first_order_it_is_the_decay_of_the_penalty(p: float) -> None:
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), torch.tensor(0.0, dtype=F64)], ids=["float", "f32", "f64"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 def test_learning_rate_0_is_the_identity(dtype: torch.dtype, lr: Any, p: float) -> None:
-    """With lr 0, float or tensor, nothing changes, bit for bit: zeros are no 0/0, whole tensors of them neither."""
+    """With lr 0, float or tensor, no bit changes; zeros, even whole tensors of them, give no 0/0."""
     x = torch.tensor([0.0, -0.0, 1.0, -1e-30, 1e30]).to(dtype)
     q, zeros = nn.Parameter(x.clone()), nn.Parameter(torch.zeros(3, dtype=dtype))
     q.grad, zeros.grad = torch.ones_like(q), torch.ones_like(zeros)
@@ -118,7 +118,7 @@ def test_zero_stays_zero(p: float) -> None:
 
 
 def test_p_2_lets_zeros_go() -> None:
-    """At p = 2 the factor does not depend on the weight, so a zero may leave: also as in the authors' code."""
+    """At p = 2 the factor does not depend on the weight, so a zero weight can train, as in the authors' code."""
     q = weight(0, 1, grad=[1, 1], dtype=F64)
     PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=2.0).step()
 
@@ -142,7 +142,7 @@ def test_a_zero_initialised_tensor_trains(shape: tuple[int, ...], p: float) -> N
 
 
 def test_zeros_of_a_zero_initialised_tensor_that_got_no_gradient_stay() -> None:
-    """Only its first step is free: weights still at 0 after it, among others that are not, have become absorbing."""
+    """Only the first step of a zero tensor is free: weights that are still 0 after it stay 0."""
     q = weight(0, 0, grad=[1, 0])
     opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM))
     opt.step()
@@ -181,7 +181,7 @@ def test_zero_rows_under_sparse_gradients_stay_zero() -> None:
 @all_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
 def test_huge_and_tiny_values(dtype: torch.dtype, p: float) -> None:
-    """Weights of any size shrink without overflow: huge ones hardly, denormal ones to 0, none beyond itself."""
+    """Weights of any size shrink without overflow: huge ones hardly, denormal ones to 0, and none grows."""
     x = torch.tensor([3e38, 1e30, 1e-30, 1e-38, 1e-40, -3e38, -1e-40]).to(dtype)
     q = nn.Parameter(x.clone())
     q.grad = torch.zeros_like(q)
@@ -204,7 +204,7 @@ def test_what_is_not_finite_stays_so_and_alone(p: float) -> None:
 
 
 def test_a_nan_gradient_is_not_hidden_by_a_zero_weight() -> None:
-    """A NaN or infinite step from a weight of 0 does not come out as 0: trouble stays visible."""
+    """A NaN or infinite step from a weight of 0 stays NaN or infinite, and does not become 0."""
     q = weight(0, 0, 1, grad=[math.nan, math.inf, 1])
     PNormDecay(SGD([q], lr=LR, weight_decay=LAM)).step()
 
@@ -229,7 +229,7 @@ WRONG_P: list[tuple[Any, type[Exception]]] = [
 
 @pytest.mark.parametrize(("p", "error"), WRONG_P, ids=[repr(p) for p, _ in WRONG_P])
 def test_p_out_of_range(p: Any, error: type[Exception]) -> None:
-    """p must be above 0 and at most 2; the text has the name, the value and that range, and the base stays as it is."""
+    """p must be above 0 and at most 2; the error has the name, the value and that range, and the base is unchanged."""
     base = SGD([weight(1.0)], lr=LR, weight_decay=LAM)
     with pytest.raises(error, match="p of PNormDecay") as caught:
         PNormDecay(base, lam=0.25, p=p)
@@ -259,13 +259,13 @@ def test_lam_goes_where_the_groups_decay() -> None:
 
 
 def test_nothing_to_decay_is_warned_of() -> None:
-    """Over a base without decay, and without lam=, it says that it does nothing."""
+    """PNormDecay around a base without decay, and without lam=, warns that nothing decays."""
     with pytest.warns(UserWarning, match=r"PNormDecay over SGD has nothing to decay.*lam="):
         PNormDecay(SGD([weight(1)], lr=LR))
 
 
 def test_step_size() -> None:
-    """step_size= says what lam is multiplied by."""
+    """lam is multiplied by the result of step_size=."""
     q = weight(1, grad=[0], dtype=F64)
     PNormDecay(SGD([q], lr=0.01, weight_decay=0.5), p=2.0, step_size=lambda group: 0.125).step()
 
@@ -284,7 +284,7 @@ def test_sparsity_of_each_group() -> None:
 
 
 def test_sparsity_changes_nothing() -> None:
-    """Asking leaves weights and their gradients alone, and gives plain floats."""
+    """sparsity() changes no weight or gradient, and returns floats."""
     q = weight(1, 0, grad=[1, 1])
     shares = PNormDecay(SGD([q], lr=LR, weight_decay=LAM)).sparsity()
 
@@ -301,7 +301,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 @given(w=floats, x=floats, p=st.floats(0.01, 2), eta_lam=st.floats(0, 1e3))
 @settings(max_examples=50, deadline=None)
 def test_the_decay_never_grows_nor_turns_a_weight(w: float, x: float, p: float, eta_lam: float) -> None:
-    """Whatever the numbers: the result is finite, between 0 and w."""
+    """For all numbers the result is finite and between 0 and w."""
     w32, x32 = torch.tensor([w]), torch.tensor([x])
     out = rules.p_norm_decay(w32, x32, p, eta_lam, torch.tensor(False))
 
@@ -334,7 +334,7 @@ def test_smaller_weights_shrink_more(small: float, more: float, p: float) -> Non
 
 
 def test_it_makes_sparse() -> None:
-    """Weights that the loss does not need fall below 1e-13, and the fit stays; with plain decay none falls that low."""
+    """Weights that the loss does not need fall below 1e-13 and the fit stays; with plain decay none does."""
     shares, errors = [], []
     inputs = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
     for wrap in (lambda opt: PNormDecay(opt, lam=0.05, p=0.8), lambda opt: CautiousDecay(opt, lam=0.05, mask="all")):

@@ -39,8 +39,8 @@ class StepSize:
 
 @pytest.mark.parametrize("wrong", [SGD([weight(1.0)]), torch.nn.Linear, 3])
 def test_over_takes_classes_and_functions(wrong: Any) -> None:
-    """An instance, and a class that is no optimizer, get an error that says what over() takes."""
-    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, got "
+    """over() refuses an instance and a class that is not an optimizer, and says what it takes."""
+    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, but got "
     with pytest.raises(TypeError, match=text):
         CautiousDecay.over(wrong)
 
@@ -53,7 +53,7 @@ UNFIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "step_size": (CautiousDecay, {"step_size": 0.1}, TypeError, "step_size=0.1 is not callable"),
     "scale": (CautiousUpdate, {"scale": "max"}, ValueError, "unknown scale 'max'"),
     "p": (PNormDecay, {"p": 3}, ValueError, "p of PNormDecay is 3"),
-    "lr": (CautiousDecay, {"lr": 0.1}, TypeError, "over got lr, .* Arguments of the optimizer go to the class"),
+    "lr": (CautiousDecay, {"lr": 0.1}, TypeError, "over got lr, .* Pass arguments of the optimizer to the class"),
     "no hash": (
         CautiousDecay,
         {"step_size": StepSize()},
@@ -66,13 +66,13 @@ UNFIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize(("method", "options", "error", "text"), UNFIT.values(), ids=list(UNFIT))
 def test_options_are_checked_when_over_is_called(method: Any, options: Any, error: Any, text: str) -> None:
-    """There are no parameters yet, but the error is the constructor's; options that cannot be a key are named."""
+    """over() raises the constructor's error for a bad option at once; an unhashable option is named."""
     with pytest.raises(error, match=text):
         method.over(AdamW, **options)
 
 
 def test_what_the_constructor_alone_takes_it_still_takes() -> None:
-    """An option without a hash works where the error points to."""
+    """An unhashable option works in the constructor, as the error says."""
     assert isinstance(CautiousDecay(SGD([weight(1.0)], weight_decay=0.1), step_size=StepSize()), Optimizer)
 
 
@@ -89,7 +89,7 @@ def test_equal_options_of_different_types_are_different_classes() -> None:
 
 
 def test_a_refused_option_leaves_no_class_behind() -> None:
-    """After strict=1 was refused, strict=True builds."""
+    """over() with strict=True works after strict=1 was refused."""
     with pytest.raises(TypeError, match="strict=1"):
         CautiousDecay.over(AdamW, strict=1)
 
@@ -97,7 +97,7 @@ def test_a_refused_option_leaves_no_class_behind() -> None:
 
 
 def test_lambdas_do_not_pile_up() -> None:
-    """A class that nothing uses goes, with its options; one in use is found again."""
+    """An unused class is freed with its options; a class in use is returned again."""
     kept = CautiousDecay.over(AdamW, step_size=thousandth)
     gc.collect()
     before = len(params_first._made)
@@ -110,7 +110,7 @@ def test_lambdas_do_not_pile_up() -> None:
 
 
 def test_the_check_of_options_draws_nothing() -> None:
-    """over() leaves torch's generator and default device alone."""
+    """over() changes neither torch's generator nor its default device."""
     state = torch.get_rng_state()
     with torch.device("meta"):
         CautiousDecay.over(AdamW, lam=0.25)
@@ -136,7 +136,7 @@ def test_a_function_trains_as_what_it_returns(factory: Callable[..., Optimizer])
 
 
 def test_a_class_over_a_function_has_its_name_and_signature() -> None:
-    """What reads signatures (jsonargparse, Hydra) sees the function's; a partial has the name of its class."""
+    """The class has the function's signature, for jsonargparse and Hydra; a partial gives the name of its class."""
     cls: Any = CautiousDecay.over(amsgrad)
 
     assert ("CautiousDecayamsgrad", ["params", "lr", "kwargs"]) == (cls.__name__, [*inspect.signature(cls).parameters])
@@ -146,13 +146,13 @@ def test_a_class_over_a_function_has_its_name_and_signature() -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_a_class_over_an_importable_function_is_pickled(duplicate: Any) -> None:
-    """It comes back as itself, and so do its instances."""
+    """A class over an importable function, and its instances, can be pickled."""
     cls: Any = CautiousDecay.over(amsgrad, step_size=thousandth)
 
     assert cls is duplicate(cls) is type(duplicate(cls([weight(1.0)])))
 
 
 def test_a_function_that_returns_no_optimizer_is_refused() -> None:
-    """The text names the class and what came."""
-    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, got list: "):
+    """A function that returns no optimizer raises an error with the class and the returned value."""
+    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, but got list: "):
         CautiousDecay.over(lambda params: list(params))([weight(1.0)])

@@ -1,4 +1,4 @@
-"""The four paths: which group takes which and why, that they agree, and that nobody but the base sees short lists."""
+"""The four paths: which group takes which and why, that they agree, and that only the base sees shortened lists."""
 
 import copy
 import itertools
@@ -37,9 +37,9 @@ def mixed(**options: Any) -> CautiousDecay:
 
 
 def test_each_group_takes_its_own_path() -> None:
-    """Momentum in RMSprop hides the direction: that group is stepped in pieces, the other by direction."""
+    """The group with momentum in RMSprop takes pieces, the group without takes the direction."""
     why = "RMSprop with momentum divides each past gradient by its own scale"
-    no_kernel = "no kernel makes the whole update of RMSprop"
+    no_kernel = "no compiled kernel computes the whole update of RMSprop"
 
     assert [
         (0, "pieces", f"{no_kernel}; {why}"),
@@ -62,7 +62,7 @@ def test_a_group_costs_the_memory_of_its_own_path() -> None:
 
 
 def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
-    """The same with a group whose step is not known because it masks its own update."""
+    """A group that masks its own update takes a copy of its own weights only."""
     timm = pytest.importorskip("timm.optim")
     few, many = sizes(4, 1000)
     base = timm.NAdamW([{"params": [few], "caution": True}, {"params": [many]}], lr=0.1, weight_decay=0.5)
@@ -81,8 +81,12 @@ def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
     [
         (AdamW, {"fused": True}, ("direction", NO_KERNEL)),
         (AdamW, {}, ("direction", "AdamW was not built with fused=True")),
-        (Adagrad, {"fused": True}, ("direction", "no kernel makes the whole update of Adagrad")),
-        (Rprop, {}, ("pieces", "the sign of Rprop's coming update is not known from its gradient and state alone")),
+        (Adagrad, {"fused": True}, ("direction", "no compiled kernel computes the whole update of Adagrad")),
+        (
+            Rprop,
+            {},
+            ("pieces", "the gradient and the state of Rprop alone are not known to give the sign of its next update"),
+        ),
     ],
 )
 def test_the_reason_tells_what_is_in_the_way(base: Any, options: dict[str, Any], expected: tuple[str, str]) -> None:
@@ -108,32 +112,36 @@ def lookahead(params: list[nn.Parameter]) -> Optimizer:
 
 IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
     "not fused": (CautiousDecay, AdamW, "one_pass", "AdamW was not built with fused=True"),
-    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no kernel makes the whole update of Adagrad"),
-    "a subclass": (CautiousDecay, type("Mine", (AdamW,), {}), "one_pass", "no kernel makes the whole update of Mine"),
-    "no direction": (CautiousDecay, Rprop, "direction", "the sign of Rprop's coming update is not known from its"),
+    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no compiled kernel computes the whole update of Adagrad"),
+    "a subclass": (
+        CautiousDecay, type("Mine", (AdamW,), {}), "one_pass",
+        "no compiled kernel computes the whole update of Mine",
+    ),
+    "no direction": (CautiousDecay, Rprop, "direction", "the state of Rprop alone are not known to give the sign"),
     "no pieces": (CautiousDecay, lookahead, "pieces", "Lookahead is not known to take the same step in pieces"),
     "an ablation": (
         lambda base, **options: CautiousDecay(base, mask="all", **options), SGD, "direction",
-        "mask='all' is an ablation, and compares with a copy",
+        "mask='all' is an ablation, which needs a copy of the weights",
     ),
-    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "the size of the update is known only from a copy"),
-    "PNormDecay": (PNormDecay, SGD, "direction", "the decay depends on the weights from before the step and acts on"),
+    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "CautiousUpdate needs a copy of the weights to know"),
+    "PNormDecay": (PNormDecay, SGD, "direction", "PNormDecay needs a copy of the weights: its decay depends on"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("wrap", "base", "path", "reason"), IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
 def test_a_path_that_cannot_be_taken_is_refused_with_its_reason(wrap: Any, base: Any, path: str, reason: str) -> None:
-    """The error names the path, the optimizer, the reason and the way out; the base is as it was."""
+    """The error names the path, the group, the optimizer, the reason and the way out."""
     made, lam = base([weight(1.0)]), {} if wrap is CautiousUpdate else {"lam": 0.1}
-    with pytest.raises(ValueError, match=f"^path='{path}' cannot be taken by {type(made).__name__}: ") as caught:
+    text = f"^path='{path}' does not work for param group 0 of {type(made).__name__}: "
+    with pytest.raises(ValueError, match=text) as caught:
         wrap(made, path=path, **lam)
 
     assert reason in str(caught.value)
-    assert str(caught.value).endswith("Pass path=None, and the library chooses one that can")
+    assert str(caught.value).endswith("Pass path=None to let the library choose one that works")
 
 
 def test_an_unknown_path_is_refused() -> None:
-    """The four names and None are listed."""
+    """The error for an unknown path lists the four names and None."""
     with pytest.raises(ValueError, match="unknown path 'fast': pass one of 'one_pass', 'direction', 'pieces', 'snapsh"):
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, path="fast")
 
@@ -141,7 +149,9 @@ def test_an_unknown_path_is_refused() -> None:
 def test_a_group_that_cannot_take_the_path_is_not_added() -> None:
     """A forced path is checked for later groups too."""
     opt = CautiousDecay(RMSprop([weight(1.0)], lr=0.1, weight_decay=0.5), path="direction")
-    with pytest.raises(ValueError, match="path='direction' cannot be taken by RMSprop: RMSprop with momentum"):
+    with pytest.raises(
+        ValueError, match="path='direction' does not work for param group 1 of RMSprop: RMSprop with mom"
+    ):
         opt.add_param_group({"params": [weight(1.0)], "momentum": 0.9})
 
     assert 1 == len(opt.param_groups)
@@ -151,7 +161,7 @@ def test_a_group_that_cannot_take_the_path_is_not_added() -> None:
 
 
 def trained(path: PathOptions, steps: int = 2) -> tuple[nn.Module, CautiousDecay]:
-    """A net in two groups, each of two pieces or more, whose state is there."""
+    """A net in two groups, each of two pieces or more, and its optimizer with state."""
     model = net()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "weight_decay": 0.25}]
     opt = CautiousDecay(AdamW(groups, lr=0.01, weight_decay=0.5, **path.base), **path)
@@ -160,12 +170,12 @@ def trained(path: PathOptions, steps: int = 2) -> tuple[nn.Module, CautiousDecay
 
 
 def lists(opt: Optimizer) -> list[tuple[int, list[int]]]:
-    """The lists of parameters by identity, and what is in them."""
+    """The identities of the parameter lists and of the parameters in them."""
     return [(id(group["params"]), [*map(id, group["params"])]) for group in opt.param_groups]
 
 
 def test_hooks_see_the_full_lists(every_path: PathOptions) -> None:
-    """All hooks, before and after, on the wrapper, the base or all optimizers, fire once and see all parameters."""
+    """Every hook (pre or post; wrapper, base or global) fires once and sees all parameters."""
     model, opt = trained(every_path)
     whole, seen = lists(opt), []
     look = lambda optimizer, *_: seen.append(lists(optimizer))
@@ -184,7 +194,7 @@ def test_hooks_see_the_full_lists(every_path: PathOptions) -> None:
 
 
 def test_gradients_are_not_touched(every_path: PathOptions) -> None:
-    """After a step each parameter has the gradient object that it had, never written to."""
+    """After a step each parameter has the same gradient object, with the same values."""
     model, opt = trained(every_path)
     train(model, opt, [2])
     before = [(p.grad, p.grad._version, p.grad.clone()) for p in model.parameters()]
@@ -200,7 +210,7 @@ def test_gradients_are_not_touched(every_path: PathOptions) -> None:
 def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
     every_path: PathOptions, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base raises at its first, second or third group: lists and decays are as before, and the next step works."""
+    """After the base raises in any group, lists and decays are restored and the next step works."""
     model, opt = trained(every_path)
     before, calls, inner = lists(opt), itertools.count(), AdamW._init_group
 
@@ -225,7 +235,7 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
 
 @pytest.mark.parametrize("whose", ["closure", "base's hook"])
 def test_an_error_of_the_user_leaves_the_groups_whole(every_path: PathOptions, whose: str) -> None:
-    """So it is where a closure raises, or a hook of the base, before the step or after it."""
+    """The same holds if a closure or a hook of the base raises."""
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of luck")
@@ -338,7 +348,7 @@ def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torc
 
 
 def test_one_pass_and_direction_end_alike(every_base: Base, every_path: PathOptions) -> None:
-    """Twenty steps on any path end where those by direction end, up to roundings."""
+    """Twenty steps on any path end where twenty by direction end, up to roundings."""
     ends = []
     for path in (every_path, PathOptions(path="direction", backend="eager")):
         model = net().double()
@@ -356,7 +366,7 @@ def test_one_pass_and_direction_end_alike(every_base: Base, every_path: PathOpti
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
 @pytest.mark.parametrize("name", UPDATES)
 def test_the_plain_optimizer_goes_on_from_one_pass(name: str, path: PathOptions) -> None:
-    """Three steps of one pass, and a fourth by the plain optimizer from its state dict: the state is a plain run's."""
+    """The plain optimizer continues from the state dict of one-pass steps, with the state of a plain run."""
     states = []
     for wrapped in (False, True):
         p = nn.Parameter(torch.ones(50, dtype=F64))
@@ -398,7 +408,7 @@ def two_threads() -> Any:
 
 @pytest.mark.usefixtures("two_threads")
 def test_python_threads_step_different_optimizers() -> None:
-    """Four threads, each with an optimizer of its own, give bit for bit what they give one after the other."""
+    """Four threads with an optimizer each give the same bits as one after another."""
     pytest.importorskip("numba")
     starts = [nn.Parameter(torch.randn(1 << 18)) for _ in range(4)]
 
@@ -421,7 +431,7 @@ def test_python_threads_step_different_optimizers() -> None:
 
 
 def in_a_process(program: str) -> str:
-    """What the program prints, in a process of its own that may import this file."""
+    """The output of a program in a separate process that can import this file."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", f"import os, threading, torch\nfrom test_paths import big_step\n{program}"],
@@ -438,18 +448,18 @@ OURS = "sum(thread.name.startswith('cwd_wrap') for thread in threading.enumerate
 
 
 def test_as_many_threads_as_torch_has() -> None:
-    """torch.set_num_threads says how many threads step: no thread of ours with 1, one beside the caller's with 2."""
+    """torch.set_num_threads sets how many threads step: 1 starts no thread of ours, 2 starts one."""
     pytest.importorskip("numba")
     lines = ["results = []"]
     for threads in (1, 2, 1):
         lines += [f"torch.set_num_threads({threads})", "results.append(big_step(0))", f"print({OURS})"]
     lines += ["print(all(torch.equal(results[0], other) for other in results))"]
 
-    assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that is there stays, idle
+    assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that exists stays, idle
 
 
 def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
-    """A child that is forked after a step on several threads steps as its parent does."""
+    """A child process forked after a multi-threaded step takes the same step as its parent."""
     pytest.importorskip("numba")
     program = f"""
 from cwd_wrap import CautiousDecay
@@ -489,7 +499,7 @@ before_the_step = pytest.mark.parametrize("path", [param(path, path=path) for pa
 
 @before_the_step
 def test_state_of_another_shape_is_named(path: PathOptions) -> None:
-    """A checkpoint of another model is refused with both shapes, and nothing is changed."""
+    """A checkpoint of another model raises an error with both shapes, and nothing changes."""
     _, other = stepped_adamw(path, (4,))
     (p,), opt = stepped_adamw(path, (5, 2))
     opt.load_state_dict(other.state_dict())
@@ -506,7 +516,7 @@ def test_state_of_another_shape_is_named(path: PathOptions) -> None:
 
 @before_the_step
 def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> None:
-    """As many numbers in another shape are another shape."""
+    """State with as many elements as the weight but another shape is refused."""
     _, opt = stepped_adamw(path, (5, 2))
     state_dict = opt.state_dict()
     state_dict["state"][0]["exp_avg"] = state_dict["state"][0]["exp_avg"].t().contiguous()
@@ -519,7 +529,7 @@ def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> N
 @before_the_step
 @pytest.mark.parametrize("which", [0, 1])
 def test_no_address_of_a_missing_tensor_is_followed(path: PathOptions, which: int) -> None:
-    """State on the meta device, of the first parameter or the second, is an error, and not the end of the process."""
+    """State on the meta device, of the first or second parameter, raises an error and does not crash the process."""
     params, opt = stepped_adamw(path, (4,), (4,))
     opt.state[params[which]]["exp_avg"] = torch.zeros(4, device="meta")
 
@@ -530,7 +540,7 @@ def test_no_address_of_a_missing_tensor_is_followed(path: PathOptions, which: in
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
 @pytest.mark.parametrize("dtype", [F64, torch.int64], ids=str)
 def test_counters_of_another_type_are_left_to_the_base(path: PathOptions, dtype: torch.dtype) -> None:
-    """A parameter whose step counter is not float32 takes the direction, so the base reads it or refuses it itself."""
+    """A parameter whose step counter is not float32 takes the direction, so the base handles the counter."""
     (p, q), opt = stepped_adamw(path, (4,), (4,))
     opt.state[p]["step"] = opt.state[p]["step"].to(dtype)
     if dtype == F64:

@@ -32,7 +32,7 @@ CUTS = [(1, False, True), (3, True, False)]
 
 @dataclass(frozen=True)
 class Trial:
-    """An optimizer, and what its parameters and their gradients are like."""
+    """An optimizer, and the kind of its parameters and gradients."""
 
     build: Callable[[zoo.Groups], Optimizer]
     dims: tuple[int, ...] = (1, 2, 4)
@@ -155,7 +155,7 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def first_difference(trial: Trial) -> str | None:
-    """Where steps in pieces part from whole ones, or what they raise; None if nowhere."""
+    """The first difference between steps in pieces and whole steps, or their error; None if they agree."""
     for size, backwards, all_of_them in CUTS:
         whole, pieced = trial.optimizer(), trial.optimizer()
         assert not differing(record(whole), record(pieced))
@@ -324,7 +324,7 @@ ROWS: dict[str, tuple[dict[str, Any], ...]] = {
     "torch_optimizer.shampoo.Shampoo": (PLAIN, {"momentum": 0.9, "update_freq": 2}),
     "torch_optimizer.yogi.Yogi": (PLAIN,),
 }
-# What parameters and gradients of a class must be like.
+# The parameters and gradients that a class needs.
 DIMS = {
     "torch.optim.Muon": (2,),
     "torch.optim.sparse_adam.SparseAdam": (1, 2),
@@ -358,7 +358,7 @@ def trial(path: str, flags: dict[str, Any], **more: Any) -> Trial:
     ],
 )
 def test_steps_in_pieces_are_the_whole_step(path: str, flags: dict[str, Any]) -> None:
-    """Bit for bit, over seven steps with a scheduled lr, in two cuts; with empty lists a step changes nothing."""
+    """Steps in pieces equal whole steps, bit for bit, over seven steps with a scheduled lr, in two cuts."""
     this = trial(path, flags)
     optimizer = this.optimizer()
 
@@ -367,7 +367,7 @@ def test_steps_in_pieces_are_the_whole_step(path: str, flags: dict[str, Any]) ->
 
 
 def test_each_row_is_proved() -> None:
-    """The table has no row that is not tried above."""
+    """The test above covers every row of the table."""
     assert set(ROWS) == set(pieces.TABLE)
 
 
@@ -387,7 +387,7 @@ def test_each_row_is_proved() -> None:
     ],
 )
 def test_low_precision(path: str, flags: dict[str, Any], dtypes: tuple[torch.dtype, ...]) -> None:
-    """So in bfloat16, and in groups of bfloat16 and float32 parameters."""
+    """The same holds in bfloat16, and in groups of bfloat16 and float32 parameters."""
     this = trial(path, flags, dtypes=dtypes)
     optimizer = this.optimizer()
 
@@ -397,7 +397,7 @@ def test_low_precision(path: str, flags: dict[str, Any], dtypes: tuple[torch.dty
 
 @pytest.mark.parametrize("flags", [PLAIN, FUSED], ids=["plain", "fused"])
 def test_an_lr_that_is_a_tensor(flags: dict[str, Any]) -> None:
-    """So with a tensor for an lr."""
+    """The same holds with a tensor lr."""
 
     def build(groups: zoo.Groups) -> Optimizer:
         return o.AdamW([{**group, "lr": torch.tensor(group["lr"])} for group in groups], **flags)
@@ -407,7 +407,7 @@ def test_an_lr_that_is_a_tensor(flags: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
 def test_a_gradient_scaler_reaches_every_piece(found_inf: float) -> None:
-    """So where a fused optimizer unscales gradients itself, and skips the step if they have overflowed."""
+    """The same holds for a fused optimizer that unscales its gradients and skips the step on overflow."""
 
     def build(groups: zoo.Groups) -> Optimizer:
         optimizer = o.AdamW(groups, fused=True)
@@ -422,7 +422,7 @@ def test_a_gradient_scaler_reaches_every_piece(found_inf: float) -> None:
 @pytest.mark.filterwarnings("ignore:This instance was constructed with capturable")
 @pytest.mark.parametrize("path", [path for path in ROWS if path.startswith("torch.")])
 def test_on_a_card(path: str) -> None:
-    """So on a CUDA device, where foreach is the default, and capturable where there is such a form."""
+    """The same holds on a CUDA device, where foreach is the default, and with capturable."""
     capturable = "capturable" in named(path)([Parameter(torch.ones(1, 1))]).defaults
     for flags in (*ROWS[path], *([{"capturable": True}, {"capturable": True, **FOREACH}] if capturable else [])):
         assert first_difference(trial(path, flags, device="cuda")) is None, flags
@@ -438,9 +438,9 @@ REASONS = [
         {"dtypes": (F32, BF16), "size": 1e-3},
         "one eps for parameters of several dtypes",
     ),
-    ("timm.optim.adafactor.Adafactor", PLAIN, {}, "Adafactor with relative_step sets the lr"),
-    ("timm.optim.laprop.LaProp", FOREACH, {}, "LaProp with foreach rounds in another way"),
-    ("timm.optim.adabelief.AdaBelief", FOREACH, {}, "AdaBelief with rectify and foreach rounds in another way"),
+    ("timm.optim.adafactor.Adafactor", PLAIN, {}, "Adafactor with relative_step sets a new lr"),
+    ("timm.optim.laprop.LaProp", FOREACH, {}, "LaProp with foreach rounds differently"),
+    ("timm.optim.adabelief.AdaBelief", FOREACH, {}, "AdaBelief with rectify and foreach rounds differently"),
 ]
 
 
@@ -448,7 +448,7 @@ REASONS = [
 def test_options_that_do_not_hold_return_a_reason(
     path: str, flags: dict[str, Any], more: dict[str, Any], reason: str
 ) -> None:
-    """Such a group is refused, and the check fails for it."""
+    """Options that rule out pieces give a reason, and the check does fail with them."""
     this = trial(path, flags, **more)
     optimizer = this.optimizer()
 
@@ -457,7 +457,7 @@ def test_options_that_do_not_hold_return_a_reason(
 
 
 def test_foreach_by_default_is_refused_off_the_cpu() -> None:
-    """timm steps all parameters at once by default on a device other than the CPU."""
+    """foreach=None is refused off the CPU, where timm then steps all parameters at once."""
     cls = named("timm.optim.laprop.LaProp")
     here, away = (cls([Parameter(torch.ones(2, device=device))]) for device in ("cpu", "meta"))
 
@@ -467,7 +467,7 @@ def test_foreach_by_default_is_refused_off_the_cpu() -> None:
 
 @pytest.mark.parametrize("path", ["timm.optim.adabelief.AdaBelief", "timm.optim.radam.RAdamLegacy"])
 def test_a_cache_of_older_versions_is_refused(path: str) -> None:
-    """timm before 1.0.31 keeps step sizes in the group, computed with the lr and betas of the first to ask."""
+    """timm before 1.0.31 is refused where it caches step sizes in the group."""
     optimizer = named(path)([Parameter(torch.ones(2))])
     optimizer.param_groups[0]["buffer"] = [[None, None, None] for _ in range(10)]
 
@@ -475,14 +475,14 @@ def test_a_cache_of_older_versions_is_refused(path: str) -> None:
 
 
 def test_the_first_step_of_older_versions_is_refused() -> None:
-    """timm before 1.0.31 has no max_lr_snapshot, and its Adopt with foreach reads the step of the first parameter."""
+    """timm's Adopt with foreach is refused before 1.0.31 (no max_lr_snapshot): it reads one step count for all."""
     optimizer = named("timm.optim.adopt.Adopt")([Parameter(torch.ones(2))], foreach=True)
     optimizer.param_groups[0].pop("max_lr_snapshot", None)
 
-    assert "at the step of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
+    assert "the step count of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
 
 
-# They pass the check, and yet what they do to one parameter may depend on others.
+# They pass the check, but their step on one parameter may depend on others.
 LEFT_OUT = {
     "torch_optimizer.swats.SWATS": "its step may set lr and phase of the group halfway, and they hold for the rest",
     "pytorch_optimizer.optimizer.orthograd.OrthoGrad": "it steps another optimizer, of which nothing is known",
@@ -491,7 +491,7 @@ LEFT_OUT = {
 
 def from_zoo(case: zoo.Case) -> Trial:
     options = ("lr",) * (case.eta == "lr") + ("weight_decay",) * case.decay_key
-    # Prodigy and its like take one lr only.
+    # Prodigy and similar optimizers take one lr only.
     spread = case.eta != "d * lr"
     return Trial(
         case.build, case.dims, options=options, spread=spread, sparse=case.sparse, create_graph=case.create_graph
@@ -501,7 +501,7 @@ def from_zoo(case: zoo.Case) -> Trial:
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_in_the_table_is_what_passes(case: zoo.Case) -> None:
-    """Of all optimizers of the zoo, just those that pass the check are in the table, but for the ones in `LEFT_OUT`."""
+    """The table holds exactly the optimizers of the zoo that pass the check, except those in `LEFT_OUT`."""
     this = from_zoo(case)
     try:
         optimizer = this.optimizer()
@@ -533,14 +533,14 @@ def test_in_the_table_is_what_passes(case: zoo.Case) -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_the_check_can_fail(name: str, where: str) -> None:
-    """It sees counters, averages and caches in groups and optimizers, and random numbers drawn in another order."""
+    """The check finds counters, averages and caches in groups and optimizers, and a changed order of random numbers."""
     case = next((case for case in zoo.cases() if case.name == name), None) or pytest.skip(f"no {name}")
 
     assert f"'{where}'" in str(first_difference(from_zoo(case)))
 
 
 def test_the_check_sees_what_one_parameter_takes_from_another() -> None:
-    """A norm over all gradients is seen in the weights."""
+    """The check finds a norm over all gradients by the weights."""
 
     class Clipped(o.SGD):
         def step(self, closure: None = None) -> None:

@@ -1,4 +1,4 @@
-"""Sharded and replicated weights: two gloo processes give what one gives, whatever layout the gradient comes in."""
+"""Sharded and replicated weights on two gloo processes train like one process, for every layout of the gradient."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def starts() -> list[Tensor]:
-    """Uneven shards, an empty one, zeros in one shard only, and zero as a whole."""
+    """Weights for uneven shards, an empty shard, zeros in one shard only, and a tensor of zeros."""
     torch.manual_seed(0)
     half = torch.ones(5, 3, dtype=F64)
     half[:3] = 0
@@ -31,7 +31,7 @@ def gradients(step: int) -> list[Tensor]:
 
 
 def trained(method: Method, base: Any, place: Any = None, place_gradient: Any = None) -> list[Tensor]:
-    """The whole weights after some steps, with everything where ``place`` puts it."""
+    """The whole weights after some steps, in the layout that ``place`` makes."""
     place = place or (lambda t: t)
     params = [nn.Parameter(place(start)) for start in starts()]
     opt = method.wrap(base(params, **method.base))

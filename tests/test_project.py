@@ -1,4 +1,4 @@
-"""What is said in two places is the same: versions of Python, of torch and of this package."""
+"""Facts stated in two places agree: versions of Python, of torch and of this package."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 
 
 def test_every_python_that_is_claimed_is_tested() -> None:
-    """The classifiers are the versions of the test matrix, and the lowest is that of requires-python."""
+    """The classifiers equal the versions of the test matrix, and the lowest equals requires-python."""
     claimed = re.findall(r'Python :: (3\.\d+)"', PYPROJECT)
     (tested,) = re.findall(r"^ +python: \[(.+)\]$", CI, re.MULTILINE)
 
@@ -50,5 +50,5 @@ def test_actions_are_pinned() -> None:
 
 
 def test_the_bug_template_asks_for_the_report() -> None:
-    """Whoever files a bug is told which command describes the machine."""
+    """The bug template names the command that describes the machine."""
     assert "python -m cwd_wrap env" in BUG

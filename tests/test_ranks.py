@@ -41,7 +41,7 @@ SIBLINGS = [(name, path) for name in ("update", "update-numel", "p-norm", "p-nor
 
 
 def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
-    """A method around AdamW; torch's fused form takes no DTensors beside plain tensors in one group."""
+    """A method around AdamW; torch's fused AdamW takes no DTensors beside plain tensors in one group."""
     cls, _, options = METHODS[name]
     parameters = list(parameters)
     kinds = {type(p.data) for p in parameters}
@@ -51,7 +51,7 @@ def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
 
 @cache
 def run(engine: str, path: str, name: str = "decay") -> Any:
-    """What one of the ranks returned; all returned the same."""
+    """The result of one rank, after a check that all ranks returned the same."""
     ranks, start, _ = ENGINES[engine]
     chosen = next(each for each in ALL_PATHS if str(each) == path)
     results = spawn(ranks, engines.trained, start, partial(adamw, path=chosen, name=name), 16)
@@ -62,7 +62,7 @@ def run(engine: str, path: str, name: str = "decay") -> Any:
 
 @every_engine
 def test_training_is_that_of_one_process(engine: str, path: PathOptions) -> None:
-    """From data to weights, over every path, training on several ranks is training on one to 1e-15."""
+    """On every path, training on several ranks gives the weights of one process to 1e-15."""
     weights, _, kind = run(engine, str(path))
     expected = engines.alone(ENGINES[engine][2](), partial(adamw, path=path))
 
@@ -72,7 +72,7 @@ def test_training_is_that_of_one_process(engine: str, path: PathOptions) -> None
 
 @every_engine
 def test_a_step_has_the_bits_of_one_process(engine: str, path: PathOptions) -> None:
-    """The same gradients give the same bits, however weights, gradients and state are laid out."""
+    """The same gradients give the same bits, for every layout of weights, gradients and state."""
     weights, gradients, _ = run(engine, str(path))
     expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path), gradients)
 
@@ -82,7 +82,7 @@ def test_a_step_has_the_bits_of_one_process(engine: str, path: PathOptions) -> N
 @pytest.mark.parametrize(("name", "path"), [param(*each, path=each[1]) for each in SIBLINGS])
 @pytest.mark.parametrize("engine", ["FSDP2 over three", "HSDP"])
 def test_siblings_count_over_whole_tensors(engine: str, name: str, path: PathOptions) -> None:
-    """CautiousUpdate's scale and PNormDecay's zeros are those of the whole tensor: the bits of one process."""
+    """CautiousUpdate's scale and PNormDecay's zeros cover the whole tensor, with the bits of one process."""
     weights, gradients, _ = run(engine, str(path), name)
     expected = engines.replayed(ENGINES[engine][2](), partial(adamw, path=path, name=name), gradients)
 
@@ -90,7 +90,7 @@ def test_siblings_count_over_whole_tensors(engine: str, name: str, path: PathOpt
 
 
 def zeroed(rank: int) -> list[float]:
-    """A layer of zeros on one rank alone, and a layer that is zero as a whole, take a step."""
+    """Step a layer that is zero on one rank only, and a layer that is zero everywhere."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -115,7 +115,7 @@ def test_zero_as_a_whole_is_that_of_the_whole_tensor() -> None:
 
 
 def collectives(rank: int, make: Any, build: Any) -> list[int]:
-    """How many collectives each of some steps of an optimizer has."""
+    """The number of collectives in each of several steps."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model, parts = make()
@@ -145,7 +145,7 @@ SGDM, FUSED = partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01, fused=
 @pytest.mark.parametrize("base", [AdamW, SGDM, FUSED], ids=["AdamW", "SGD", "AdamW-fused"])
 @pytest.mark.parametrize("make", [engines.fsdp2, engines.sequence_parallel], ids=["FSDP2", "sequence parallel"])
 def test_decay_adds_no_collective(make: Any, base: Any) -> None:
-    """CautiousDecay communicates as little as the base alone, partial gradients or not."""
+    """CautiousDecay adds no collective to those of the base, with partial gradients or without."""
     alone = spawn(2, collectives, make, partial(plain, base=base))
     ours = spawn(2, collectives, make, partial(wrapped, base=base, name="decay"))
 
@@ -154,7 +154,7 @@ def test_decay_adds_no_collective(make: Any, base: Any) -> None:
 
 
 def test_forcing_the_direction_reads_partial_gradients() -> None:
-    """path="direction" has to know the sum of a partial gradient, and communicates for it, as the page says."""
+    """path="direction" needs the sum of a partial gradient and communicates for it, as documented."""
     counts = [
         spawn(2, collectives, engines.sequence_parallel, partial(wrapped, base=SGDM, name="decay", path=path))[0]
         for path in ("pieces", "direction")
@@ -166,7 +166,7 @@ def test_forcing_the_direction_reads_partial_gradients() -> None:
 @pytest.mark.parametrize("name", ["update", "p-norm"])
 @pytest.mark.parametrize(("ranks", "make"), [(2, engines.fsdp2), (4, engines.hsdp)], ids=["FSDP2", "HSDP"])
 def test_siblings_make_one_collective(ranks: int, make: Any, name: str) -> None:
-    """However many parameters there are, their counts share one all-reduce."""
+    """The counts of all parameters share one all-reduce."""
     assert [[1] * engines.STEPS] * ranks == spawn(ranks, collectives, make, partial(wrapped, base=AdamW, name=name))
 
 
@@ -218,7 +218,7 @@ def fully_sharded(rank: int, views: bool, name: str, **options: Any) -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("views", [False, True], ids=["flat", "use_orig_params"])
 def test_decay_under_fsdp1(views: bool) -> None:
-    """FSDP1's flat shards decay as weights do: each by its own."""
+    """FSDP1's flat shards decay like the weights in them."""
     expected = engines.alone(engines.net(), partial(wrapped, base=partial(AdamW, lr=0.01), name="decay"))
     for text, weights in spawn(2, fully_sharded, views, "decay"):
         assert not text
@@ -230,9 +230,9 @@ def test_decay_under_fsdp1(views: bool) -> None:
     ("name", "way_out"), [("update", "pass scale=None"), ("p-norm", "use CautiousDecay"), ("random", "another mask")]
 )
 def test_numbers_over_tensors_are_refused_under_fsdp1(name: str, way_out: str, views: bool) -> None:
-    """FSDP1 does not tell an optimizer the shapes, so a number over each tensor cannot be known: that is said."""
+    """Methods that count over whole tensors raise under FSDP1, which hides the shapes from the optimizer."""
     for text, weights in spawn(2, fully_sharded, views, name):
-        assert "needs a number over each whole tensor, but param group 0 of AdamW has flat pieces of them" in text
+        assert "needs a count over each whole tensor, but param group 0 of AdamW has flat pieces of tensors" in text
         assert way_out in text and "fully_shard" in text
         assert torch.equal(engines.flat(engines.net().parameters()), torch.from_numpy(weights))
 
@@ -250,17 +250,19 @@ def replaced(flat: bool) -> tuple[Any, ...]:
 
 
 def test_flat_master_weights_are_refused() -> None:
-    """DeepSpeed's ZeRO replaces the parameters by one flat tensor: nothing is counted over it, and nothing changed."""
+    """A method that counts over tensors refuses flat master weights (DeepSpeed's ZeRO), and nothing changes."""
     opt, (master,) = replaced(flat=True)
     before = master.detach().clone()
 
-    with pytest.raises(ValueError, match=r"flat pieces of them, of shape \(26,\), as FSDP1, DeepSpeed and Megatron"):
+    with pytest.raises(
+        ValueError, match=r"flat pieces of tensors, such as one of shape \(26,\), as FSDP1, DeepSpeed and Megatron"
+    ):
         opt.step()
     assert torch.equal(before, master)
 
 
 def test_master_weights_of_the_same_shapes_are_taken() -> None:
-    """Master weights in the shapes of the parameters are counted each by its own, vectors too."""
+    """Master weights in the parameters' shapes are accepted, vectors included."""
     opt, masters = replaced(flat=False)
     before = [master.detach().clone() for master in masters]
     opt.step()
@@ -288,7 +290,7 @@ def zero(rank: int, around: bool, path: PathOptions, piece: int) -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS])
 def test_the_wrapper_in_zero(path: PathOptions) -> None:
-    """Each rank steps its own parameters and sends them: the bits of one process, on both ranks."""
+    """Inside ZeroRedundancyOptimizer both ranks get the bits of one process."""
     for weights, gradients, _ in spawn(2, zero, False, path, 16):
         assert torch.equal(
             torch.from_numpy(weights), engines.replayed(engines.net(), partial(adamw, path=path), gradients)
@@ -297,7 +299,7 @@ def test_the_wrapper_in_zero(path: PathOptions) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_wrapper_around_zero() -> None:
-    """Around it the wrapper compares all weights, sent ones too: the bits of the path snapshot, on both ranks."""
+    """Around ZeroRedundancyOptimizer both ranks get the bits of the snapshot path."""
     path = PathOptions(path="snapshot")
     for weights, gradients, kind in spawn(2, zero, True, path, 16):
         assert torch.equal(
@@ -359,7 +361,7 @@ def continued(rank: int | None, folder: str, wrap: bool, flatten: bool) -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp_path: Path) -> None:
-    """Saved by two ranks and loaded by one or by three, training goes on as if nothing had been."""
+    """A checkpoint of two ranks, loaded by one or three, trains on like the uninterrupted run."""
     spawn(2, saved, str(tmp_path), True, flatten)
     expected = engines.alone(engines.net(), partial(made, wrap=True))
 
@@ -370,7 +372,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wrap", [False, True], ids=["wrapped to plain", "plain to wrapped"])
 def test_checkpoints_of_plain_and_wrapped_are_one(wrap: bool, tmp_path: Path) -> None:
-    """A checkpoint of the plain optimizer goes on in the wrapped one, and the other way round."""
+    """A plain optimizer's checkpoint resumes in the wrapped one, and the other way round."""
     spawn(2, saved, str(tmp_path), not wrap, False)
     first, last = partial(made, wrap=not wrap), partial(made, wrap=wrap)
     expected = engines.alone(engines.net(), first, last)
@@ -393,7 +395,7 @@ def fake_step(rank: int, name: str, as_tensor: bool) -> tuple[bool, int, int]:
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float lr", "tensor lr"])
 @pytest.mark.parametrize("name", ["decay", "update", "p-norm"])
 def test_preparing_a_checkpoint_leaves_weights_alone(name: str, as_tensor: bool) -> None:
-    """torch steps with lr 0 to make state: no weight moves, and no monitor takes it for a step."""
+    """torch makes state by a step with lr 0: no weight moves, and no monitor counts it."""
     assert [(True, 4, 0)] * 2 == spawn(2, fake_step, name, as_tensor)
 
 
@@ -444,7 +446,7 @@ def test_a_worker_is_killed_and_training_goes_on(tmp_path: Path) -> None:
 
 
 def watched(rank: int) -> tuple[list[float], float, float]:
-    """What one rank saw, what all saw together, and the same again without a step."""
+    """The ratio of one rank, that of all ranks, and both again without a step in between."""
     model, parts = engines.fsdp2()
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
     optimizer.observer = monitor = MaskMonitor()
@@ -456,7 +458,7 @@ def watched(rank: int) -> tuple[list[float], float, float]:
 
 
 def test_the_monitor_reads_all_ranks() -> None:
-    """`ratios` are those of a rank's shards, `read(over_ranks=True)` that of all weights since the last reading."""
+    """`ratios` covers a rank's shards; `read(over_ranks=True)` covers all weights since the last reading."""
     model = engines.net()
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
     optimizer.observer = monitor = MaskMonitor()
@@ -475,7 +477,7 @@ def test_the_monitor_reads_all_ranks() -> None:
 
 
 def averaged(rank: int) -> tuple[str, Any]:
-    """The text that refuses a wrapper around PostLocalSGDOptimizer; the weights after steps of one inside it."""
+    """The error for a wrapper around PostLocalSGDOptimizer, and the weights after steps of a wrapper inside it."""
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer
 
@@ -493,17 +495,15 @@ def averaged(rank: int) -> tuple[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_wrapper_in_an_averaging_optimizer() -> None:
-    """Around PostLocalSGDOptimizer it is refused; inside it, all ranks have the same weights after averaging."""
+    """The wrapper is refused around PostLocalSGDOptimizer; inside it, averaging gives all ranks the same weights."""
     (text, weights), (_, others) = spawn(2, averaged)
 
-    assert (
-        "it averages the weights over the ranks in its step, which is no update. Wrap the optimizer inside it" in text
-    )
+    assert "which is not an update. Wrap the optimizer inside it" in text
     assert (weights == others).all()
 
 
 def broken_on_one_rank(rank: int) -> bool:
-    """A gradient that is NaN in the shard of one rank, which so cannot tell whether the base modifies gradients."""
+    """A step with a NaN gradient in one rank's shard, so that this rank cannot see whether gradients were modified."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -517,5 +517,5 @@ def broken_on_one_rank(rank: int) -> bool:
 
 
 def test_what_one_rank_alone_sees_stops_no_rank() -> None:
-    """Ranks may differ in whether they copy gradients; they communicate alike all the same."""
+    """Ranks that differ in copying gradients still make the same collectives."""
     assert [False, True] == spawn(2, broken_on_one_rank)

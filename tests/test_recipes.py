@@ -39,7 +39,7 @@ RECIPES = {
 
 
 def torchrun(script: str, *words: object) -> str:
-    """What two ranks of an example print."""
+    """The output of two ranks of an example."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -70,7 +70,7 @@ def test_fsdp_goes_on_with_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", RECIPES)
 def test_recipes_run(script: str) -> None:
-    """The example trains on two ranks, with the optimizer that it was given and not a silent substitute."""
+    """The example trains on two ranks and prints the class of its optimizer, which is the wrapper."""
     library, kind = RECIPES[script]
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
@@ -79,7 +79,7 @@ def test_recipes_run(script: str) -> None:
 
 
 def accelerated(rank: int) -> Any:
-    """Train under accelerate's FSDP2, which it chooses on accelerators alone, unless its state says so."""
+    """Train under accelerate's FSDP2; on the CPU it must be set in the accelerator's state."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
@@ -136,11 +136,9 @@ def under_deepspeed(rank: int, stage: int, scale: Any) -> str:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_has_flat_pieces(stage: int) -> None:
-    """Under ZeRO a scale over each tensor is refused with the way out, scale=None, which runs."""
+    """Under ZeRO a scale over each tensor is refused; scale=None, which the error names, runs."""
     pytest.importorskip("deepspeed")
     for text in spawn(2, under_deepspeed, stage, "mean"):
-        assert (
-            "CautiousUpdate needs a number over each whole tensor, but param group 0 of AdamW has flat pieces" in text
-        )
+        assert "CautiousUpdate needs a count over each whole tensor, but param group 0 of AdamW has flat pieces" in text
         assert "pass scale=None in place of 'mean'" in text
     assert ["", ""] == spawn(2, under_deepspeed, stage, None)

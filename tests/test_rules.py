@@ -1,4 +1,4 @@
-"""The definition itself: numbers to check by eye, then properties."""
+"""The rules on one tensor: numbers to check by eye, then properties."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_four_numbers() -> None:
 
 
 def test_four_numbers_through_the_wrapper(every_path: PathOptions) -> None:
-    """The same four numbers come out of one step of SGD, whichever way the mask is known."""
+    """One step of SGD gives the same four numbers on every path."""
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
     w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
     CautiousDecay(torch.optim.SGD([w], lr=0.1, **every_path.base), lam=0.5, **every_path).step()
@@ -33,7 +33,7 @@ def test_four_numbers_through_the_wrapper(every_path: PathOptions) -> None:
 
 @pytest.mark.parametrize(("strict", "expected"), [(False, [0.95, -0.95, 0.0]), (True, [1.0, -1.0, 0.0])])
 def test_zero_update(strict: bool, expected: list[float], every_path: PathOptions) -> None:
-    """A weight that the step leaves in place decays (the paper's >=), unless strict (>); a zero stays zero."""
+    """A weight with update 0 decays (the paper's >=) unless strict (>); a zero weight stays zero."""
     w = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
     w.grad = torch.zeros(3)
     CautiousDecay(torch.optim.SGD([w], lr=0.1, **every_path.base), lam=0.5, strict=strict, **every_path).step()
@@ -42,7 +42,7 @@ def test_zero_update(strict: bool, expected: list[float], every_path: PathOption
 
 
 def test_crossing_zero_is_towards_zero() -> None:
-    """A step from 1 to -5 has u*x > 0: the decay of x applies, though the weight ends up larger."""
+    """A step from 1 to -5 has u*x > 0, so x decays, although the weight ends up larger in size."""
     x, w = torch.tensor([1.0]), torch.tensor([-5.0])
 
     assert rules.moved_towards_zero(x, w, strict=True).tolist() == [True]
@@ -71,7 +71,7 @@ def test_nan_is_not_aligned() -> None:
 @given(x=numbers, w=numbers)
 @settings(max_examples=300, deadline=None)
 def test_both_masks_say_the_same(strict: bool, x: float, w: float) -> None:
-    """The mask from a snapshot is that of the update x - w, which float64 holds exactly in sign."""
+    """The mask from a snapshot equals the mask of the update x - w, whose sign float64 gives exactly."""
     x32, w32 = torch.tensor([x]), torch.tensor([w])
     u = x32.double() - w32.double()
 

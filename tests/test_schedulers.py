@@ -120,7 +120,7 @@ def test_a_scheduler_on_the_base_works(every_path: PathOptions) -> None:
 
 
 def test_a_forgotten_step_is_warned_of() -> None:
-    """torch warns of scheduler.step() before the wrapper's step(): the silence above means something."""
+    """torch warns if scheduler.step() comes before the wrapper's step(), so the tests above could have warned."""
     opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5))
     scheduler = StepLR(opt, step_size=1)
     with pytest.warns(UserWarning, match="before `optimizer.step"):
@@ -143,7 +143,7 @@ def test_a_tensor_learning_rate_is_scheduled_in_place(every_path: PathOptions) -
 
 @pytest.mark.parametrize("make", [SCHEDULERS["OneCycleLR"], SCHEDULERS["CosineAnnealingLR"]])
 def test_an_optimizer_under_a_scheduler_can_be_pickled(make: Any) -> None:
-    """A scheduler hangs its own step on the optimizer; both, and the scheduler's state dict, still pickle."""
+    """The optimizer can be pickled although the scheduler patched its step, and so can the scheduler's state dict."""
     model = net()
     opt = CautiousDecay(MOMENTA["AdamW"](model.parameters()))
     scheduler = make(opt)
@@ -187,7 +187,7 @@ def from_a_hook_of_the_base(opt: CautiousDecay, group: dict[str, Any], value: fl
 @pytest.mark.parametrize("build", [SGD, AdamW])
 @pytest.mark.parametrize("write", [from_the_loop, from_a_closure, from_a_hook, from_a_hook_of_the_base])
 def test_weight_decay_schedule(write: Any, build: Any, every_path: PathOptions) -> None:
-    """A weight_decay written before a step, or within it before the base steps, is that step's decay, and stays."""
+    """A weight_decay written before a step, by its closure or by a pre hook, applies to that step and stays."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(build([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     group = opt.param_groups[0]
@@ -199,7 +199,7 @@ def test_weight_decay_schedule(write: Any, build: Any, every_path: PathOptions) 
 
 
 def test_a_base_that_calls_its_closure_itself_takes_a_rise_from_0_one_step_late() -> None:
-    """What does not decay is not copied, so a closure that raises its decay from 0 counts from the next step on."""
+    """A closure that raises the decay from 0 acts one step late, because weights with decay 0 are not copied."""
 
     class Mine(SGD):
         pass
@@ -213,7 +213,7 @@ def test_a_base_that_calls_its_closure_itself_takes_a_rise_from_0_one_step_late(
 
 
 def test_a_hook_of_the_base_may_scale_the_decay(every_path: PathOptions) -> None:
-    """Before and after its step the base's hooks read the decay itself, not the 0 in between: halving it halves it."""
+    """The base's hooks read the real decay, not the 0 of the step, so halving it halves it."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.base_optimizer.register_step_post_hook(
@@ -226,7 +226,7 @@ def test_a_hook_of_the_base_may_scale_the_decay(every_path: PathOptions) -> None
 
 
 def test_a_value_written_after_the_step_counts_from_the_next(every_path: PathOptions) -> None:
-    """A post hook of the base that writes weight_decay is heard, and the old value does not come back."""
+    """A weight_decay that a post hook of the base writes takes effect, and the old value does not come back."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     group = opt.param_groups[0]
@@ -240,7 +240,7 @@ def test_a_value_written_after_the_step_counts_from_the_next(every_path: PathOpt
 
 
 def test_a_schedule_may_begin_at_zero(every_path: PathOptions) -> None:
-    """A group whose decay is 0 now and 0.5 later decays later; lam=None warns at the start that nothing decays."""
+    """A group with decay 0 now and 0.5 later decays later; the constructor warns that nothing decays."""
     p = weight(1.0, grad=[0.0])
     with pytest.warns(UserWarning, match="nothing to decay"):
         opt = CautiousDecay(SGD([p], lr=0.1, **every_path.base), **every_path)

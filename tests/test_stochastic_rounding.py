@@ -45,7 +45,7 @@ def neighbours(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sigmas(errors: Tensor) -> float:
-    """The mean of independent errors, in units of its own standard deviation."""
+    """The mean of independent errors, in units of its standard deviation."""
     errors = errors.double()
     return float(errors.mean() / (errors.std() / math.sqrt(errors.numel())))
 
@@ -57,7 +57,7 @@ def weights(kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> Tensor:
-    """``x`` after steps that leave it alone and decay all of it by 1e-4 of itself, taken by the wrapper."""
+    """``x`` after wrapped steps with update 0 that decay every weight by 1e-4 of itself."""
     p = torch.nn.Parameter(x.clone())
     p.grad = torch.zeros_like(x)
     base = {"fused": True} if options.get("path") == "one_pass" else {}
@@ -86,7 +86,7 @@ def stepped(w: list[Tensor], eta_lam: float | Tensor) -> Stepped:
 
 
 def test_by_eye() -> None:
-    """1 - 2**-10 lies between 1 - 2**-8 and 1, a quarter of the gap below 1: that is the chance to come down."""
+    """1 - 2**-10 is a quarter of the gap below 1, so it rounds down to 1 - 2**-8 with chance 1/4."""
     wide, random = torch.full((4,), 1 - 2**-10), torch.tensor([0.0, 0.24, 0.25, 0.99])
     down = 1 - 2**-8
 
@@ -111,7 +111,7 @@ def test_the_chance_is_the_share_of_the_gap(dtype: torch.dtype, share: float) ->
 
 @both_types
 def test_what_the_type_holds_stays(dtype: torch.dtype) -> None:
-    """Each of its 65,536 patterns, infinities and signed zeros included, keeps its bits, and NaN stays NaN."""
+    """Each of the type's 65,536 patterns keeps its bits, infinities and signed zeros included; NaN stays NaN."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     for random in (0.0, 0.5, 1 - 2**-24):
         rounded = rules.stochastic_rounding(every.float(), dtype, torch.full(every.shape, random))
@@ -166,7 +166,7 @@ def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, every_path: 
 
 @pytest.mark.parametrize("mask", ["gradient", "random", "all"])
 def test_the_ablations_too(mask: str) -> None:
-    """The ablations' masks, here full, decay by eta*lam on average."""
+    """With an ablation's mask, here all 1, weights decay by eta*lam on average."""
     x = weights("normal", torch.bfloat16)
     error = decayed(x, "stochastic", 20, mask=mask).float() - decayed(x.float(), "stochastic", 20, mask=mask)
 
@@ -187,7 +187,7 @@ def test_a_tensor_learning_rate(kernel: str) -> None:
 
 @both_types
 def test_only_the_two_neighbours_occur(every_path: PathOptions, dtype: torch.dtype) -> None:
-    """Each weight is one of the two numbers around its float32 value, which lie on either side of it for some."""
+    """Each result is one of the two neighbours of the float32 value, and both occur."""
     x = weights("normal", dtype)
     low, high = neighbours(decayed(x.float(), "nearest", 1, **every_path), dtype)
     one = decayed(x, "stochastic", 1, **every_path).float()
@@ -200,12 +200,12 @@ def test_only_the_two_neighbours_occur(every_path: PathOptions, dtype: torch.dty
 @both_types
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "one_pass"])
 def test_masked_weights_keep_their_bits(path: PathOptions, dtype: torch.dtype) -> None:
-    """A weight that the step grows is, bit for bit, what the base makes of it. (One pass rounds the whole step.)"""
+    """A masked weight has the bits of the base's step. (One pass rounds the whole step.)"""
     x = weights("normal", dtype)
     p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
     p.grad = alone.grad = torch.randn(MANY).to(dtype)
     SGD([alone], lr=1.0).step()
-    grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # and not rounded away: the snapshot would see no step
+    grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # large enough not to round away, which a snapshot would miss
     CautiousDecay(SGD([p], lr=1.0), lam=0.01, **path, rounding="stochastic").step()
 
     assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
@@ -235,7 +235,7 @@ def test_wide_weights_decay_as_ever(dtype: torch.dtype, every_path: PathOptions)
 
 
 def test_no_generator_is_used(every_path: PathOptions) -> None:
-    """Dropout and data are as without the wrapper: the generator does not move, and does not matter."""
+    """Rounding neither advances nor depends on torch's generator."""
     x, runs = weights("normal", torch.bfloat16), []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -248,7 +248,7 @@ def test_no_generator_is_used(every_path: PathOptions) -> None:
 
 @both_backends
 def test_equal_tensors_are_rounded_apart(kernel: str) -> None:
-    """Two tensors of the same weights, packed together or not, and two blocks of one, get numbers of their own."""
+    """Two equal tensors, and two blocks of one tensor, get different random numbers."""
     sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
     w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
     backend_of(kernel).decay_from_snapshot([stepped(w, 2**-9)], **ROUNDED)
@@ -276,7 +276,7 @@ def test_unfit_seeds(seed: object) -> None:
 
 
 def test_steps_are_rounded_apart() -> None:
-    """Each step draws anew, with a base that counts its steps and with one that does not."""
+    """Each step draws new numbers, whether the base counts its steps or not."""
     for base in (SGD, AdamW):
         p = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
         p.grad = torch.zeros_like(p)
@@ -330,7 +330,7 @@ def narrow_net(path: PathOptions) -> tuple[torch.nn.Module, CautiousDecay]:
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    """Four steps, a checkpoint, and four more in another process, seeded otherwise, are eight steps."""
+    """Four steps, a checkpoint and four more in another process with another seed equal eight steps."""
     file, saved, expected = tmp_path / "checkpoint.pt", {}, []
     for path in filter(can_run, ALL_PATHS):
         model, opt = narrow_net(path)
@@ -347,7 +347,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 
 def test_a_copy_goes_on_as_the_original() -> None:
-    """A copied and a pickled wrapper draw what the original draws next, over a base without a counter too."""
+    """A copied and a pickled wrapper draw the original's next numbers, also over a base without a counter."""
     p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     p.grad = torch.full_like(p, 2**-9)
     opt = CautiousDecay(SGD([p], lr=1.0), lam=2**-9, rounding="stochastic")
@@ -364,7 +364,7 @@ def test_a_copy_goes_on_as_the_original() -> None:
 
 
 def test_the_state_dict_is_the_plain_optimizers() -> None:
-    """Nothing of it is saved: after training, the state dict has the plain optimizer's keys, group for group."""
+    """After training the state dict has the plain optimizer's keys, group for group."""
     dicts = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
         model, _ = narrow_net(PathOptions())
@@ -381,13 +381,13 @@ def test_the_state_dict_is_the_plain_optimizers() -> None:
 
 
 def test_unknown_rounding() -> None:
-    """Anything but the two names is refused, and they are named."""
+    """An unknown rounding raises an error that lists the two names."""
     with pytest.raises(ValueError, match=r"unknown rounding 'up': pass one of 'nearest', 'stochastic'"):
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="up")
 
 
 def test_it_is_pickled_copied_and_handed_on() -> None:
-    """A pickled, a copied and an ``over`` optimizer round as they were told to; the default is to nearest."""
+    """A pickled, a copied and an ``over`` optimizer keep their rounding; the default is to nearest."""
     opt = CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="stochastic")
     made = CautiousDecay.over(SGD, rounding="stochastic")([weight(1.0)], lr=0.1, weight_decay=0.1)
 
@@ -399,7 +399,7 @@ def test_it_is_pickled_copied_and_handed_on() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 @both_types
 def test_on_a_card(dtype: torch.dtype) -> None:
-    """Triton's mean is the float32 decay, and each replay of a CUDA graph draws anew."""
+    """Triton's mean is the float32 decay, and each replay of a CUDA graph draws new numbers."""
     kernel = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
     x = torch.ones(MANY, device="cuda", dtype=dtype)
     step = torch.zeros((), dtype=torch.int64, device="cuda")

@@ -26,7 +26,7 @@ def sgd(*params: nn.Parameter, **options: Any) -> SGD:
 
 
 def test_four_weights_by_hand(every_path: PathOptions) -> None:
-    """Of 1, 1, -1, -1 with gradients 1, -1, 1, -1, the first and the last are on their way to zero, and decay."""
+    """Of 1, 1, -1, -1 with gradients 1, -1, 1, -1, the first and the last move towards zero and decay."""
     p = weight(1, 1, -1, -1, grad=[1, -1, 1, -1])
     CautiousDecay(sgd(p, **every_path.base), **every_path).step()
 
@@ -50,7 +50,7 @@ ZEROS: dict[str, tuple[float, float, float, float]] = {
 @pytest.mark.parametrize("strict", [False, True], ids=[">=", ">"])
 @pytest.mark.parametrize("case", ZEROS.values(), ids=list(ZEROS))
 def test_at_zero(case: tuple[float, ...], strict: bool, every_path: PathOptions) -> None:
-    """A weight that the step leaves alone decays, with strict=True it does not; both zeros are the same zero."""
+    """A weight with update 0 decays unless strict=True; 0.0 and -0.0 act the same."""
     x, g, loose, tight = case
     p = weight(x, grad=[g], dtype=torch.float64)
     CautiousDecay(sgd(p, **every_path.base), strict=strict, **every_path).step()
@@ -59,7 +59,7 @@ def test_at_zero(case: tuple[float, ...], strict: bool, every_path: PathOptions)
 
 
 def both_ways(x: float, g: float, path: PathOptions) -> tuple[Tensor, Tensor]:
-    """What is expected, and what comes, of a weight on its way to zero and one on its way from it, in float32."""
+    """Expected and actual results in float32 for a weight moving towards zero and one moving away."""
     p = weight(x, -x, grad=[g, g])
     before = p.detach().double()
     expected = ruled(before, before - LR * p.grad.double(), ETA_LAM)
@@ -99,7 +99,7 @@ def test_denormal_gradients(sign: float, every_path: PathOptions) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["weight", "gradient"])
 def test_what_is_not_finite_stays_where_it_is(where: str, bad: float, every_path: PathOptions) -> None:
-    """A NaN or an infinity in one place does not hide, and its neighbours step and decay as without it."""
+    """A NaN or an infinity stays in its place, and its neighbours step and decay as without it."""
     p = weight(bad if where == "weight" else 1.0, 1.0, -1.0, grad=[bad if where == "gradient" else 1.0, 1.0, 1.0])
     CautiousDecay(sgd(p, **every_path.base), **every_path).step()
 
@@ -126,7 +126,7 @@ def test_any_numbers(every_path: PathOptions, pairs: list[tuple[float, float]]) 
     keeps = torch.sign(g) * torch.sign(x) < 0
     expected = ruled(x, w, ETA_LAM) if every_path.copies else torch.where(keeps, w, w - ETA_LAM * x)
 
-    # Of a difference of two numbers, as exact as the larger of them; and of a denormal weight nothing is claimed.
+    # A difference of two numbers is as exact as the larger one; denormal weights are not checked.
     smallest = torch.finfo(torch.float64).tiny
     assert bool(((expected - p.detach()).abs() <= 4e-16 * (x.abs() + g.abs()) + smallest).all())
 
@@ -182,7 +182,7 @@ def test_tied_weights_decay_once(every_path: PathOptions) -> None:
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 def test_a_parameter_twice_in_a_group_decays_once(every_path: PathOptions) -> None:
-    """torch only warns of it and steps twice; the decay is taken once: 1 - 2*0.125 - 0.0625."""
+    """A parameter listed twice in a group steps twice, as in torch, but decays once: 1 - 2*0.125 - 0.0625."""
     p = weight(1.0, grad=[1.0])
     CautiousDecay(sgd(p, p, **every_path.base), **every_path).step()
 
@@ -190,7 +190,7 @@ def test_a_parameter_twice_in_a_group_decays_once(every_path: PathOptions) -> No
 
 
 def test_gradients_that_come_and_go(every_path: PathOptions) -> None:
-    """Parameters that take part in every other step decay in every other step."""
+    """A parameter that has a gradient in every other step decays in every other step."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0)
     opt = CautiousDecay(sgd(p, q, **every_path.base), **every_path)
     for _ in range(4):
@@ -201,7 +201,7 @@ def test_gradients_that_come_and_go(every_path: PathOptions) -> None:
 
 
 def test_groups_of_both_paths_in_one_base() -> None:
-    """The group with ``caution`` goes in pieces, the other by direction: both decay just the same."""
+    """A group with ``caution`` takes pieces and the other the direction; both decay the same."""
     p, q = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
     base = SGD([{"params": [p]}, {"params": [q]}], lr=LR, weight_decay=LAM, momentum=0.5)
     base.param_groups[1]["caution"] = True
@@ -272,7 +272,7 @@ def test_an_explicit_zero_in_a_sparse_gradient(build: Any, path: PathOptions, st
 
 @sparse_bases
 def test_a_row_that_comes_twice_decays_once_by_the_sum(build: Any, path: PathOptions) -> None:
-    """Row 2 comes with +1 and -3: their sum grows the weight, so it does not decay; row 1, twice +1, decays once."""
+    """Row 2 appears with +1 and -3, which sum to growth, so it does not decay; row 1, twice +1, decays once."""
     p, q = nn.Parameter(torch.ones(4, 1)), nn.Parameter(torch.ones(4, 1))
     p.grad = sparse([2, 2, 1, 1], [[1.0], [-3.0], [1.0], [1.0]])
     q.grad = p.grad.coalesce()
@@ -299,7 +299,7 @@ def test_an_empty_sparse_gradient_changes_nothing(build: Any, path: PathOptions)
 
 @unfused
 def test_a_gradient_that_is_sparse_in_both_dimensions(path: PathOptions) -> None:
-    """Where single entries are given, single entries decay."""
+    """In a gradient that is sparse in both dimensions, single entries decay."""
     p = nn.Parameter(torch.ones(2, 2))
     p.grad = torch.sparse_coo_tensor([[0, 1], [1, 0]], [1.0, -1.0], (2, 2), check_invariants=True)
     CautiousDecay(sgd(p), **path).step()
@@ -322,7 +322,7 @@ def test_an_embedding_among_dense_layers(path: PathOptions) -> None:
 
 @unfused
 def test_a_gradient_may_turn_from_dense_to_sparse(path: PathOptions) -> None:
-    """Each step looks at the gradient that it has: first all rows decay, then one."""
+    """Each step uses its own gradient: with a dense one all rows decay, with a sparse one only its row."""
     p = nn.Parameter(torch.ones(3, 1))
     opt = CautiousDecay(sgd(p), **path)
     for grad in (torch.zeros(3, 1), sparse([1], [[0.0]], rows=3), torch.zeros(3, 1)):
@@ -360,7 +360,7 @@ def test_types(dtype: torch.dtype, base: Any, every_path: PathOptions) -> None:
 
 
 def test_the_direction_sees_a_step_that_rounds_away() -> None:
-    """In bfloat16, 1 + 2^-10 is 1: the snapshot cannot tell that the weight was to grow; the direction can."""
+    """In bfloat16, 1 + 2^-10 rounds to 1: the snapshot misses that the weight should grow; the direction does not."""
     results = []
     for path in ("direction", "snapshot"):
         p = weight(1.0, grad=[-(2.0**-7)], dtype=torch.bfloat16)
@@ -373,7 +373,7 @@ def test_the_direction_sees_a_step_that_rounds_away() -> None:
 @unfused
 @pytest.mark.parametrize("base", [Adam, AdamW])
 def test_complex_weights_with_a_state(base: Any, path: PathOptions) -> None:
-    """Adam's moments of complex weights are complex; the mask is of the parts still."""
+    """With Adam's complex moments, the mask still applies to real and imaginary parts."""
     p = nn.Parameter(torch.tensor([1 + 1j, -1 - 1j], dtype=torch.complex128))
     q = nn.Parameter(torch.view_as_real(p.detach()).clone())
     opt, real = (CautiousDecay(base([w], lr=LR, weight_decay=LAM), **path) for w in (p, q))
@@ -397,7 +397,7 @@ def test_a_tensor_learning_rate_of_another_type(dtype: torch.dtype, every_path: 
 
 
 def test_many_small_tensors(every_path: PathOptions) -> None:
-    """A thousand tensors of different sizes, in groups of different strengths, each decay by their own."""
+    """A thousand tensors in groups of different strengths each decay by their group's strength."""
     groups = [
         {"params": [nn.Parameter(torch.ones(i % 7, 3)) for i in range(100)], "weight_decay": k / 16} for k in range(10)
     ]
@@ -412,7 +412,7 @@ def test_many_small_tensors(every_path: PathOptions) -> None:
 
 
 def test_the_snapshot_follows_its_parameters() -> None:
-    """Between steps a parameter changes its type and a group its parameters: the copies are taken anew."""
+    """If a parameter changes its type or a group its parameters between steps, new copies are made."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, 1.0, grad=[0.0, 0.0])
     opt = CautiousDecay(sgd(p), path="snapshot")
     opt.step()

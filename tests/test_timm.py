@@ -1,4 +1,4 @@
-"""timm by name: every `cautious_<name>` is the wrapper over that optimizer, and unchanged scripts run with it."""
+"""Names for timm: every `cautious_<name>` is the wrapper over that optimizer, and unchanged scripts run with it."""
 
 import argparse
 import copy
@@ -54,12 +54,12 @@ def model() -> nn.Module:
 
 
 def make(net: nn.Module, name: str, weight_decay: float = LAM, **kwargs: Any) -> Optimizer:
-    """timm's factory. Kron is not compiled: that is half a minute on a CPU."""
+    """An optimizer from timm's factory. Kron is not compiled, which takes half a minute on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if "kron" in name:
             patch.setattr("timm.optim.kron.has_dynamo", False)
         if name.endswith(("adamp", "sgdp")):
-            kwargs |= {"wd_ratio": 1.0}  # else their decay has no one step size, and the wrapper refuses
+            kwargs |= {"wd_ratio": 1.0}  # else their decay has no single step size, and the wrapper refuses
         return create_optimizer_v2(net, name, lr=LR, weight_decay=weight_decay, **kwargs)
 
 
@@ -76,7 +76,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """timm's registry, with what the test registers forgotten afterwards."""
+    """timm's registry; entries that the test adds are removed afterwards."""
     monkeypatch.setattr(default_registry, "_optimizers", dict(default_registry._optimizers))
     return default_registry
 
@@ -99,7 +99,7 @@ def test_every_name_is_the_wrapper_over_what_timm_makes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
-    """A step is the plain optimizer's without decay, less eta * lam * 1[u*x >= 0] * x, biases and norms left out."""
+    """A step is the plain one without decay, minus eta * lam * 1[u*x >= 0] * x; biases and norms do not decay."""
     note = NOTES.get(f"timm.{name}", {})
     nets = model(), model()
     wrapped, plain = make(nets[0], f"cautious_{name}"), make(nets[1], name)
@@ -120,7 +120,7 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
     for x, p, q in zip(before, nets[0].parameters(), nets[1].parameters(), strict=True):
         expected = follow(x, q.detach(), eta_lam[id(p)])
         off = (p.detach().double() - expected).abs()
-        in_place = (q == x) & (p == x)  # a step too small to see: the wrapper may know better which way it went
+        in_place = (q == x) & (p == x)  # a step lost in rounding: the wrapper may know its sign from the direction
 
         assert ((off <= rounding(x, q)) | in_place).all(), (tuple(p.shape), off.max())
         assert (eta_lam[id(p)] > 0) == (p.dim() > 1)
@@ -129,7 +129,7 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
 
 
 def eta(note: dict[str, Any], group: dict[str, Any]) -> float:
-    """What the zoo says the decay is multiplied by. What it has no formula for, has one with the options used here."""
+    """eta by the zoo's formula, or by the options used here where the zoo has none."""
     formula = note.get("eta", "lr")
     if formula == "given":
         return LR / (1 - group["momentum"]) if "wd_ratio" in group and "momentum" in group else LR
@@ -146,7 +146,7 @@ def rounding(x: Tensor, w: Tensor) -> Tensor:
 
 
 def test_the_two_tests_above_are_over_all_of_timm() -> None:
-    """Discovery finds what timm has; what is left out is apex's and bitsandbytes' alone."""
+    """The tests above cover all of timm's optimizers, except those of apex and bitsandbytes."""
     assert len(ON_CPU) >= {"1.0.31": 85}.get(timm.__version__, 50)
     assert all(name.startswith(("fused", "bnb")) for name in set(PLAIN) - set(ON_CPU))
 
@@ -170,7 +170,7 @@ def test_the_check_of_the_step_can_fail() -> None:
 
 
 def test_all_names_are_listed_twice() -> None:
-    """`list_optimizers` knows each name with and without the prefix, and filters them as it does others."""
+    """`list_optimizers` has each name with and without the prefix, and filters both alike."""
     assert list_optimizers("cautious_*") == sorted(f"cautious_{name}" for name in PLAIN)
     assert list_optimizers() == sorted([*PLAIN, *list_optimizers("cautious_*")])
     assert list_optimizers(["cautious_adam", "lion"]) == ["cautious_adam", "lion"]
@@ -188,7 +188,7 @@ def test_descriptions_name_the_paper() -> None:
 
 
 def test_info_is_the_bases() -> None:
-    """What timm's factory reads of an entry, it reads of the base's."""
+    """The entry of a cautious name has the values of the base's entry that timm's factory reads."""
     info, base = get_optimizer_info("cautious_adahessian"), get_optimizer_info("adahessian")
 
     assert (info.name, info.opt_class) == ("cautious_adahessian", CautiousDecay.over(base.opt_class))
@@ -207,7 +207,7 @@ def test_get_optimizer_class(bind_defaults: bool) -> None:
 
 
 def test_create_optimizer_of_old_scripts() -> None:
-    """The older factory, which takes the parsed arguments, makes the same."""
+    """timm's older factory, which takes parsed arguments, makes the same optimizer."""
     args = argparse.Namespace(opt="cautious_momentum", lr=LR, weight_decay=LAM, momentum=0.8, opt_eps=None)
     opt = create_optimizer(args, model())
 
@@ -249,13 +249,13 @@ def test_an_unknown_name_is_timms_own_error(name: str, unknown: str) -> None:
 )
 @pytest.mark.parametrize("name", ["cautious_lookahead_adamw", "Cautious_Lookahead_AdamW"])
 def test_lookahead_inside_is_refused_with_the_name_to_use(ask: Callable[[Any, str], object], name: str) -> None:
-    """The prefixes in the wrong order are an error, which says the right one."""
+    """Prefixes in the wrong order raise an error with the right name."""
     with pytest.raises(ValueError, match=f"^{name.lower()}: Lookahead goes around .*: use lookahead_cautious_adamw$"):
         ask(model(), name)
 
 
 def test_names_without_the_prefix_are_as_before() -> None:
-    """Entries, classes and errors of other names are timm's own, and so is what its parser makes of prefixes."""
+    """Names without the prefix have timm's own entries, classes, errors and parsing of prefixes."""
     assert get_optimizer_info("AdamW") is default_registry._optimizers["adamw"]
     assert get_optimizer_class("adamw") is AdamW
     assert type(make(model(), "adamw")) is type(make(model(), "foo_adamw")) is AdamW
@@ -266,7 +266,7 @@ def test_names_without_the_prefix_are_as_before() -> None:
 
 @pytest.mark.parametrize("again", [cwd_wrap.timm.register, lambda: importlib.reload(cwd_wrap.timm)])
 def test_registering_twice_is_harmless(again: Callable[[], object]) -> None:
-    """The names are there once, however often they are asked for."""
+    """Registering twice adds each name once."""
     before = list_optimizers()
     again()
 
@@ -294,7 +294,7 @@ def test_what_others_register_later_has_a_cautious_name(registry: Any) -> None:
 
 
 def test_options_of_the_wrapper_are_keyword_arguments() -> None:
-    """What CautiousDecay takes by keyword, `create_optimizer_v2` and so `--opt-kwargs` takes; but not lam."""
+    """`create_optimizer_v2`, and so `--opt-kwargs`, takes CautiousDecay's keyword arguments, but not lam."""
     opt = make(model(), "cautious_adamw", strict=True, path="snapshot", betas=(0.8, 0.9))
 
     assert isinstance(opt, CautiousDecay)
@@ -307,10 +307,10 @@ def test_what_foreach_is_given_reaches_the_base() -> None:
 
 
 def test_train_py_finds_second_order() -> None:
-    """timm's train.py reads is_second_order: the wrapper has it where the base has it."""
+    """The wrapper has is_second_order, which timm's train.py reads, if the base has it."""
     assert make(model(), "cautious_adahessian").is_second_order is True
     for lookahead in make(model(), "lookahead_adahessian"), make(model(), "lookahead_cautious_adahessian"):
-        assert getattr(lookahead, "is_second_order", None) in {True, None}  # the oldest timm's has no answer
+        assert getattr(lookahead, "is_second_order", None) in {True, None}  # the oldest timm's raises for it
     assert not hasattr(make(model(), "cautious_adamw"), "is_second_order")
 
 
@@ -338,7 +338,7 @@ def test_layer_decay_and_timms_scheduler() -> None:
 
 
 def test_adafactor_without_lr_says_what_to_give() -> None:
-    """Adafactor that makes its own step size needs one, and takes `step_size=` right there."""
+    """Adafactor without lr raises an error that names `step_size=`, and works with it."""
     with pytest.raises(
         ValueError, match=r"^cautious_adafactor: .*is unknown: give the group a learning rate, or pass "
     ):
@@ -357,7 +357,7 @@ def one_thousandth(group: Any) -> float:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the text is for a machine without a GPU")
 @pytest.mark.parametrize("name", sorted(set(PLAIN) - set(ON_CPU)))
 def test_apex_and_bitsandbytes_need_a_gpu(name: str) -> None:
-    """One line, which names the optimizer and is otherwise timm's own."""
+    """Without a GPU, apex and bitsandbytes names raise timm's own error, with the name in front."""
     library = "APEX" if name.startswith("fused") else "bitsandbytes"
 
     with pytest.raises(ValueError, match=f"^cautious_{name}: CUDA required for {library} optimizers$"):
@@ -372,12 +372,12 @@ def test_what_cannot_be_wrapped_says_why(registry: Any) -> None:
 
     registry.register(OptimInfo("schedulefree", ScheduleFreeAdamW))
 
-    with pytest.raises(ValueError, match=r"^cautious_schedulefree: .* cannot be put around ScheduleFreeAdamW: "):
+    with pytest.raises(ValueError, match=r"^cautious_schedulefree: .* cannot wrap ScheduleFreeAdamW: "):
         make(model(), "cautious_schedulefree")
 
 
 def test_timm_without_a_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error for an older timm, and for none, names the version that is needed."""
+    """The error for a missing or older timm names the version that is needed."""
     monkeypatch.setitem(sys.modules, "timm.optim._optim_factory", None)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.0.11")
 
@@ -422,7 +422,7 @@ def unnamed(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lookahead_adamw"])
 def test_an_unchanged_script_logs_the_same_lines(train: Runner, opt: str) -> None:
-    """But for the optimizer's name, they are the same to the last digit while nothing decays, and alike otherwise."""
+    """With weight_decay 0 only the optimizer's name differs in the log; with decay the numbers differ too."""
     cautious = f"cautious_{opt}".replace("cautious_lookahead_", "lookahead_cautious_")
 
     with pytest.warns(UserWarning, match="nothing to decay"):
@@ -446,7 +446,7 @@ def test_all_flags_of_the_script(train: Runner) -> None:
 
 @pytest.mark.parametrize(("first", "then"), [("adamw", "cautious_adamw"), ("cautious_adamw", "adamw")])
 def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, first: str, then: str) -> None:
-    """While nothing decays, changing the optimizer half way is the uninterrupted run; the files have the same keys."""
+    """With weight_decay 0, changing the optimizer half way gives the uninterrupted run and the same keys."""
     flags = ["--weight-decay", 0, "--sched", "constant", "--epochs"]
     (tmp_path / "first").mkdir()
     (tmp_path / "then").mkdir()
@@ -463,7 +463,7 @@ def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, fi
 
 
 def test_resume_carries_the_decay(train: Runner, tmp_path: Path) -> None:
-    """Two epochs in one run and in two are the same, decay and all."""
+    """Two epochs in one run and in two runs give the same results, with decay."""
     flags = ["--opt", "cautious_adamw", "--weight-decay", 10, "--sched", "constant", "--epochs"]
     train(*flags, 1, "--output", tmp_path)
     resumed = train(*flags, 2, "--resume", tmp_path / "last.pth.tar")
@@ -491,7 +491,7 @@ except KeyError as error:
 
 @pytest.mark.parametrize("flags", [[], ["--exit"]])
 def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> None:
-    """Arguments, names, the first place to import from, traceback and exit code are those of `python script.py`."""
+    """Arguments, names, sys.path[0], traceback and exit code are those of `python script.py`."""
     script = tmp_path / "folder" / "probe.py"
     script.parent.mkdir()
     script.write_text(PROBE)
@@ -512,7 +512,7 @@ def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> 
 
 
 def test_the_scripts_own_timm_goes_first(tmp_path: Path) -> None:
-    """A timm beside the script is the one that the script would import, so it is the one that gets the names."""
+    """If the script's folder has its own timm, that one gets the names, since the script imports it."""
     (tmp_path / "clone" / "timm").mkdir(parents=True)
     (tmp_path / "clone" / "timm" / "__init__.py").write_text("")
     (tmp_path / "clone" / "train.py").write_text("")
@@ -565,7 +565,7 @@ if __name__ == "__main__":
     ],
 )
 def test_child_processes_know_the_names(tmp_path: Path, launcher: list[str], argv: list[str], expected: str) -> None:
-    """Each start method, with the launcher or an import in the parent only; so do their own children (a loader's)."""
+    """Child processes of every start method have the names, and so have their own children (a loader's)."""
     (tmp_path / "script.py").write_text(CHILDREN)
     done = subprocess.run(
         [sys.executable, *launcher, "script.py", *argv],
@@ -589,7 +589,7 @@ def test_child_processes_know_the_names(tmp_path: Path, launcher: list[str], arg
     ],
 )
 def test_the_launcher_without_a_script(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A missing script is one line and the usage, and python's own exit code."""
+    """A missing script gives one line, the usage, and python's exit code."""
     with pytest.raises(SystemExit) as stopped:
         run_script(argv)
 
@@ -598,7 +598,7 @@ def test_the_launcher_without_a_script(argv: list[str], text: str, capsys: pytes
 
 
 def test_the_launcher_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """--help before a script is the launcher's."""
+    """--help without a script prints the launcher's usage."""
     run_script(["--help"])
 
     assert capsys.readouterr().out.startswith("usage: python -m cwd_wrap.timm SCRIPT")

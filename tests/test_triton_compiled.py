@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.6")  # compiling for a target that is not here is no public interface
+pytest.importorskip("triton", minversion="3.6")  # compiling for another target has no public interface
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled: unset TRITON_INTERPRET", allow_module_level=True)
 

@@ -34,7 +34,7 @@ def some(numel: int, seed: int) -> Tensor:
 
 
 def test_triton_is_the_choice() -> None:
-    """On a card the choice is triton."""
+    """On a card the library chooses triton."""
     assert kernels.choose(None, torch.device("cuda")) is triton_kernels
 
 
@@ -95,7 +95,7 @@ def test_the_rows_of_the_proof_hold(part: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_the_second_device() -> None:
-    """Weights on a device that is not the current one are decayed there."""
+    """Weights on a device other than the current one decay on their own device."""
     w, x = torch.ones(5, device="cuda:1"), torch.ones(5, device="cuda:1")
     bucket = Stepped([w], [w], [x], None, 0.5)
     triton_kernels.decay_from_snapshot([bucket], strict=False, count=False)

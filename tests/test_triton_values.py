@@ -1,4 +1,4 @@
-"""What is the Triton kernels' own: launches, rules, rounding. tests/test_kernels.py holds their values.
+"""Launches, rules and rounding of the Triton kernels. tests/test_kernels.py checks their values.
 
 They run interpreted on the CPU, or compiled on a card:
 
@@ -43,7 +43,7 @@ def some(numel: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is nothing to do there is no launch."""
+    """Empty tensors launch no kernel."""
     monkeypatch.setattr(_triton, "_sweep", None)
     empty = [torch.empty(0, device=DEVICE), torch.empty(0, 3, device=DEVICE)]
     buckets = [Stepped(empty, empty, empty, empty, 0.1)]
@@ -79,7 +79,7 @@ def test_another_rule_fits_the_frame() -> None:
 
 @pytest.mark.parametrize("wide", [torch.float64, torch.int64])
 def test_counters_of_another_type(wide: torch.dtype) -> None:
-    """Counters that are no float32 are read as the numbers that they are."""
+    """Counters of another type than float32 are read by value."""
     weights = []
     for dtype in (torch.float32, wide):
         w, g, m, v = ([torch.ones(3, device=DEVICE)] for _ in range(4))
@@ -195,7 +195,7 @@ def test_the_wrapper_rounds_stochastically(path: str) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="about the interpreter")
 def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:
-    """With TRITON_INTERPRET=1 the choice on the CPU is triton, and for other devices it cannot be had."""
+    """With TRITON_INTERPRET=1 the choice on the CPU is triton, and triton is refused on other devices."""
     cpu = torch.device("cpu")
 
     assert kernels.choose(None, cpu) is kernels.choose("triton", cpu) is _triton

@@ -1,4 +1,4 @@
-"""How much is eta * lam? One row for each kind of optimizer, with numbers that can be checked by eye."""
+"""eta * lam: one row for each kind of optimizer, with numbers to check by eye."""
 
 import warnings
 from typing import Any
@@ -11,7 +11,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from cwd_wrap import CautiousDecay, weight_decay
 
-BASE = SGD([weight(1.0)], lr=1.0)  # gives its name, and options by name that it has none of
+BASE = SGD([weight(1.0)], lr=1.0)  # gives its name, and takes options that SGD does not have
 
 LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
     "lr": ({"lr": 0.25, "weight_decay": 0.5}, 0.125),
@@ -97,7 +97,7 @@ def test_the_table_of_eta(group: dict[str, Any], expected: float) -> None:
 @both_paths
 @pytest.mark.parametrize(("group", "expected"), LR_AND_LAM.values(), ids=list(LR_AND_LAM))
 def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, path: str) -> None:
-    """A step with a zero gradient takes the share eta * lam off the weight 1.0, whatever the base is called."""
+    """A step with a zero gradient takes eta * lam off the weight 1.0, for every base."""
     p = weight(1.0, 1.0, grad=[0.0, 0.0])
     base = SGD([{"params": [p], **group}, {"params": [weight(1.0)]}], lr=1.0, weight_decay=0.1)
     opt = CautiousDecay(base, path=path)
@@ -158,12 +158,12 @@ BY_NAME: dict[str, tuple[Optimizer, dict[str, Any], float]] = {
 
 @pytest.mark.parametrize(("base", "group", "expected"), BY_NAME.values(), ids=list(BY_NAME))
 def test_the_table_of_eta_by_name(base: Optimizer, group: dict[str, Any], expected: float) -> None:
-    """eta of optimizers whose group does not tell it, from their names. (test_own_decay.py measures it.)"""
+    """eta follows from the name where the group does not give it. (test_own_decay.py measures it.)"""
     assert pytest.approx(expected) == float(weight_decay.eta(group, "here", base))
 
 
 def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
-    """AdamC decays by lr**2 / max_lr, lr being that of the warm-up."""
+    """AdamC decays by lr**2 / max_lr, with the lr of the warm-up."""
     adamc = type("AdamC", (type(named("heavyball.ChainOpt")),), {"__module__": "heavyball"})([weight(1.0)], lr=1.0)
     group = {"lr": 0.5, "max_lr": 0.5, "warmup_steps": 1}
 
@@ -171,9 +171,9 @@ def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
 
 
 NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
-    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1 of it: give the group wd_ratio=1"),
+    "AdamP": (named("timm.AdamP"), {"wd_ratio": 0.1}, "wd_ratio=0.1: pass wd_ratio=1"),
     "Kron": (named("timm.Kron"), {"stochastic_weight_decay": True}, "pass stochastic_weight_decay=False"),
-    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5 of it: pass fallback_lr_scale=1"),
+    "Muon": (named("timm.Muon"), {"fallback_lr_scale": 0.5}, "fallback_lr_scale=0.5: pass fallback_lr_scale=1"),
     "Adafactor": (named("transformers.Adafactor"), {"scale_parameter": True}, "pass scale_parameter=False"),
     "Apollo": (
         named("pytorch_optimizer.ApolloDQN"),
@@ -188,10 +188,10 @@ NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
 @pytest.mark.filterwarnings("ignore:.*nothing to decay")
 @pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
 def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options: dict[str, Any], text: str) -> None:
-    """The error names the group and the optimizer, says why, and what to do; so does that of a group added later."""
+    """The error names the group and the optimizer, the reason and the way out, also for a group added later."""
     name = type(base).__name__
     base.param_groups[0] |= options
-    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no one step size for its decay: .*{text}"):
+    with pytest.raises(ValueError, match=rf"^param group 1 of {name} has no single step size for its decay: .*{text}"):
         CautiousDecay(base).add_param_group({"params": [weight(1.0)], "weight_decay": 0.5, **options})
     base.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(ValueError, match=rf"param group 0 of {name} .*{text}, or pass step_size=, a function"):
@@ -209,7 +209,7 @@ def test_a_tensor_learning_rate_stays_a_tensor() -> None:
 
 
 def test_a_tensor_weight_decay_stays_a_tensor() -> None:
-    """So does a tensor weight_decay."""
+    """A tensor weight_decay gives a tensor on its own device, unread."""
     group = {"lr": 0.25, "weight_decay": torch.tensor(0.5, device="meta")}
 
     assert "meta" == weight_decay.eta_lam(group, 0, None, None, BASE).device.type
@@ -246,7 +246,7 @@ class OnAnyDevice(Optimizer):
 @both_paths
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
 def test_a_step_never_reads_a_tensor_of_a_device(observed: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With parameters and lr on "meta", where reading a value raises, the step runs: so nothing waits on a device."""
+    """The step runs with parameters and lr on "meta", where reading a value raises, so no step waits for a device."""
     from cwd_wrap import directions
 
     monkeypatch.setitem(directions.TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
@@ -282,7 +282,7 @@ def test_step_size_may_return_a_tensor() -> None:
 
 
 def test_step_size_answers_for_a_missing_learning_rate() -> None:
-    """Where lr is None, or there is none, step_size= is the way out, and it works."""
+    """With lr None or missing, the error names step_size=, and step_size= works."""
     p = weight(1.0, grad=[0.0])
 
     class WithoutLr(Optimizer):
@@ -332,7 +332,7 @@ def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
     """Prodigy decays by its own d * lr * lam with the d from before the step, at each of 6 steps in which d grows."""
     prodigyopt = pytest.importorskip("prodigyopt")
     build = lambda w: prodigyopt.Prodigy([w], lr=1.0, weight_decay=0.5, **options)
-    # Weights on their way to zero, in double precision: all decay, so the wrapped and the plain run are the same.
+    # All weights move towards zero, so all decay and the wrapped run equals the plain one, in double precision.
     p, q = (torch.nn.Parameter(torch.linspace(50, 60, 4, dtype=torch.float64)) for _ in range(2))
     opt, plain = CautiousDecay(build(p)), build(q)
     ds = []
@@ -347,7 +347,7 @@ def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
 
 
 def test_a_linear_schedule_to_zero_ends_without_an_error() -> None:
-    """torch's LinearLR misses 0 by a rounding, to the negative side: no step, no decay, as with AdamW alone."""
+    """torch's LinearLR ends a rounding below 0: the step changes nothing and raises nothing, as with AdamW alone."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(AdamW([p], lr=1e-3, weight_decay=0.5))
     schedule = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=4)
@@ -362,7 +362,7 @@ def test_a_linear_schedule_to_zero_ends_without_an_error() -> None:
 
 
 def test_a_negative_learning_rate_is_still_an_error() -> None:
-    """Above a rounding's size a negative learning rate is refused."""
+    """A negative learning rate larger than a rounding is refused."""
     opt = CautiousDecay(SGD([weight(1.0, grad=[0.0])], lr=0.1, weight_decay=0.5))
     opt.param_groups[0]["lr"] = -1e-11
     with pytest.raises(ValueError, match=r"lr of param group 0 of SGD is -1e-11: pass a finite number, zero or above"):
@@ -370,7 +370,7 @@ def test_a_negative_learning_rate_is_still_an_error() -> None:
 
 
 def test_a_decay_of_more_than_the_whole_weight_warns_once() -> None:
-    """eta*lam above 1 turns weights around: said once for each group, with the numbers; tensors are not read."""
+    """eta*lam above 1 warns once for each group, with the numbers; tensors are not read."""
     groups = [{"params": [weight(1.0, grad=[0.0])], "lr": lr} for lr in (0.5, 1.5, torch.tensor(1.5), 2.0)]
     opt = CautiousDecay(SGD(groups, lr=1.0, weight_decay=1.0, foreach=False))
     with warnings.catch_warnings(record=True) as caught:
@@ -379,14 +379,14 @@ def test_a_decay_of_more_than_the_whole_weight_warns_once() -> None:
         opt.step()
 
     assert [
-        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step takes more than "
-        "the whole weight and turns its sign. Choose a smaller weight_decay"
+        f"eta*lam of param group {i} of SGD is {lr:g} (eta {lr:g}, weight_decay 1): above 1, a step decays a "
+        "weight past zero and flips its sign. Choose a smaller weight_decay"
         for i, lr in ((1, 1.5), (3, 2.0))
     ] == [str(w.message) for w in caught]
 
 
 class Fading(SGD):
-    """Rewrites its own weight_decay in the course of its step."""
+    """Rewrites its own weight_decay during its step."""
 
     def step(self, closure: Any = None) -> Any:
         """SGD's, and less decay from then on."""
@@ -396,7 +396,7 @@ class Fading(SGD):
 
 
 def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
-    """What is computed from the 0 that stands there during the step is no new value: the old one stays."""
+    """A weight_decay computed from the temporary 0 is dropped: the old value stays, with one warning."""
     p = weight(1.0, grad=[0.0])
     base = Fading([p], lr=0.5, weight_decay=0.5)
     base.fade = lambda decay: decay * 0.99
@@ -409,8 +409,8 @@ def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
     assert 0.5 == opt.param_groups[0]["weight_decay"]
     assert 0.75**2 == p.item()
     assert [
-        "weight_decay of param group 0 of Fading was set to 0.0 while the base stepped with its decay off; it is kept "
-        "at 0.5. To change it, set it from a hook of the wrapper, or between steps"
+        "weight_decay of param group 0 of Fading was set to 0.0 during the step, while the wrapper had the decay "
+        "off. It is 0.5 again. To change it, set it between steps, or in a hook of the wrapper"
     ] == [str(w.message) for w in caught]
 
 
@@ -422,14 +422,16 @@ def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
         lambda opt, *_: opt.param_groups[0].update(weight_decay=opt.param_groups[0]["weight_decay"] * 0.99)
     )
     opt = CautiousDecay(library.Lookahead(base))
-    with pytest.warns(UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* kept at 0.5"):
+    with pytest.warns(
+        UserWarning, match="weight_decay of param group 0 of Lookahead was set to 0.0 .* It is 0.5 again"
+    ):
         opt.step()
 
     assert 0.5 == opt.param_groups[0]["weight_decay"]
 
 
 def test_a_decay_set_while_it_is_off_wins() -> None:
-    """A number other than 0 was not computed from ours: it is a schedule's, and stays."""
+    """A weight_decay other than 0 that is set during the step stays."""
     base = Fading([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
     base.fade = lambda _: 0.25
     opt = CautiousDecay(base)
@@ -442,20 +444,20 @@ def test_a_decay_set_while_it_is_off_wins() -> None:
     ("name", "text"),
     [
         ("pytorch_optimizer.SaRA", "it trains only the weights below its threshold"),
-        ("pytorch_optimizer.GSAM", "it makes the gradients inside its own step.* Wrap the optimizer inside it"),
+        ("pytorch_optimizer.GSAM", "it computes the gradients inside its own step.* Wrap the optimizer inside it"),
         ("torchao.CPUOffloadOptimizer", r"optimizer_class=CautiousDecay.over\(AdamW\)"),
         ("torch.PostLocalSGDOptimizer", "Wrap the optimizer inside it"),
-        ("heavyball.MSAMLaProp", "it computes the weights anew at each step"),
+        ("heavyball.MSAMLaProp", "computes the weights from a copy that the optimizer keeps"),
     ],
 )
 def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) -> None:
-    """The error says why and, where there is one, names the way."""
-    with pytest.raises(ValueError, match=f"CautiousDecay cannot be put around {name.split('.')[1]}: .*{text}"):
+    """An optimizer refused by name raises an error with the reason and the way out."""
+    with pytest.raises(ValueError, match=f"CautiousDecay cannot wrap {name.split('.')[1]}: .*{text}"):
         CautiousDecay(named(name), lam=0.5)
 
 
 def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
-    """The way out that the error names: five steps of GSAM around it are those of GSAM around plain AdamW."""
+    """Five steps of GSAM around wrapped AdamW equal those around plain AdamW, so the error's way out works."""
     library = pytest.importorskip("pytorch_optimizer")
     ends = []
     for wrapped in (False, True):
@@ -482,11 +484,11 @@ def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
     ],
 )
 def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: str, options: dict[str, Any]) -> None:
-    """Rounded to nearest, a small decay would be lost where the optimizer's own counts; float32 weights are whole."""
+    """An optimizer with low bits in other tensors is refused unless rounding is stochastic; float32 weights are not."""
     base = named(name)
     base.param_groups[0] |= options
     base.param_groups[0]["params"] = [weight(1.0, dtype=torch.bfloat16)]
-    with pytest.raises(ValueError, match=r"further bits of its 16-bit weights .*rounding='stochastic'"):
+    with pytest.raises(ValueError, match=r"low bits of its 16-bit weights .*rounding='stochastic'"):
         CautiousDecay(base, lam=0.5)
     CautiousDecay(base, lam=0.5, rounding="stochastic")
     base.param_groups[0] |= {"params": [weight(1.0)], "param_ecc": None}
@@ -521,7 +523,7 @@ GROUPS: dict[str, tuple[list[float], float | None, list[float]]] = {
 
 @pytest.mark.parametrize(("given", "lam", "expected"), GROUPS.values(), ids=list(GROUPS))
 def test_where_lam_goes(given: list[float], lam: float | None, expected: list[float]) -> None:
-    """The groups say where, lam says how much; and a step decays just so."""
+    """lam is written into the groups that decay, and a step decays by it."""
     p = [weight(1.0, grad=[0.0]) for _ in given]
     groups = [{"params": [w], "weight_decay": wd} for w, wd in zip(p, given, strict=True)]
     opt = CautiousDecay(SGD(groups, lr=0.1), lam)
@@ -566,7 +568,7 @@ def without_decay(p: torch.nn.Parameter) -> dict[str, Optimizer]:
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
 def test_a_base_without_weight_decay_keeps_lam_in_the_wrapper(name: str) -> None:
-    """Where groups have no weight_decay, none is put there: the state dict stays the base's own."""
+    """If groups have no weight_decay, lam stays in the wrapper and the state dict is unchanged."""
     base = without_decay(weight(1.0))[name]
     keys = set(base.param_groups[0])
     opt = CautiousDecay(base, lam=0.5)
@@ -577,13 +579,13 @@ def test_a_base_without_weight_decay_keeps_lam_in_the_wrapper(name: str) -> None
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
 def test_a_base_without_weight_decay_needs_lam(name: str) -> None:
-    """Without lam there is nothing to decay, and that is said."""
+    """A base without weight_decay and without lam= gives a warning that nothing decays."""
     with pytest.warns(UserWarning, match="nothing to decay"):
         CautiousDecay(without_decay(weight(1.0))[name])
 
 
 def test_a_later_group_of_a_base_without_weight_decay() -> None:
-    """It decays by lam too: 1 - 0.1*0.5, and 1 of the row that has no gradient."""
+    """A later group of a base without weight_decay decays by lam: 1 - 0.1*0.5; a row without gradient stays 1."""
     opt = CautiousDecay(SparseAdam([torch.nn.Parameter(torch.ones(2, 1))], lr=0.1), lam=0.5)
     p = torch.nn.Parameter(torch.ones(2, 1))
     opt.add_param_group({"params": [p]})
@@ -595,7 +597,7 @@ def test_a_later_group_of_a_base_without_weight_decay() -> None:
 
 
 def test_lam_x_and_a_schedule() -> None:
-    """lam=x is written once: a schedule that writes weight_decay later has the last word."""
+    """lam=x is written once, so a weight_decay that a schedule writes later applies."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), lam=0.25)
     opt.param_groups[0]["weight_decay"] = 1.0

@@ -1,6 +1,6 @@
 """A training script in the manner of timm's train.py, small: timm's flags, factory, schedulers, scaler, checkpoints.
 
-It knows nothing of cwd_wrap. ``python -m cwd_wrap.timm train_like_timm.py --opt cautious_adamw`` runs it as it is.
+It does not import cwd_wrap. ``python -m cwd_wrap.timm train_like_timm.py --opt cautious_adamw`` runs it as it is.
 """
 
 import argparse

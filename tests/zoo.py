@@ -81,17 +81,17 @@ def _one_group(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> O
 
 
 def _muon(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
-    """Muon and its kin in pytorch_optimizer want to be told which groups are matrices."""
+    """Muon and similar optimizers of pytorch_optimizer need to know which groups are matrices."""
     return cls([{**group, "use_muon": True} for group in groups], **flags)
 
 
 def _over(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
-    """A wrapper that takes an instance."""
+    """Build a wrapper that takes an optimizer instance."""
     return cls(torch.optim.AdamW(groups, lr=1e-3), **flags)
 
 
 def _train(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
-    """Schedule-free optimizers step in train mode only."""
+    """Switch to train mode, without which schedule-free optimizers do not step."""
     optimizer = cls(groups, **flags)
     getattr(optimizer, "train", lambda: None)()
     return optimizer

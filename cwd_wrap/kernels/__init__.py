@@ -88,7 +88,10 @@ def choose(backend: str | None, device: torch.device) -> Backend:
         except ImportError as error:  # installed, but broken: only now is it known, since importing it is slow
             _obstacles["numba", device] = f"numba cannot be imported ({error})"
             if backend is None:
-                notices.warn(f"cwd_wrap steps without numba, which cannot be imported: {error}")
+                notices.warn(
+                    f"cwd_wrap uses torch operations on {device}: numba cannot be imported ({error}). "
+                    'Reinstall numba, or pass backend="eager"'
+                )
             return choose(backend, device)
         return _numba
     from cwd_wrap.kernels import _eager
@@ -104,7 +107,7 @@ def name(backend: str | None, device: torch.device) -> str:
         return next((name for name in ("triton", "numba") if obstacle(name, device) is None), "eager")
     if (reason := obstacle(backend, device)) is not None:
         can = ", ".join(repr(name) for name in BACKENDS if obstacle(name, device) is None)
-        msg = f"backend={backend!r} cannot run on {device}: {reason}. What can run there: {can}"
+        msg = f"backend={backend!r} cannot run on {device}: {reason}. Backends that can run there: {can}"
         raise ValueError(msg)
     return backend
 
@@ -123,12 +126,12 @@ def _say_once(device: torch.device) -> None:
     reason = obstacle("triton", device)
     if reason is not None and reason.startswith(_BROKEN) and reason not in _said:
         _said.add(reason)
-        notices.warn(f'cwd_wrap steps with torch operations on {device}: {reason}. Pass backend="eager" to choose them')
+        notices.warn(f'cwd_wrap uses torch operations on {device}: {reason}. Pass backend="eager" to choose them')
 
 
 def _numba_obstacle(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return "numba's kernels run on the CPU"
+        return "numba's kernels run on the CPU only"
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install cwd-wrap[cpu])"
     return None
@@ -141,7 +144,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
     if device.type != ("cpu" if interpreted else "cuda"):
         return "Triton runs on CUDA and ROCm devices, or with TRITON_INTERPRET=1 on the CPU"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (7, 0):
-        return "Triton needs compute capability 7.0"
+        return "Triton needs compute capability 7.0 or higher"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install cwd-wrap[triton])"
     try:
@@ -157,5 +160,5 @@ def _launcher_obstacle() -> str | None:
         importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018 - made at the first look
     except Exception as error:  # noqa: BLE001 - what a failed build raises is Triton's own affair
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{_BROKEN} build its launcher, which takes a C compiler and Python's headers ({reason})"
+        return f"{_BROKEN} build its launcher, which needs a C compiler and Python's headers ({reason})"
     return None

@@ -504,7 +504,10 @@ def _run(
     counts = np.zeros(len(chunks), np.int64)
     addresses = np.stack([_addresses(column) for column in columns])
     if not addresses[:, sizes > 0].all():
-        msg = "a weight, gradient or state has no memory: it is fake, on the meta device, or its storage was freed"
+        msg = (
+            "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
+            "give it memory before the step"
+        )
         raise ValueError(msg)
     tags = (*(_TAGS[column[0].dtype] for column in columns), *[None] * (COLUMNS - len(columns)))
     threads = min(torch.get_num_threads(), 1 + int(sizes.sum()) // ALONE)

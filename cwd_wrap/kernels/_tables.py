@@ -65,9 +65,9 @@ class _Tables:
             return like.pin_memory()
         except RuntimeError as error:
             msg = (
-                f"a CUDA graph is captured whose launch reads a table of {like.nbytes} bytes that no step has made "
-                "before, and this torch allocates no pinned memory meanwhile: take two or three steps of the same "
-                "optimizer on a side stream before the capture"
+                f"a step in a CUDA graph capture needs a table of {like.nbytes} bytes that no step before it has made, "
+                "and this version of torch cannot allocate pinned memory during a capture: take two or three steps of "
+                "the same optimizer on a side stream before the capture"
             )
             raise RuntimeError(msg) from error
 
