@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import directions, kernels, pieces, quirks, updates
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import Backend
 
 PATHS = ("one_pass", "direction", "pieces", "snapshot")
@@ -25,13 +25,13 @@ class Rule:
 
     name: str
     """The method's, for the texts of errors."""
-    after: Callable[[Backend, Sequence[Stepped], bool], Count]
+    after: Callable[[Backend, Sequence[Stepped], bool], Sums]
     """The rule on weights that have been stepped."""
     needs_copy: str | None = None
     """Why it needs the weights from before the step; None if the sign of the update is enough."""
-    before: Callable[[Backend, Sequence[Coming], bool], Count] | None = None
+    before: Callable[[Backend, Sequence[Coming], bool], Sums] | None = None
     """The rule on weights that are about to be stepped."""
-    whole: Callable[[Backend, Sequence[Whole], bool], Count] | None = None
+    whole: Callable[[Backend, Sequence[Whole], bool], Sums] | None = None
     """The rule and the base's update at once."""
     reads_gradient: bool = False
     """Does ``after`` need the gradients?"""

@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "notices": set(),
     "contract": set(),
     "params_first": set(),
-    "monitor": {"graphs"},
+    "monitor": {"buckets", "graphs", "notices"},
     "plot": set(),
     "graphs": set(),
     "snapshot": {"graphs", "tensors"},
@@ -33,7 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
     "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates"},
-    "paths": {"buckets", "choice", "draws", "kernels", "notices", "quirks", "snapshot", "tensors", "updates"},
+    "paths": {
+        "buckets", "choice", "draws", "kernels", "notices", "quirks", "rules", "snapshot", "tensors", "updates",
+    },
     "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",
