@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, notices, quirks, rules
+from cwd_wrap import kernels, notices, quirks
 from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
@@ -154,12 +154,10 @@ def direction(work: Work, members: Sequence[Members]) -> Iterator[None]:
     if work.rule.before is not None:
         buckets = [bucket for of_group in members for bucket in coming(work.base, of_group)]
         counted = work.carry_out(work.rule.before, buckets)
-    before = [[_wide(w, copy=True) for w in bucket.w] for bucket, _ in counted]
+    before = [[w.clone() for w in bucket.w] for bucket, _ in counted]
     yield
     for (bucket, sums), x in zip(counted, before, strict=True):
-        w = [_wide(each) for each in bucket.w]
-        torch._foreach_sub_(x, w)
-        sums[:, 3], sums[:, 4] = rules.squares(x), rules.squares(w)
+        sums.add_(work.on(x[0].device).sums_of_step([Stepped(bucket.w, bucket.w, x, None, 0.0)]))
     work.report("direction", counted)
 
 
@@ -286,10 +284,6 @@ def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
 
 
 # ---- the ends of paths
-
-
-def _wide(t: Tensor, *, copy: bool = False) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32), copy=copy)
 
 
 def _draws_of_rows(members: Members, i: int, indices: tuple[Tensor, ...]) -> Draws | None:

@@ -33,9 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
     "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates"},
-    "paths": {
-        "buckets", "choice", "draws", "kernels", "notices", "quirks", "rules", "snapshot", "tensors", "updates",
-    },
+    "paths": {"buckets", "choice", "draws", "kernels", "notices", "quirks", "snapshot", "tensors", "updates"},
     "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",

@@ -43,6 +43,9 @@ class Backend(Protocol):
         column 0 of `rules.uniform`, the tensors of the state the next ones.
         """
 
+    def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
+        """The sums of the step among `rules.sums` of each tensor, the last two, which `decay_along` leaves at 0."""
+
     def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to <- source; one entry a tensor, all of one device and type."""
 

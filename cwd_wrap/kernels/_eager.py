@@ -95,6 +95,14 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     return _per_tensor(parts, buckets) if count else None
 
 
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`."""
+    w = [t.to(torch.promote_types(t.dtype, torch.float32)) for bucket in buckets for t in bucket.w]
+    x = [t for bucket in buckets for t in bucket.x]
+    steps = [before.to(after.dtype) - after for before, after in zip(x, w, strict=True)]
+    return torch.nn.functional.pad(torch.stack([rules.squares(steps), rules.squares(w)], dim=1), (3, 0))
+
+
 def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """`kernels.Backend.copy`."""
     torch._foreach_copy_(list(to), list(source))
@@ -194,22 +202,22 @@ def _decay_unless_opposed(
     tensors, if there are any; only after the step (``sign`` > 0) is all of it known.
     """
     eta_lam = bucket.eta_lam
+    table = None if into is None else torch.empty((5 if sign > 0 else 3, d.numel()), dtype=d.dtype, device=d.device)
+    if table is not None and sign > 0:
+        torch.mul(d, d, out=table[3])
     take_mask = _mask_by_product if d.device.type == "cpu" else _mask_by_signs
-    seen: list[Tensor] = []
-    if into is not None:
-        seen = [take_mask(d.clone(), x, sign, strict=True)] + ([d.clone()] if sign > 0 else [])
-    mask = take_mask(d, x, sign, strict)
-    if into is not None:
-        seen[:1] = [mask.clone(), seen[0], mask * x]
+    mask = take_mask(d, x, sign, strict, None if table is None else table[1])
+    if table is not None:
+        torch.mul(table[0].copy_(mask), x, out=table[2]).square_()
     if isinstance(eta_lam, Tensor):  # stays on its device: schedules and graph replays read new values, without a sync
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
     else:
         w.addcmul_(x, mask, value=-eta_lam)
     if w is not out:
         out.copy_(w)
-    if into is not None:
-        table = torch.stack([*seen, w] if sign > 0 else seen)
-        table[2:].square_()
+    if into is not None and table is not None:
+        if sign > 0:
+            torch.mul(w, w, out=table[4])
         sizes = [bucket.w[i].numel() for i in of] if len(of) > 1 else [w.numel()]
         for i, part in zip(of, torch.split(table, sizes, dim=1), strict=True):
             into[i].append(part.sum(1))  # the count is exact: a block has at most 2**24 elements
@@ -231,19 +239,24 @@ def _per_tensor(parts: list[list[Tensor]], buckets: Sequence[Bucket]) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 5 - rows.shape[1]))
 
 
-def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
-    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up.
+def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
+    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up. ``moved``: for the strict mask.
 
     d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
     comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
     """
     d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
+    if moved is not None:
+        torch.lt(d, 0, out=moved)
     return d.lt_(0) if strict else d.le_(0)
 
 
-def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
+def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
     """The same where d*x is made before it is scaled, and underflows, as on CUDA. Exact for every d and x."""
-    return rules.aligned(d.mul_(-sign), x, strict).to(d.dtype)
+    d.mul_(-sign)
+    if moved is not None:
+        moved.copy_(rules.aligned(d, x, strict=True))
+    return rules.aligned(d, x, strict).to(d.dtype)
 
 
 def _block_size(device: torch.device) -> int:

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from cwd_wrap.updates import Adam, Lion
 
 __all__ = [
     "cautious_update", "copy", "count_agreeing", "count_nonzero", "decay_along", "decay_from_snapshot", "p_norm_decay",
-    "step_whole", "vector",
+    "step_whole", "sums_of_step", "vector",
 ]  # fmt: skip
 
 CHUNK = 1 << 16  # elements
@@ -239,6 +239,11 @@ def _from_snapshot(w, x, b, c, d, n, strict):
 
 
 @register_jitable
+def _step(w, x, b, c, d, n, strict):
+    return None, None, None, None, None, False, (None, None, x - w, w)
+
+
+@register_jitable
 def _nonzero(x, a, b, c, d, n, strict):
     return None, None, None, None, None, x != 0, (None, None, None, None)
 
@@ -395,7 +400,7 @@ def _advance(addresses, tag, steps):
 _walks = {
     rule.__name__: _walk(rule)
     for rule in (
-        _along_gradient, _along_momentum, _from_snapshot, _nonzero, _agrees, _cautious_update,
+        _along_gradient, _along_momentum, _from_snapshot, _step, _nonzero, _agrees, _cautious_update,
         _sgd, _sgd_momentum, _lion, _adam, _amsgrad,
     )
 }  # fmt: skip
@@ -431,6 +436,12 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     if isinstance(buckets[0].update, Adam):
         _correct_bias(buckets, numbers)
     return _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict, count=count)
+
+
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`."""
+    numbers = _numbers(buckets, [()] * len(buckets))
+    return cast("Tensor", _launch("_step", buckets, numbers, count=True))
 
 
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:

@@ -96,6 +96,11 @@ def _from_snapshot(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
 
 
 @triton.jit
+def _step(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+    return w, tl.zeros_like(w) != 0
+
+
+@triton.jit
 def _copy(to, source, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
     return source, tl.zeros_like(source) == 0
 
@@ -469,6 +474,13 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     rule = _UPDATES[buckets[0].update.kernel] if buckets else None
     flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
     return _launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags)
+
+
+@_uncompiled
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`, in one launch."""
+    columns, rows = [(bucket.w, bucket.x) for bucket in buckets], [_row(0.0)] * len(buckets)
+    return cast("Tensor", _launch(_step, columns, rows, count=True, sums=5, write=False))
 
 
 @_uncompiled
