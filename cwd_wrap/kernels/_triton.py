@@ -297,7 +297,9 @@ def _piece(
         v = _load(fourth, at, inside, WIDE) if fourth is not None else None
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
         direction, step, z, v, largest = RULE(sign * y, z, v, largest, eta, root, n0, n1, n2, n3)
-        before, mask, moved = x, _aligned(direction, x, STRICT), _aligned(direction, x, True)
+        before, mask = x, _aligned(direction, x, STRICT)
+        if SUMS:
+            moved = _aligned(direction, x, True)
         x = _decay(x - step, x, mask, eta_lam)
         if third is not None:
             _store(third, z, at, inside, words, 1)
@@ -308,7 +310,8 @@ def _piece(
     else:
         before = y if SUMS == 5 else x
         step = before - x
-        _, moved = RULE(x, y, z, eta_lam, n0, n1, STRICT or SUMS > 0)
+        if SUMS:
+            _, moved = RULE(x, y, z, eta_lam, n0, n1, True)
         x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
     if WRITE:
         _store(first, x, at, inside, words, 0)
