@@ -283,7 +283,6 @@ def _piece(
     WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
-    COUNT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
     """Carry RULE out on a block, and return the sums of `rules.sums` with what is to be added there."""
@@ -315,16 +314,18 @@ def _piece(
         x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
     if WRITE:
         _store(first, x, at, inside, words, 0)
-    if COUNT:
-        active = _add(active, mask, inside)
+    active = _add(active, mask, inside)
     if SUMS:
         towards = _add(towards, moved, inside)
-        masked = mask.to(x.dtype) * before
-        decayed = _add(decayed, masked * masked, inside)
-    if SUMS == 5:
-        stepped = _add(stepped, step * step, inside)
-        weights = _add(weights, x * x, inside)
+        decayed = _add_square(decayed, mask.to(x.dtype) * before, inside)
+        stepped = _add_square(stepped, step, inside)
+        weights = _add_square(weights, x, inside)
     return active, towards, decayed, stepped, weights
+
+
+@triton.jit
+def _add_square(total, value, inside):
+    return _add(total, value * value, inside)
 
 
 @triton.jit
@@ -424,14 +425,14 @@ def _sweep(
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, eta, root, sign, n0, n1, n2, n3,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, WRITE, WIDE, STRICT, COUNT, SUMS,
+            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, at < stop, eta_lam, eta, root, sign, n0, n1, n2, n3,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, WRITE, WIDE, STRICT, COUNT, SUMS,
+            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if SUMS:
         _add_to(counts + tensor * 5, active, towards, decayed, stepped, weights, SUMS)
