@@ -26,7 +26,7 @@ Sums: TypeAlias = Tensor | None
 """`rules.sums` of each tensor, in rows; None where nobody asked for them."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """What one step did to some parameters of one param group, each of them a row of ``sums``."""
 

@@ -89,7 +89,7 @@ class MaskMonitor:
         per_parameter: a row for each parameter. ``name`` is then the parameter's, if the optimizer was given named
             parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
         every: look at the first of so many steps, and pay nothing at the others.
-        keep: rows that are kept, the last ones: some 100 bytes each. Read or write more often than they come.
+        keep: rows that are kept, the last ones: about 1 kB each, less for parameters. Read or write them before.
 
     Raises:
         ValueError: ``every`` or ``keep`` is not a whole number above 0.
