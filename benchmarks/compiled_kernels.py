@@ -44,7 +44,8 @@ class Kernel:
     """A rule, the types of the columns that it is compiled for, and whether addresses are promised aligned.
 
     ``update``: whether it makes the optimizer's update. ``write``: whether it writes, or only counts. ``stochastic``:
-    whether what it writes is rounded at random. ``per_tensor``: whether it reads a number for each tensor.
+    whether what it writes is rounded at random. ``per_tensor``: whether it reads a number for each tensor. ``sums``:
+    how many of `rules.sums` it adds up.
     """
 
     rule: Any
@@ -54,6 +55,7 @@ class Kernel:
     aligned: bool = True
     stochastic: bool = False
     per_tensor: bool = False
+    sums: int = 0
 
     @property
     def read(self) -> tuple[tl.dtype, ...]:
@@ -128,7 +130,8 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         "WIDE": tl.float32,
         "ALIGNED": kernel.aligned,
         "STRICT": False,
-        "COUNT": not kernel.write,
+        "COUNT": not kernel.write or kernel.sums > 0,
+        "SUMS": kernel.sums,
         "IN_RUNS": False,
         "BLOCK": _triton.BLOCK,
     }
@@ -136,7 +139,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "rows": "*i64", "numbers": "*fp64"}
     optional = {
         "steps": "*i64" if kernel.rule is _triton._adam else None,
-        "counts": None if kernel.write else "*i64",
+        "counts": "*fp64" if kernel.sums else None if kernel.write else "*i64",
         "streams": "*i64" if kernel.stochastic else None,
         "shards": "*i64" if kernel.stochastic else None,
         "per_tensor": "*fp32" if kernel.per_tensor else None,

@@ -1,13 +1,14 @@
 """Containers passed from the paths to the kernels: tensors of one param group, one device and the same types.
 
 The columns of a bucket run in parallel, one entry a tensor. ``eta_lam`` is the decay of one step where the mask is 1.
-``draws`` is there for rules that draw random numbers; with it, 16-bit tensors are rounded stochastically.
+``draws`` is there for rules that draw random numbers; with it, 16-bit tensors are rounded stochastically. ``of``: the
+parameters that the tensors are of, for who reports on them.
 `coming`, `whole` and `stepped` fill them from the `Members` of a param group.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,21 +17,50 @@ from torch.optim import Optimizer
 from cwd_wrap import directions, updates
 from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.snapshot import Kept
-from cwd_wrap.tensors import companion, companions, laid_out_otherwise, local_real_views, shard
+from cwd_wrap.tensors import companion, companions, held_by, laid_out_otherwise, local_real_views, shard
 from cwd_wrap.updates import Update
 
 _NO_STATE: Mapping[str, Any] = {}
 
-Count: TypeAlias = int | Tensor
-"""A number of weights; a tensor where reading it would make an accelerator wait."""
+Sums: TypeAlias = Tensor | None
+"""`rules.sums` of each tensor, in rows; None where nobody asked for them."""
+
+
+@dataclass(slots=True)
+class Part:
+    """What one step did to some parameters of one param group, each of them a row of ``sums``."""
+
+    group: int
+    """The group's index."""
+    name: str
+    """The group's ``name``, or ``group 0``."""
+    labels: Sequence[str]
+    """The parameters' names, if the optimizer was given some; else as in ``0.3``, group and place in it."""
+    weights: Sequence[int]
+    """How many weights took part, on this rank."""
+    copies: int
+    """On how many ranks the same weights are, as far as a DTensor says so."""
+    path: str
+    eta_lam: float | Tensor
+    sums: Tensor
+    """`rules.sums`, not read from the device. NaN for what the method does not know."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one step did: of the ``total`` weights that took part and are subject to decay, ``active`` were decayed."""
+    """What one step did, in ``parts``."""
 
-    active: Count
-    total: int
+    parts: Sequence[Part]
+
+    @property
+    def active(self) -> Tensor | int:
+        """How many weights were decayed, not read from the device."""
+        return sum(part.sums[:, 0].sum() for part in self.parts)
+
+    @property
+    def total(self) -> int:
+        """How many took part and are subject to decay."""
+        return sum(sum(part.weights) for part in self.parts)
 
 
 @dataclass
@@ -44,6 +74,7 @@ class Coming:
     b: float
     eta_lam: float | Tensor
     draws: Draws | None = None
+    of: "Of | None" = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -65,6 +96,7 @@ class Stepped:
     g: Sequence[Tensor] | None
     eta_lam: float | Tensor
     draws: Draws | None = None
+    of: "Of | None" = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -88,6 +120,7 @@ class Whole:
     lr: float | Tensor
     eta_lam: float | Tensor
     draws: Draws | None = None
+    of: "Of | None" = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
@@ -117,6 +150,12 @@ class Members:
     """Each parameter's number among all of the optimizer's."""
     stream: Stream | None = None
     """The random numbers of the step, for rules that draw some."""
+    index: int = 0
+    """The group's index."""
+    first: int = 0
+    """The number of the group's first parameter."""
+    names: Sequence[str] = ()
+    """Those of all the group's parameters, if the optimizer was given names."""
     kept: list[Kept | None] = field(default_factory=list)
     """The gradients for a rule that reads them after the step."""
 
@@ -136,6 +175,30 @@ class Members:
         shards = [shard(self.parameters[i]) for i in rows]
         on_device = self.stream.on(self.parameters[rows[0]].device)
         return Draws(on_device, [self.numbers[i] for i in rows], shards)
+
+
+class Of(NamedTuple):
+    """The parameters at ``rows`` of the members."""
+
+    members: Members
+    rows: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        """The group's ``name``, or ``group 0``."""
+        return str(self.members.group.get("name", f"group {self.members.index}"))
+
+    def parts(self, path: str, weights: Sequence[int], sums: Tensor) -> Iterator[Part]:
+        """What is to be said of the parameters; those that as many ranks hold together."""
+        members = self.members
+        places = [members.numbers[i] - members.first for i in self.rows]
+        labels = [members.names[i] if members.names else f"{members.index}.{i}" for i in places]
+        copies = [held_by(members.parameters[i]) for i in self.rows]
+        for each in dict.fromkeys(copies):
+            at = [i for i, of_one in enumerate(copies) if of_one == each]
+            rows = sums if len(at) == len(copies) else torch.stack([sums[i] for i in at])
+            some = [labels[i] for i in at], [weights[i] for i in at]
+            yield Part(members.index, self.name, *some, each, path, members.eta_lam, rows)
 
 
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
@@ -190,8 +253,9 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
         for some in _split((w, along, average), numbers):
             a, b = numbers[some[0]] if numbers else found.pair if with_momentum else (0.0, found.first)
             m_of = None if average is None else _at(average, some)
-            draws = members.draws([chosen[i] for i in some])
-            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, draws)
+            rows = [chosen[i] for i in some]
+            of = Of(members, rows)
+            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, members.draws(rows), of)
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
@@ -209,7 +273,8 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
         draws = members.draws(some)
-        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws)
+        of = Of(members, some)
+        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws, of)
 
 
 def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[Stepped]:
@@ -225,8 +290,9 @@ def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[
         g = [-each for each in kept] if maximizes else kept
     for some in _split((w, x, g)):
         g_of = None if g is None else _at(g, some)
-        draws = members.draws([took[i] for i in some])
-        yield Stepped(_at(p, some), _at(w, some), _at(x, some), g_of, members.eta_lam, draws)
+        rows = [took[i] for i in some]
+        of = Of(members, rows)
+        yield Stepped(_at(p, some), _at(w, some), _at(x, some), g_of, members.eta_lam, members.draws(rows), of)
 
 
 def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object] | None = None) -> list[list[int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import directions, kernels, pieces, quirks, updates
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import Backend
 
 PATHS = ("one_pass", "direction", "pieces", "snapshot")
@@ -25,13 +25,13 @@ class Rule:
 
     name: str
     """The method's name, for error texts."""
-    after: Callable[[Backend, Sequence[Stepped], bool], Count]
+    after: Callable[[Backend, Sequence[Stepped], bool], Sums]
     """Applies the rule to weights after the base's step."""
     needs_copy: str | None = None
     """Why it needs a copy of the weights from before the step; None if the sign of the update is enough."""
-    before: Callable[[Backend, Sequence[Coming], bool], Count] | None = None
+    before: Callable[[Backend, Sequence[Coming], bool], Sums] | None = None
     """Applies the rule to weights before the base's step."""
-    whole: Callable[[Backend, Sequence[Whole], bool], Count] | None = None
+    whole: Callable[[Backend, Sequence[Whole], bool], Sums] | None = None
     """Applies the rule and the base's update together."""
     reads_gradient: bool = False
     """Does ``after`` need the gradients?"""

@@ -1,29 +1,98 @@
-"""Collects the share of weights that decays. It takes reports, and does not import the wrappers."""
+"""Collects what each step did to the weights. It takes reports, and does not import the wrappers."""
 
-from typing import Protocol
+import csv
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from cwd_wrap import notices
+from cwd_wrap.buckets import Part, Report
 from cwd_wrap.graphs import capturing
 
-TOGETHER = 256  # counts that are put into one tensor: one alone takes 512 bytes on a device
+TOGETHER = 256  # tensors that are put into one: one alone takes 512 bytes on a device
+LOOKS, ALMOST_NONE = 100, 0.01  # after so many looks in a row with a smaller share of weights decayed, it warns
+_T = TypeVar("_T")
+COLUMNS = (
+    "step", "group", "name", "path", "weights", "eta_lam", "share_decayed", "share_towards", "decay_norm",
+    "update_norm", "weight_norm",
+)  # fmt: skip
 
 
-class StepReport(Protocol):
-    """What a wrapper reports of one step."""
+class _Look(NamedTuple):
+    number: int
+    step: int
+    parts: list[Part]
 
-    @property
-    def active(self) -> int | Tensor:
-        """Weights decayed."""
 
-    @property
-    def total(self) -> int:
-        """Weights that could have been."""
+@dataclass
+class _Row:
+    """A row before it is made readable; rows of the same look, group and label are added up."""
+
+    look: int
+    step: int
+    part: tuple[int, str]  # the group and its name
+    label: str
+    paths: list[str]
+    eta_lam: float
+    weights: float
+    sums: list[float]
+
+    def add(self, other: "_Row") -> None:
+        self.paths += [path for path in other.paths if path not in self.paths]
+        self.weights += other.weights
+        self.sums = [one + more for one, more in zip(self.sums, other.sums, strict=True)]
+
+    def readable(self) -> dict[str, Any]:
+        active, towards, decayed, update, weight = self.sums
+        numbers = (
+            round(self.weights), self.eta_lam, _share(active, self.weights), _share(towards, self.weights),
+            self.eta_lam * math.sqrt(decayed), math.sqrt(update), math.sqrt(weight),
+        )  # fmt: skip
+        return dict(zip(COLUMNS, (self.step, self.part[0], self.label, "+".join(self.paths), *numbers), strict=True))
 
 
 class MaskMonitor:
-    """Collects the share of weights that decayed at each step: the mean of the mask over all weights that took part.
+    """Collects what the decay does at each step: how much of the weights decays, by how much, beside which update.
+
+    Set it as a wrapper's ``observer``. `rows` gives a dict for each step and param group:
+
+    ============================  ====================================================================================
+    ``step``, ``group``           the number of the group's step since the monitor was attached; the group's index
+    ``name``                      the group's key ``name``, or ``group 0``; see ``per_parameter``
+    ``path``                      how the step was made; several with a + between them
+    ``weights``                   how many weights took part, on this rank
+    ``eta_lam``                   eta*lam, the share that one step takes off a weight where the mask is 1
+    ``share_decayed``             the mean of the mask: of the weights that decayed. A weight that the step leaves in
+                                  place counts, unless the wrapper is ``strict``
+    ``share_towards``             the share with ``u*x > 0``, which is what the paper's figure shows
+    ``decay_norm``                ``||eta*lam * mask * x||``: the size of what the decay took away
+    ``update_norm``               ``||eta*u||``: the size of the optimizer's own update
+    ``weight_norm``               ``||x||`` after the step
+    ============================  ====================================================================================
+
+    Norms are Euclidean. What a method does not have is NaN: for `CautiousUpdate` and `PNormDecay` ``share_towards`` and
+    ``decay_norm``. ``share_decayed`` is there the share of updates that were kept, or 1, and ``update_norm`` the update
+    of the base, before it is masked.
+
+    A step never waits for the device; `rows`, `write`, `to_csv`, `ratios` and `read` do. Training is the same with a
+    monitor and without. On the path "direction" a look keeps a copy of the decaying weights during the step.
+
+    Args:
+        per_parameter: a row for each parameter. ``name`` is then the parameter's, if the optimizer was given named
+            parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
+        every: look at the first of so many steps, and pay nothing at the others.
+        keep: rows that are kept, the last ones: about 1 kB each, less for parameters. Read or write them before.
+
+    Raises:
+        ValueError: ``every`` or ``keep`` is not a whole number above 0.
 
     Example:
         >>> import torch
@@ -35,52 +104,180 @@ class MaskMonitor:
         >>> opt.step()
         >>> monitor.ratios
         [0.25]
+        >>> row = monitor.rows()[0]
+        >>> row["name"], row["weights"], round(row["decay_norm"], 6), round(row["update_norm"], 6)
+        ('group 0', 4, 0.05, 0.2)
     """
 
-    def __init__(self) -> None:
-        self._counts: list[int | Tensor] = []
-        self._totals: list[int] = []
-        self._apart: list[int] = []
-        self._read = 0
+    def __init__(self, *, per_parameter: bool = False, every: int = 1, keep: int = 10_000) -> None:
+        for what, value in (("every", every), ("keep", keep)):
+            if not isinstance(value, int) or value < 1:
+                msg = f"{what}={value!r}: pass a whole number above 0"
+                raise ValueError(msg)
+        self.per_parameter = per_parameter
+        self.every = every
+        self.keep = keep
+        self._steps: dict[int, int] = defaultdict(int)  # of each group
+        self._due = 0  # the step that is looked at, 0 before somebody asked
+        self._looks: deque[_Look] = deque()
+        self._count = 0  # of looks, those that are gone included
+        self._rows = 0
+        self._apart: list[Part] = []
+        self._read = self._written = 0
+        self._warned: set[int] = set()
 
-    def __call__(self, report: StepReport) -> None:
+    # ---- what the wrapper calls
+
+    def looks_at(self, groups: Iterable[int]) -> bool:
+        """Count a step of these groups. Is it to be reported?"""
+        groups = list(groups)
+        step = 1 + max((self._steps[group] for group in groups), default=0)
+        self._steps.update(dict.fromkeys(groups, step))
+        self._due = step if (step - 1) % self.every == 0 else 0
+        return self._due > 0
+
+    def __call__(self, report: Report) -> None:
         """Record one step."""
-        if isinstance(report.active, Tensor):
-            self._apart.append(len(self._counts))
-        self._counts.append(report.active)
-        self._totals.append(report.total)
+        if not self._due and not self.looks_at({part.group for part in report.parts}):
+            return
+        parts = [self._as_kept(part) for part in report.parts]
+        self._looks.append(_Look(self._count, self._due, parts))
+        self._due = 0
+        self._count += 1
+        self._rows += _length(parts)
+        while self._rows > self.keep and len(self._looks) > 1:
+            self._rows -= _length(self._looks.popleft().parts)
+        self._apart += parts
         if len(self._apart) >= TOGETHER and not capturing():
             self._put_together()
 
+    # ---- what the user calls
+
+    def rows(self, *, over_ranks: bool = False) -> list[dict[str, Any]]:
+        """A dict of plain numbers for each step and group, or parameter, in order: for ``pandas.DataFrame(rows)``.
+
+        ``over_ranks``: of the weights of all ranks, so all must call this together. What several ranks hold of a
+        DTensor counts once. Of plain parameters that all ranks hold (DDP), any one rank has the rows.
+
+        Warns once for a group of whose weights hardly any decayed, 100 looks in a row.
+        """
+        return [row.readable() for row in self._merged(over_ranks)]
+
+    def write(self, writer: Callable[[dict[str, Any]], object], *, over_ranks: bool = False) -> None:
+        """Call ``writer`` with each of the `rows` that was not yet written."""
+        rows = [row for row in self._merged(over_ranks) if row.look >= self._written]
+        self._written = self._count
+        for row in rows:
+            writer(row.readable())
+
+    def to_csv(self, path: str | PathLike[str], *, over_ranks: bool = False) -> None:
+        """Write the `rows` to a file, with a line of their names."""
+        rows = self.rows(over_ranks=over_ranks)
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(rows)
+
     @property
     def ratios(self) -> list[float]:
-        """One number for each call of `step`, NaN where nothing took part. Reading it waits for the accelerator.
+        """One number for each look: the share of weights that decayed, NaN where nothing took part.
 
         Of the weights on this rank; `read` can take all ranks together. A call with a learning rate of 0 is no step and
         has no number (torch's distributed checkpoints make one). DeepSpeed calls ``step`` once for each param group.
         """
-        return [_share(active, total) for active, total in zip(self._counts, self._totals, strict=True)]
+        return [_share(*_counted([look])) for look in self._looks]
 
     def read(self, *, over_ranks: bool = False) -> float:
-        """The share over all calls of `step` since the last reading; NaN where nothing took part.
+        """The share over all looks since the last reading; NaN where nothing took part.
 
         ``over_ranks``: over the weights of all ranks, so all must call this together. What several ranks hold counts
         once for each of them.
         """
-        active, total = (column[self._read :] for column in (self._counts, self._totals))
-        self._read = len(self._counts)
-        counts = [(sum(map(int, active)), sum(map(int, total)))]
-        if over_ranks and distributed.is_available() and distributed.is_initialized():
-            counts *= distributed.get_world_size()
-            distributed.all_gather_object(counts, counts[0])
+        counts = [_counted([look for look in self._looks if look.number >= self._read])]
+        self._read = self._count
+        if over_ranks:
+            counts = _gathered(counts)
         return _share(sum(active for active, _ in counts), sum(total for _, total in counts))
 
+    # ---- parts of the above
+
+    def _as_kept(self, part: Part) -> Part:
+        """The part with a row for each parameter or one for all, and a last column with eta*lam if a device has it."""
+        sums, eta_lam = part.sums, part.eta_lam
+        labels, weights = part.labels, part.weights
+        if not self.per_parameter:
+            sums, labels, weights = sums.sum(0, keepdim=True), [part.name], [sum(weights)]
+        if isinstance(eta_lam, Tensor) and eta_lam.device.type != "cpu":
+            sums = torch.cat([sums, eta_lam.to(sums).expand(len(sums), 1)], dim=1)
+        else:
+            eta_lam = float(eta_lam)
+        return replace(part, sums=sums, labels=labels, weights=weights, eta_lam=eta_lam)
+
     def _put_together(self) -> None:
-        alone = [torch.as_tensor(self._counts[i]) for i in self._apart]
-        for i, count in zip(self._apart, torch.stack(alone), strict=True):
-            self._counts[i] = count
+        alike: dict[Any, list[Part]] = {}
+        for part in self._apart:
+            alike.setdefault((part.sums.device, part.sums.dtype, part.sums.shape[1]), []).append(part)
+        for some in alike.values():
+            together = torch.cat([part.sums for part in some])
+            for part, sums in zip(some, torch.split(together, [len(part.sums) for part in some]), strict=True):
+                part.sums = sums
         self._apart = []
 
+    def _merged(self, over_ranks: bool) -> list[_Row]:
+        every = [row for look in self._looks for part in look.parts for row in _rows(look, part, over_ranks)]
+        merged: dict[tuple[int, int, str], _Row] = {}
+        for row in _gathered(every) if over_ranks else every:
+            known = merged.setdefault((row.look, row.part[0], row.label), row)
+            if known is not row:
+                known.add(row)
+        rows = sorted(merged.values(), key=lambda row: (row.look, row.part[0]))
+        self._warn(rows)
+        return rows
 
-def _share(active: int | Tensor, total: int) -> float:
-    return float(active) / total if total else float("nan")
+    def _warn(self, rows: Sequence[_Row]) -> None:
+        looks: dict[tuple[int, str], dict[int, tuple[float, float]]] = {}
+        for row in rows:
+            of_group = looks.setdefault(row.part, {})
+            active, weights = of_group.get(row.look, (0.0, 0.0))
+            of_group[row.look] = active + row.sums[0], weights + row.weights
+        for (group, name), of_group in looks.items():
+            last = [_share(*counts) for counts in of_group.values()][-LOOKS:]
+            if group in self._warned or len(last) < LOOKS or not max(last) < ALMOST_NONE:
+                continue
+            self._warned.add(group)
+            where = notices.param_group(group, name)
+            notices.warn(
+                f"share_decayed of {where} was below {ALMOST_NONE} at each of the last {LOOKS} looks: the mask is 0 "
+                "almost everywhere, so the method does next to nothing there. See whether its weight_norm grows; if it "
+                'should not, pass mask="all" (plain decay), or a smaller lr'
+            )
+
+
+def _rows(look: _Look, part: Part, over_ranks: bool) -> Iterator[_Row]:
+    copies = part.copies if over_ranks else 1
+    for label, weights, sums in zip(part.labels, part.weights, part.sums.tolist(), strict=True):
+        eta_lam = sums.pop() if isinstance(part.eta_lam, Tensor) else part.eta_lam
+        of_one = weights / copies, [number / copies for number in sums]
+        yield _Row(look.number, look.step, (part.group, part.name), label, [part.path], eta_lam, *of_one)
+
+
+def _counted(looks: Iterable[_Look]) -> tuple[float, float]:
+    parts = [part for look in looks for part in look.parts]
+    return sum(float(part.sums[:, 0].sum()) for part in parts), sum(sum(part.weights) for part in parts)
+
+
+def _length(parts: Sequence[Part]) -> int:
+    return max(1, sum(len(part.labels) for part in parts))
+
+
+def _gathered(here: list[_T]) -> list[_T]:
+    """The entries of all ranks."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return here
+    lists = [here] * distributed.get_world_size()
+    distributed.all_gather_object(lists, here)
+    return list(chain.from_iterable(lists))
+
+
+def _share(active: float, total: float) -> float:
+    return active / total if total else math.nan

@@ -6,6 +6,11 @@ import warnings
 _NOT_THE_USERS = ("cwd_wrap", "torch", "contextlib")
 
 
+def param_group(index: int, name: object = None) -> str:
+    """A group in a text: by its index, and by its name if it has one."""
+    return f"param group {index}" if name in (None, f"group {index}") else f"param group {index} ({name})"
+
+
 def warn(text: str) -> None:
     """Warn at the nearest line of the call stack that is neither in this package nor in torch."""
     level, frame = 1, inspect.currentframe()

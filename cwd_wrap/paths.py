@@ -7,15 +7,15 @@ held before.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import kernels, notices, quirks
-from cwd_wrap.buckets import Bucket, Count, Members, Stepped, coming, kind, stepped, whole
+from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.kernels import Backend
@@ -24,6 +24,8 @@ from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_v
 from cwd_wrap.updates import Lion
 
 PIECE = 64 << 20  # bytes
+Counted: TypeAlias = tuple[Bucket, Tensor]
+"""A bucket, and a row of `rules.sums` for each of its tensors."""
 
 
 def copied_bytes(whole: Sequence[Tensor], in_pieces: Sequence[Tensor]) -> int:
@@ -50,10 +52,17 @@ class Work:
     unchecked: bool
     """May the state be that of another model? Then shapes are compared; sizes always are, which is quicker."""
     count: bool
-    active: Count = 0
-    """How many weights were decayed, if counted."""
-    total: int = 0
-    """How many could have been."""
+    """Does an observer want to know what is done?"""
+    groups: Sequence[dict[str, Any]]
+    """All param groups: engines step with one of them at a time."""
+    parts: list[Part] = field(default_factory=list)
+    """What was done, if counted."""
+
+    def index(self, i: int, group: dict[str, Any]) -> int:
+        """The index among all groups of the one that now has index ``i``."""
+        if i < len(self.groups) and self.groups[i] is group:
+            return i
+        return next((k for k, each in enumerate(self.groups) if each is group), i)
 
     def on(self, device: torch.device) -> Backend:
         """The backend that carries the rule out on ``device``."""
@@ -63,8 +72,9 @@ class Work:
         """The function that copies weights on ``device``."""
         return self.on(device).copy
 
-    def carry_out(self, act: Callable[[Backend, Any, bool], Count], buckets: Sequence[Bucket]) -> None:
-        """Call ``act`` once for all buckets of a kind; count those that decay."""
+    def carry_out(self, act: Callable[[Backend, Any, bool], Sums], buckets: Sequence[Bucket]) -> list[Counted]:
+        """Call ``act`` once for all buckets of a kind; return the sums of those that decay, if they are counted."""
+        counted: list[Counted] = []
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
             self._check(bucket)
@@ -72,9 +82,16 @@ class Work:
             alike.setdefault((kind(bucket), self.rule.has_work(bucket.eta_lam)), []).append(bucket)
         for (_, decays), some in alike.items():
             count = self.count and decays
-            self.active = self.active + act(self.on(some[0].w[0].device), some, count)
-            if count:
-                self.total += sum(sum(map(Tensor.numel, bucket.w)) for bucket in some)
+            sums = act(self.on(some[0].w[0].device), some, count)
+            if sums is not None:
+                counted += zip(some, torch.split(sums, [len(bucket.w) for bucket in some]), strict=True)
+        return counted
+
+    def report(self, path: str, counted: Sequence[Counted]) -> None:
+        """Note what was done on a path."""
+        for bucket, sums in counted:
+            if bucket.of is not None:
+                self.parts += bucket.of.parts(path, list(map(Tensor.numel, bucket.w)), sums)
 
     def _check(self, bucket: Bucket) -> None:
         """The kernels follow addresses: a tensor of another size or on another device would end the process."""
@@ -118,7 +135,7 @@ def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
     """Decay the members and make the base's update of them, on the base's own state; the base steps what is left."""
     if work.rule.whole is not None:
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
-        work.carry_out(work.rule.whole, buckets)
+        work.report("one_pass", work.carry_out(work.rule.whole, buckets))
         for bucket in buckets:
             if isinstance(bucket.update, Lion):  # as its own step does, and torch's fused ones do not
                 for w in bucket.w:  # so that autograd notices weights that changed between forward and backward
@@ -129,10 +146,19 @@ def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
 
 @contextmanager
 def direction(work: Work, members: Sequence[Members]) -> Iterator[None]:
-    """Decay the members before the base steps them, along the sign of its coming update."""
+    """Decay the members before the base steps them, along the sign of its coming update.
+
+    How large the update is, is known only to who keeps a copy: those who count do.
+    """
+    counted: list[Counted] = []
     if work.rule.before is not None:
-        work.carry_out(work.rule.before, [bucket for of_group in members for bucket in coming(work.base, of_group)])
+        buckets = [bucket for of_group in members for bucket in coming(work.base, of_group)]
+        counted = work.carry_out(work.rule.before, buckets)
+    before = [[w.clone() for w in bucket.w] for bucket, _ in counted]
     yield
+    for (bucket, sums), x in zip(counted, before, strict=True):
+        sums.add_(work.on(x[0].device).sums_of_step([Stepped(bucket.w, bucket.w, x, None, 0.0)]))
+    work.report("direction", counted)
 
 
 @contextmanager
@@ -165,12 +191,12 @@ def snapshot(work: Work, members: Sequence[Members], take: Callable[..., list[Te
             buckets += stepped(of_group, x, maximizes)
     if work.rule.reads_gradient:
         _check_gradients(work, members)
-    work.carry_out(work.rule.after, buckets)
+    work.report("snapshot" if take is None else "pieces", work.carry_out(work.rule.after, buckets))
     for of_group, x in zip(members, before, strict=True):
-        for p, copy, g in zip(of_group.parameters, x, of_group.gradients, strict=True):
+        for i, (copy, g) in enumerate(zip(x, of_group.gradients, strict=True)):
             if g is not None and g.is_sparse and work.rule.has_work(of_group.eta_lam):
                 indices = sparse_indices(g)
-                _finish_rows(work, p, indices, copy[indices], of_group.eta_lam, _draws_of_rows(of_group, p, indices))
+                _finish_rows(work, Of(of_group, [i]), indices, copy[indices], _draws_of_rows(of_group, i, indices))
 
 
 @contextmanager
@@ -178,10 +204,10 @@ def rows(work: Work, members: Sequence[Members]) -> Iterator[None]:
     """For members with sparse gradients: copy the rows that those touch, have the base step, and compare."""
     before = []
     for of_group in members:
-        for p, g in zip(of_group.parameters, of_group.gradients, strict=True):
+        for i, (p, g) in enumerate(zip(of_group.parameters, of_group.gradients, strict=True)):
             indices = sparse_indices(cast("Tensor", g))
-            draws = _draws_of_rows(of_group, p, indices)
-            before.append((p, indices, local_real_view(p)[indices], of_group.eta_lam, draws))
+            draws = _draws_of_rows(of_group, i, indices)
+            before.append((Of(of_group, [i]), indices, local_real_view(p)[indices], draws))
     yield
     for row in before:
         _finish_rows(work, *row)
@@ -260,25 +286,19 @@ def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
 # ---- the ends of paths
 
 
-def _draws_of_rows(members: Members, parameter: Tensor, indices: tuple[Tensor, ...]) -> Draws | None:
+def _draws_of_rows(members: Members, i: int, indices: tuple[Tensor, ...]) -> Draws | None:
     """Rows are numbered as they come: the first place of the first is 0."""
-    at = next(i for i, p in enumerate(members.parameters) if p is parameter)
-    draws = members.draws([at])
-    numel = local_real_view(parameter)[indices].numel()
+    draws = members.draws([i])
+    numel = local_real_view(members.parameters[i])[indices].numel()
     return None if draws is None else draws._replace(shards=[Shard(0, numel, numel, numel)])
 
 
-def _finish_rows(
-    work: Work,
-    parameter: Tensor,
-    indices: tuple[Tensor, ...],
-    before: Tensor,
-    eta_lam: float | Tensor,
-    draws: Draws | None,
-) -> None:
-    w = local_real_view(parameter)
+def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor, draws: Draws | None) -> None:
+    p = of.members.parameters[of.rows[0]]
+    w = local_real_view(p)
     touched = w[indices]
-    work.carry_out(work.rule.after, [Stepped([parameter], [touched], [before], None, eta_lam, draws)])
+    bucket = Stepped([p], [touched], [before], None, of.members.eta_lam, draws, of)
+    work.report("rows", work.carry_out(work.rule.after, [bucket]))
     w[indices] = touched
 
 

@@ -11,6 +11,8 @@ The updates of Adam, SGD and Lion are here for the kernels that also compute the
 float32 and rounded once.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,30 @@ def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: floa
     """
     u = (m + (1 - beta1) * (g - m)).sign()
     return u, eta * u, m + (1 - beta2) * (g - m)
+
+
+def sums(mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    """What a monitor adds up, over the places of one tensor.
+
+        sum mask,    sum 1[u*x > 0],    sum (mask*x)**2,    sum (eta*u)**2,    sum w**2
+
+    ``moved`` is `aligned` with ``strict``, ``step`` eta*u, and ``w`` the weight after the step; what is None counts 0.
+    """
+    wide = exact(x.device)
+    squares = [None if t is None else t.to(wide).square() for t in (mask * x, step, w)]
+    zero = torch.zeros((), dtype=wide, device=x.device)
+    return torch.stack([zero if t is None else t.sum(dtype=wide) for t in (mask, moved, *squares)])
+
+
+def squares(ts: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of each tensor; all of one device and type."""
+    norms = torch._foreach_norm([t.to(torch.promote_types(t.dtype, torch.float32)) for t in ts])
+    return torch.stack(norms).to(exact(ts[0].device)).square()
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The type of sums over whole tensors: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as an int64

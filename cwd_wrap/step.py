@@ -178,8 +178,10 @@ class Step:
         following = 0
         for i, group in enumerate(self._work.base.param_groups):
             parameters = list(group["params"])
-            numbers: Sequence[int] = range(following, following + len(parameters))
-            following += len(parameters)
+            first, following = following, following + len(parameters)
+            numbers: Sequence[int] = range(first, following)
+            names = group.get("param_names", ())
+            names = names if len(names) == len(parameters) else ()
             if not rule.has_work(eta_lams[i]) and not (rule.rounds and any(p.element_size() == 2 for p in parameters)):
                 continue
             gradients = [p.grad for p in parameters]
@@ -193,7 +195,8 @@ class Step:
                 gradients = [g for _, g, _ in chosen.values()]
                 numbers = [number for _, _, number in chosen.values()]
             seen |= ids
-            members = Members(group, eta_lams[i], parameters, gradients, numbers, stream)
+            index = self._work.index(i, group)
+            members = Members(group, eta_lams[i], parameters, gradients, numbers, stream, index, first, names)
             left_alone = quirks.exempt(self._work.base, group)
             if left_alone is not None:
                 exempt = [j for j, p in enumerate(parameters) if left_alone(p)]

@@ -105,6 +105,14 @@ def largest_shard(parameter: Tensor) -> int:
     return math.prod(sizes) * parameter.element_size()
 
 
+def held_by(parameter: Tensor) -> int:
+    """The number of ranks that hold the same places of the parameter, as far as it is a DTensor."""
+    if not _is_distributed(parameter):
+        return 1
+    placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
+    return math.prod(parameter.device_mesh.size(i) for i, each in placements if each.is_replicate())  # type: ignore[attr-defined]
+
+
 def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
     """For each of the ``parameters``, the sum over its shards of a number; ``local`` holds this rank's part.
 

@@ -27,7 +27,11 @@ class OptimizerWrapper(Contract):
     """
 
     observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step whose ``lr`` is not 0, if set. Like hooks, it is not pickled."""
+    """Called with a `Report` after each step whose ``lr`` is not 0, if set. Like hooks, it is not pickled.
+
+    If it has a method ``looks_at``, that is called before such a step with the indices of the groups that step; where
+    it returns False nothing is counted and nothing reported.
+    """
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
     seed = 0
@@ -81,6 +85,7 @@ class OptimizerWrapper(Contract):
         self._unchecked = True
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
+        self._groups = list(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
@@ -100,9 +105,9 @@ class OptimizerWrapper(Contract):
         not decay, nor does a row without one in a sparse gradient. Raises ValueError if a group's ``weight_decay`` or
         step size is negative, NaN, infinite or unknown; nothing is changed then.
         """
-        count = self.observer is not None and not all(map(weight_decay.stands_still, self.param_groups))
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream, self._unchecked)
-        work = Work(self.base_optimizer, self._rule(), *of_wrapper, count)
+        work = Work(self.base_optimizer, self._rule(), *of_wrapper, False, self._groups)
+        work.count = count = self._is_looked_at(work)
         step = Step(work, self._eta_lams, self.path)
         loss = step.run(closure)
         self._unchecked = False
@@ -113,7 +118,7 @@ class OptimizerWrapper(Contract):
                 "original"
             )
         elif count and self.observer is not None:
-            self.observer(Report(work.active, work.total))
+            self.observer(Report(work.parts))
         return loss
 
     @property
@@ -145,6 +150,7 @@ class OptimizerWrapper(Contract):
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         self._built_with.add(quirks.shapes(added))
+        self._groups.append(added)
         if self.lam is not None and not named and "weight_decay" in added:
             added["weight_decay"] = self.lam
 
@@ -153,6 +159,7 @@ class OptimizerWrapper(Contract):
         super().load_state_dict(state_dict)
         self._stream.restart()
         self._unchecked = True
+        self._groups = list(self.param_groups)
         self._warn_if_idle()
 
     def drop_snapshot(self) -> None:
@@ -182,6 +189,15 @@ class OptimizerWrapper(Contract):
         )
 
     # ---- parts of the above
+
+    def _is_looked_at(self, work: Work) -> bool:
+        """Does the observer want a report of the coming step?"""
+        if self.observer is None or all(map(weight_decay.stands_still, self.param_groups)):
+            return False
+        looks_at = getattr(self.observer, "looks_at", None)
+        return looks_at is None or bool(
+            looks_at([work.index(i, group) for i, group in enumerate(self.param_groups) if group["params"]])
+        )
 
     @property
     def _owner(self) -> str:

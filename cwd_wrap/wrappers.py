@@ -1,5 +1,6 @@
 """The methods: each checks its arguments and makes its rule."""
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from numbers import Real
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import notices, rules
-from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
 from cwd_wrap.tensors import local_real_view, totals
@@ -79,7 +80,7 @@ class CautiousDecay(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding", "seed")
-    _warned: bool
+    _warned: set[int]
 
     def __init__(
         self,
@@ -120,39 +121,43 @@ class CautiousDecay(OptimizerWrapper):
     def _flags(self, count: bool) -> dict[str, bool]:
         return {"strict": self.strict, "count": count}
 
-    def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Count:
+    def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Sums:
         self._warn_if_lost(buckets)
         return backend.decay_along(buckets, **self._flags(count))
 
-    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         self._warn_if_lost(buckets)
         return backend.decay_from_snapshot(buckets, **self._flags(count))
 
-    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Count:
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
         self._warn_if_lost(buckets)
         return backend.step_whole(buckets, **self._flags(count))
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
-        """Warn once if a decay is below half a unit in the last place of every weight."""
+        """Warn once for a group whose decay is below half a unit in the last place of every weight."""
         dtype = buckets[0].w[0].dtype
-        if self._warned or self.rounding == "stochastic" or dtype not in _HALF_ULP:
+        if self.rounding == "stochastic" or dtype not in _HALF_ULP:
             return
-        sizes = [bucket.eta_lam for bucket in buckets if not isinstance(bucket.eta_lam, Tensor)]
-        if lost := [size for size in sizes if 0 < size < _HALF_ULP[dtype]]:
-            self._warned = True
-            notices.warn(
-                f"eta*lam = {lost[0]:.1e} is lost when {dtype} weights are rounded to nearest: they need at least "
-                f'{_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
-            )
+        for bucket in buckets:
+            size, of = bucket.eta_lam, bucket.of
+            if of is None or isinstance(size, Tensor) or not 0 < size < _HALF_ULP[dtype]:
+                continue
+            if of.members.index not in self._warned:
+                self._warned.add(of.members.index)
+                where = notices.param_group(of.members.index, of.name)
+                notices.warn(
+                    f"eta*lam = {size:.1e} of {where} is lost when {dtype} weights are rounded to nearest: they need "
+                    f'at least {_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
+                )
 
     def _start(self) -> None:
         super()._start()
-        self._warned = False
+        self._warned = set()
 
-    def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+    def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         del backend  # an ablation need not be fast
         self._warn_if_lost(buckets)
-        active: Count = 0
+        sums: list[Tensor] = []
         for bucket in buckets:
             for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
                 words = None if bucket.draws is None else bucket.draws.words(i).view(w.shape)
@@ -163,12 +168,15 @@ class CautiousDecay(OptimizerWrapper):
                     mask = rules.uniform(words, 1) < totals([p], here[None])[0] / max(1, _numel(p, w))
                 else:
                     mask = torch.ones_like(x, dtype=torch.bool)
-                active = active + mask.sum() if count else 0
                 random = None
                 if self.rounding == "stochastic" and w.element_size() == 2 and words is not None:
                     random = rules.uniform(words, 0)
-                w.copy_(rules.decay(w, x, mask, bucket.eta_lam, random))
-        return active
+                after = rules.decay(w, x, mask, bucket.eta_lam, random)
+                if count:
+                    moved = rules.moved_towards_zero(x, w, strict=True)
+                    sums.append(rules.sums(mask, moved, x, _step([w], [x])[0], after))
+                w.copy_(after)
+        return torch.stack(sums) if count else None
 
 
 class CautiousUpdate(OptimizerWrapper):
@@ -241,13 +249,14 @@ class CautiousUpdate(OptimizerWrapper):
             whole_tensors=way_out,
         )
 
-    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         p = [each for bucket in buckets for each in bucket.p]
         here = backend.count_agreeing(buckets)
         kept = totals(p, here).to(torch.promote_types(buckets[0].w[0].dtype, torch.float32))
         numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
+        step = [step for bucket in buckets for step in _step(bucket.w, bucket.x)] if count else []
         backend.cautious_update(buckets, rules.alpha(kept, numel, self.scale))
-        return here.sum() if count else 0
+        return _sums_of(here, step, [w for bucket in buckets for w in bucket.w]) if count else None
 
 
 class PNormDecay(OptimizerWrapper):
@@ -337,7 +346,7 @@ class PNormDecay(OptimizerWrapper):
         way_out = f"use CautiousDecay, {_FULLY_SHARD}"
         return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
 
-    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Count:
+    def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         p, w, x = (
             list(chain.from_iterable(column)) for column in zip(*((b.p, b.w, b.x) for b in buckets), strict=True)
         )
@@ -346,8 +355,21 @@ class PNormDecay(OptimizerWrapper):
         if any(some.numel() != every.numel() for some, every in zip(w, whole, strict=True)):
             # ``w`` holds only the rows of a sparse gradient; count the other rows too.
             nonzero = nonzero + backend.count_nonzero(whole) - backend.count_nonzero(w)
+        step = _step(w, x) if count else []
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
-        return sum(map(Tensor.numel, w)) if count else 0
+        return _sums_of(backend.vector(list(map(Tensor.numel, w)), w[0].device), step, w) if count else None
+
+
+def _step(w: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
+    """eta*u of a step from ``x`` to ``w``."""
+    wide = torch.promote_types(w[0].dtype, torch.float32)
+    return [before.to(wide) - after.to(wide) for after, before in zip(w, x, strict=True)]
+
+
+def _sums_of(active: Tensor, step: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:
+    """`rules.sums` where there is no decay of masked weights: NaN for what depends on it."""
+    size = rules.squares(step)
+    return torch.stack([active.to(size.dtype), *[torch.full_like(size, math.nan)] * 2, size, rules.squares(w)], dim=1)
 
 
 def _numel(parameter: Tensor, local: Tensor) -> int:

@@ -5,6 +5,7 @@ uninterrupted run, bit for bit.
 """
 
 import copy
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from cwd_wrap import CautiousDecay
+from cwd_wrap import CautiousDecay, MaskMonitor
 
 ROOT = Path(__file__).parents[1]
 CautiousAdamW = CautiousDecay.over(AdamW)
@@ -95,6 +96,28 @@ def test_trainer_takes_an_instance(tmp_path: Path) -> None:
     assert not torch.equal(values(model), values(plain))
 
 
+def recipe(name: str) -> Any:
+    """The class of that name in docs/diagnostics.md."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diagnostics.md").read_text(), re.DOTALL | re.MULTILINE)
+    (source,) = (block for block in blocks if f"class {name}(" in block)
+    namespace: dict[str, Any] = {"monitor": None, "to_board": None}
+    exec(source, namespace)
+    return namespace[name]
+
+
+def test_trainer_logs_a_monitor(tmp_path: Path) -> None:
+    """The recipe's callback writes each row once, when the Trainer logs."""
+    model, rows = language_model(), []
+    opt = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
+    opt.observer = monitor = MaskMonitor()
+    client = trainer(model, tmp_path, opt)
+    client.add_callback(recipe("LogDecay")(monitor, rows.append))
+    client.args.logging_strategy, client.args.logging_steps = "steps", 2
+    client.train()
+
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
 def split(of: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The model's parameters that the Trainer decays, and the others."""
     names = set(of.get_decay_parameter_names(model))
@@ -168,6 +191,27 @@ def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every
     fit(module, tmp_path)
 
     assert torch.equal(values(module.net), by_hand(6, path=every_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_logs_a_monitor(tmp_path: Path) -> None:
+    """The recipe's callback writes into the logger of the Trainer."""
+    module, written = lightning_module(), []
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.CSVLogger(tmp_path)
+    logger.log_metrics = lambda metrics, step=None: written.append((step, *metrics))
+    monitor, build = MaskMonitor(), module.configure_optimizers
+
+    def configure() -> Any:
+        options = build()
+        options["optimizer"].observer = monitor
+        return options
+
+    module.configure_optimizers = configure
+    fit(module, tmp_path, logger=logger, callbacks=[recipe("WatchDecay")(monitor)])
+
+    assert (1, "share") in written
+    assert len(monitor.rows()) == 6
 
 
 @pytest.mark.filterwarnings("ignore")

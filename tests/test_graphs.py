@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor
-from cwd_wrap.buckets import Report
+from cwd_wrap.buckets import Part, Report
 from cwd_wrap.draws import Stream
 from cwd_wrap.graphs import capturing
 from cwd_wrap.kernels import _tables
@@ -265,29 +265,34 @@ def test_the_counter_of_a_graph_stays_in_its_place() -> None:
     assert counter.item() == 0
 
 
-def test_a_monitor_keeps_eight_bytes_a_step() -> None:
-    """Counts on a device are put together, 256 in one tensor; the shares stay as they were."""
+def report(active: int) -> Report:
+    """Of one group of 1000 weights."""
+    sums = torch.tensor([[float(active), 0.0, 0.0, 0.0, 0.0]])
+    return Report([Part(0, "group 0", ["0.0"], [1000], 1, "direction", 0.1, sums)])
+
+
+def test_a_monitor_keeps_twenty_bytes_a_step() -> None:
+    """Sums on a device are put together, 256 in one tensor; the shares stay as they were."""
     monitor = MaskMonitor()
     for i in range(1000):
-        monitor(Report(torch.tensor(i) if i % 10 else 0, 1000))
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in monitor._counts if isinstance(t, Tensor)
-    }
+        monitor(report(i))
+    sums = [part.sums.untyped_storage() for look in monitor._looks for part in look.parts]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in sums}
 
-    assert len(storages) == 3 + 900 % 256
-    assert max(storages.values()) == 256 * 8
-    assert monitor.ratios == [(i if i % 10 else 0) / 1000 for i in range(1000)]
+    assert len(storages) == 3 + 1000 % 256
+    assert max(storages.values()) == 256 * 5 * 4
+    assert monitor.ratios == [i / 1000 for i in range(1000)]
 
 
-def test_a_monitor_leaves_earlier_counts_out_of_a_graph(capture: Capture) -> None:
+def test_a_monitor_leaves_earlier_sums_out_of_a_graph(capture: Capture) -> None:
     """While a graph is captured nothing is put together: its numbers come at each replay."""
     monitor = MaskMonitor()
     with capture():
         for i in range(300):
-            monitor(Report(torch.tensor(i), 1000))
+            monitor(report(i))
 
     assert len(monitor._apart) == 300
-    monitor(Report(torch.tensor(300), 1000))
+    monitor(report(300))
     assert not monitor._apart
 
 

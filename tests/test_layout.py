@@ -20,7 +20,7 @@ ARROWS: dict[str, set[str]] = {
     "notices": set(),
     "contract": set(),
     "params_first": set(),
-    "monitor": {"graphs"},
+    "monitor": {"buckets", "graphs", "notices"},
     "plot": set(),
     "graphs": set(),
     "snapshot": {"graphs", "tensors"},

@@ -78,6 +78,18 @@ def test_bytes_per_four_weights(target: object) -> None:
 
 
 @all_targets
+@pytest.mark.parametrize("name", ["direction", "snapshot", "adam", "amsgrad", "lion", "direction, bf16", "adam, bf16"])
+def test_a_monitor_costs_registers_alone(name: str, target: object) -> None:
+    """Kernels that add up what a monitor reads load and store what they do without, and spill nothing."""
+    plain = KERNELS[name]
+    code = compile_kernel(replace(plain, sums=3 if plain.rule is _triton._along_momentum else 5), target)
+
+    assert (code.loads, code.stores) == wide(plain)
+    assert (code.spills, code.stack) == (0, 0)
+    assert 0 < code.registers <= 168
+
+
+@all_targets
 def test_the_check_of_widths_can_fail(target: object) -> None:
     """Without the promise of alignment the same kernel moves 32 bits at a time, and is seen to."""
     code = compile_kernel(replace(KERNELS["direction"], aligned=False), target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cwd_wrap import notices
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 
 BACKENDS = ("eager", "numba", "triton")
 _obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile sees through no functools.cache
@@ -21,26 +21,30 @@ _BROKEN = "Triton cannot"
 class Backend(Protocol):
     """What carries the rules out: a module for each way. All buckets of a call are of one `buckets.kind`."""
 
-    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
+    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.
 
-        `rules.aligned` and `rules.decay`. Returns how many weights were decayed if ``count``, else 0. Buckets with
-        ``draws``: `rules.stochastic_rounding` of 16-bit weights.
+        `rules.aligned` and `rules.decay`. Returns `rules.sums` of each tensor if ``count``, those of the step as 0, on
+        the tensors' device and without a host sync; else None. Buckets with ``draws``: `rules.stochastic_rounding` of
+        16-bit weights.
         """
 
-    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
+    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
 
-        `rules.moved_towards_zero` and `rules.decay`; the rest as in `decay_along`.
+        `rules.moved_towards_zero` and `rules.decay`; all of `rules.sums`; the rest as in `decay_along`.
         """
 
-    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
+    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the state of the update ``u``.
 
         `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
         Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written. The weight takes
         column 0 of `rules.uniform`, the tensors of the state the next ones.
         """
+
+    def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
+        """The sums of the step among `rules.sums` of each tensor, the last two, which `decay_along` leaves at 0."""
 
     def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to <- source; one entry a tensor, all of one device and type."""

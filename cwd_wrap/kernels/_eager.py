@@ -5,13 +5,14 @@ takes four to six times as long. `kernels.Backend` says what each function does.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cwd_wrap import rules
-from cwd_wrap.buckets import Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.updates import Adam, Lion, Update
 
@@ -22,9 +23,9 @@ PACK = 1 << 18
 _SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_along`."""
-    active: Count = 0
+    parts: list[list[Tensor]] = []
     d_all, x_all = _scratch(buckets, 2)
     for bucket in buckets:
         if (draws := _draws(bucket)) is not None:
@@ -33,41 +34,47 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Coun
                 d = torch.empty_like(x, dtype=torch.float32)
                 _direction(bucket, m, g, out=d)
                 mask = rules.aligned(d, x, strict)
-                active = active + _count(mask) if count else 0
+                if count:
+                    parts.append([rules.sums(mask, rules.aligned(d, x, strict=True), x)])
                 x.copy_(rules.decay(x, x, mask, bucket.eta_lam, _random(draws, i, 0, x.shape)))
             continue
-        for x, m, g in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
+        into = _parts_of(bucket, parts) if count else None
+        for of, x, m, g in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
             d = d_all[: x.numel()]
             _direction(bucket, m, g, out=d)
             wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
-            active = active + _decay_unless_opposed(wide, wide, d, -1.0, bucket.eta_lam, strict, count, out=x)
-    return active
+            _decay_unless_opposed(bucket, of, wide, wide, d, -1.0, strict, out=x, into=into)
+    return _per_tensor(parts, buckets) if count else None
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
-    active: Count = 0
+    parts: list[list[Tensor]] = []
     d_all, x_all = _scratch(buckets, 2)
     for bucket in buckets:
         if (draws := _draws(bucket)) is not None:
             for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
                 mask = rules.moved_towards_zero(x, w, strict)
-                active = active + _count(mask) if count else 0
-                w.copy_(rules.decay(w, x, mask, bucket.eta_lam, _random(draws, i, 0, w.shape)))
+                after = rules.decay(w, x, mask, bucket.eta_lam, _random(draws, i, 0, w.shape))
+                if count:
+                    moved = rules.moved_towards_zero(x, w, strict=True)
+                    parts.append([rules.sums(mask, moved, x, x.float() - w.float(), after)])
+                w.copy_(after)
             continue
-        for after, before in _blocks(bucket.w, bucket.x):
+        into = _parts_of(bucket, parts) if count else None
+        for of, after, before in _blocks(bucket.w, bucket.x):
             d = d_all[: after.numel()]
             w_wide, x_wide = after, before
             if after.dtype != d.dtype:
                 w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
             torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
-            active = active + _decay_unless_opposed(w_wide, x_wide, d, 1.0, bucket.eta_lam, strict, count, out=after)
-    return active
+            _decay_unless_opposed(bucket, of, w_wide, x_wide, d, 1.0, strict, out=after, into=into)
+    return _per_tensor(parts, buckets) if count else None
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
-    active: Count = 0
+    parts: list[list[Tensor]] = []
     for bucket in buckets:
         if bucket.steps:
             torch._foreach_add_(list(bucket.steps), 1)
@@ -76,15 +83,24 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
             t = float(bucket.steps[i]) if bucket.steps else 0.0
             direction, step, *new = _update(bucket.update, g.to(x.dtype), [s.to(x.dtype) for s in state], bucket.lr, t)
             mask = rules.aligned(direction, x, strict)
-            active = active + _count(mask) if count else 0
             values = (rules.decay(x - step, x, mask, bucket.eta_lam), *new)
+            if count:
+                parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
             for column, (old, value) in enumerate(zip((w, *state), values, strict=True)):
                 if bucket.draws is not None and old.element_size() == 2:
                     random = _random(bucket.draws, i, column, w.shape)
                     old.copy_(rules.stochastic_rounding(value, old.dtype, random))
                 else:
                     old.copy_(value)
-    return active
+    return _per_tensor(parts, buckets) if count else None
+
+
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`."""
+    w = [t.to(torch.promote_types(t.dtype, torch.float32)) for bucket in buckets for t in bucket.w]
+    x = [t for bucket in buckets for t in bucket.x]
+    steps = [before.to(after.dtype) - after for before, after in zip(x, w, strict=True)]
+    return torch.nn.functional.pad(torch.stack([rules.squares(steps), rules.squares(w)], dim=1), (3, 0))
 
 
 def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -170,48 +186,77 @@ def _random(draws: Draws, i: int, column: int, shape: torch.Size) -> Tensor:
 
 
 def _decay_unless_opposed(
+    bucket: Coming | Stepped,
+    of: list[int],
     w: Tensor,
     x: Tensor,
     d: Tensor,
     sign: float,
-    eta_lam: float | Tensor,
     strict: bool,
-    count: bool,
     out: Tensor,
-) -> Count:
-    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``).
+    into: list[list[Tensor]] | None,
+) -> None:
+    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``), in the tensors ``of`` the bucket.
 
-    ``d`` is used up; ``w`` is ``out`` or a wider copy of it.
+    ``d`` is used up; ``w`` is ``out`` or a wider copy of it. What `rules.sums` sums goes ``into`` the lists of the
+    tensors, if there are any; only after the step (``sign`` > 0) is all of it known.
     """
-    mask = (_mask_by_product if d.device.type == "cpu" else _mask_by_signs)(d, x, sign, strict)
-    active = _count(mask) if count else 0
+    eta_lam = bucket.eta_lam
+    table = None if into is None else torch.empty((5 if sign > 0 else 3, d.numel()), dtype=d.dtype, device=d.device)
+    if table is not None and sign > 0:
+        torch.mul(d, d, out=table[3])
+    take_mask = _mask_by_product if d.device.type == "cpu" else _mask_by_signs
+    mask = take_mask(d, x, sign, strict, None if table is None else table[1])
+    if table is not None:
+        torch.mul(table[0].copy_(mask), x, out=table[2]).square_()
     if isinstance(eta_lam, Tensor):  # stays on its device: schedules and graph replays read new values, without a sync
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
     else:
         w.addcmul_(x, mask, value=-eta_lam)
     if w is not out:
         out.copy_(w)
-    return active
+    if into is not None and table is not None:
+        if sign > 0:
+            torch.mul(w, w, out=table[4])
+        sizes = [bucket.w[i].numel() for i in of] if len(of) > 1 else [w.numel()]
+        for i, part in zip(of, torch.split(table, sizes, dim=1), strict=True):
+            into[i].append(part.sum(1))  # the count is exact: a block has at most 2**24 elements
 
 
-def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
-    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up.
+def _parts_of(bucket: Coming | Stepped, parts: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Empty lists for the sums of each tensor's blocks, which are added to ``parts`` too."""
+    of_bucket: list[list[Tensor]] = [[] for _ in bucket.w]
+    parts += of_bucket
+    return of_bucket
+
+
+def _per_tensor(parts: list[list[Tensor]], buckets: Sequence[Bucket]) -> Tensor:
+    """A row of sums for each tensor, from those of its blocks."""
+    device = buckets[0].w[0].device
+    rows = torch.stack(list(chain.from_iterable(parts))).to(rules.exact(device))
+    if len(rows) > len(parts):
+        rows = torch.stack([of_one.sum(0) for of_one in torch.split(rows, list(map(len, parts)))])
+    return torch.nn.functional.pad(rows, (0, 5 - rows.shape[1]))
+
+
+def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
+    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up. ``moved``: for the strict mask.
 
     d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
     comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
     """
     d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
+    if moved is not None:
+        torch.lt(d, 0, out=moved)
     return d.lt_(0) if strict else d.le_(0)
 
 
-def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool) -> Tensor:
+def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
     """The same where d*x is made before it is scaled, and underflows, as on CUDA. Exact for every d and x."""
-    return rules.aligned(d.mul_(-sign), x, strict).to(d.dtype)
-
-
-def _count(mask: Tensor) -> Count:
-    total = mask.sum()  # exact: a block has at most 2**24 elements
-    return int(total) if mask.device.type == "cpu" else total.long()
+    d.mul_(-sign)
+    if moved is not None:
+        moved.copy_(rules.aligned(d, x, strict=True))
+    return rules.aligned(d, x, strict).to(d.dtype)
 
 
 def _block_size(device: torch.device) -> int:
@@ -226,10 +271,10 @@ def _scratch(buckets: Sequence[Coming | Stepped], rows: int) -> list[Tensor]:
     return [torch.empty(longest, dtype=wide, device=w.device) for _ in range(rows)]
 
 
-def _blocks(w: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(w: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
     """Flat, aligned pieces of each entry's tensors; what is written to the first lands in ``w``.
 
-    Small tensors in a row come packed into one piece.
+    Small tensors in a row come packed into one piece. First come the numbers of the entries that a piece is of.
     """
     run: list[int] = []
     length = 0
@@ -242,16 +287,16 @@ def _blocks(w: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Te
             run.append(i)
             continue
         lines = _lines(weight, *(other[i] for other in others))
-        yield from zip(*(torch.split(line, _block_size(weight.device)) for line in lines), strict=True)
+        yield from zip(repeat([i]), *(torch.split(line, _block_size(weight.device)) for line in lines), strict=False)
         _write_back(weight, lines[0])
     if run:
         yield from _packed(run, w, *others)
 
 
-def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
     columns = list(zip(*(_lines(*(tensors[j] for tensors in lists)) for j in run), strict=True))
     piece = tuple(torch.cat(column) for column in columns)
-    yield piece
+    yield (run, *piece)
     weights = columns[0]
     torch._foreach_copy_(weights, torch.split(piece[0], [line.numel() for line in weights]))
     for j, line in zip(run, weights, strict=True):

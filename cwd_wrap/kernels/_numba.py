@@ -5,7 +5,8 @@
 
 A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` is the
 walk, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eight
-numbers; it returns what to write into each of the five (None: nothing), and whether to count the place.
+numbers; it returns what to write into each of the five (None: nothing), whether to count the place, and what
+`rules.sums` sums there. The sums are compiled in only where somebody asks for them.
 
 The threads are our own, as many as `torch.get_num_threads` says: the compiled code holds no lock of Python's, so it can
 be called from several threads and after a fork, whichever threading library numba finds. `kernels.Backend` says what
@@ -18,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from cwd_wrap import rules
-from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
@@ -37,7 +38,7 @@ from cwd_wrap.updates import Adam, Lion
 
 __all__ = [
     "cautious_update", "copy", "count_agreeing", "count_nonzero", "decay_along", "decay_from_snapshot", "p_norm_decay",
-    "step_whole", "vector",
+    "step_whole", "sums_of_step", "vector",
 ]  # fmt: skip
 
 CHUNK = 1 << 16  # elements
@@ -119,6 +120,19 @@ def _narrow(typing_context, value, like):
     return like(value, like), generate
 
 
+@intrinsic
+def _add_square(typing_context, sums, total, value):
+    """``total`` + ``value``**2 where there are ``sums``. The order is LLVM's, which can then do it in vectors."""
+
+    def generate(context, builder, signature, arguments):
+        _, total, value = arguments
+        if types.none in signature.args[::2]:
+            return total
+        return builder.fadd(total, builder.fmul(value, value), flags=("reassoc",))
+
+    return total(sums, total, value), generate
+
+
 def _line(addresses, column, tensor, start, stop, tag):
     """The elements of a chunk; None where there is no such column."""
 
@@ -187,7 +201,7 @@ def _(line, i, value, random):
 def _aligned(u, x, strict):
     moved = (u > 0) & (x > 0) | (u < 0) & (x < 0)
     moved_or_left = (u >= 0) & (x >= 0) | (u <= 0) & (x <= 0)
-    return moved if strict else moved_or_left
+    return moved if strict else moved_or_left, moved
 
 
 @register_jitable
@@ -196,9 +210,14 @@ def _decay(w, x, mask, eta_lam):
 
 
 @register_jitable
+def _seen(mask, moved, x, step, w):
+    return _number(moved, x), _number(mask, x) * x, step, w
+
+
+@register_jitable
 def _along_gradient(x, g, b, c, d, n, strict):
-    mask = _aligned(n[0] * g, x, strict)
-    return _decay(x, x, mask, n[1]), None, None, None, None, mask
+    mask, moved = _aligned(n[0] * g, x, strict)
+    return _decay(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
 
 
 @register_jitable
@@ -206,8 +225,8 @@ def _along_momentum(x, m, g, c, d, n, strict):
     # Where a and b add up to 1, as torch.lerp computes it, so that near-cancellations come out as the optimizer's own.
     average = _fma(n[0], g - m, m if n[1] > 0 else g)
     u = average if n[2] > 0 else _fma(n[0], g, m)
-    mask = _aligned(u, x, strict)
-    return _decay(x, x, mask, n[3]), None, None, None, None, mask
+    mask, moved = _aligned(u, x, strict)
+    return _decay(x, x, mask, n[3]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
 
 
 @register_jitable
@@ -215,31 +234,40 @@ def _from_snapshot(w, x, b, c, d, n, strict):
     moved = (w < x) & (x > 0) | (w > x) & (x < 0)
     moved_or_left = (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
     mask = moved if strict else moved_or_left
-    return _decay(w, x, mask, n[0]), None, None, None, None, mask
+    new = _decay(w, x, mask, n[0])
+    return new, None, None, None, None, mask, _seen(mask, moved, x, x - w, new)
+
+
+@register_jitable
+def _step(w, x, b, c, d, n, strict):
+    return None, None, None, None, None, False, (None, None, x - w, w)
 
 
 @register_jitable
 def _nonzero(x, a, b, c, d, n, strict):
-    return None, None, None, None, None, x != 0
+    return None, None, None, None, None, x != 0, (None, None, None, None)
 
 
 @register_jitable
 def _agrees(w, x, g, c, d, n, strict):
-    return None, None, None, None, None, (w < x) & (g > 0) | (w > x) & (g < 0)
+    mask = (w < x) & (g > 0) | (w > x) & (g < 0)
+    return None, None, None, None, None, mask, (None, None, None, None)
 
 
 @register_jitable
 def _cautious_update(w, x, g, c, d, n, strict):
     mask = (w < x) & (g > 0) | (w > x) & (g < 0)
     v = x + n[0] * _number(mask, x) * (w - x)
-    return v - n[1] * v, None, None, None, None, mask
+    return v - n[1] * v, None, None, None, None, mask, (None, None, None, None)
 
 
 @register_jitable
 def _sgd(x, g, b, c, d, n, strict):
     u = n[0] * g
-    mask = _aligned(u, x, strict)
-    return _decay(x - n[1] * u, x, mask, n[2]), None, None, None, None, mask
+    mask, moved = _aligned(u, x, strict)
+    step = n[1] * u
+    new = _decay(x - step, x, mask, n[2])
+    return new, None, None, None, None, mask, _seen(mask, moved, x, step, new)
 
 
 @register_jitable
@@ -247,8 +275,10 @@ def _sgd_momentum(x, g, m, c, d, n, strict):
     g = n[0] * g
     m = n[3] * m + n[4] * g
     u = g + n[3] * m if n[5] > 0 else m
-    mask = _aligned(u, x, strict)
-    return _decay(x - n[1] * u, x, mask, n[2]), None, m, None, None, mask
+    mask, moved = _aligned(u, x, strict)
+    step = n[1] * u
+    new = _decay(x - step, x, mask, n[2])
+    return new, None, m, None, None, mask, _seen(mask, moved, x, step, new)
 
 
 @register_jitable
@@ -256,8 +286,10 @@ def _lion(x, g, m, c, d, n, strict):
     g = n[0] * g
     mean = m + n[3] * (g - m)
     u = _number(mean > 0, x) - _number(mean < 0, x)
-    mask = _aligned(u, x, strict)
-    return _decay(x - n[1] * u, x, mask, n[2]), None, m + n[4] * (g - m), None, None, mask
+    mask, moved = _aligned(u, x, strict)
+    step = n[1] * u
+    new = _decay(x - step, x, mask, n[2])
+    return new, None, m + n[4] * (g - m), None, None, mask, _seen(mask, moved, x, step, new)
 
 
 @register_jitable
@@ -265,8 +297,10 @@ def _adam(x, g, m, v, d, n, strict):
     g = n[0] * g
     m = m + n[3] * (g - m)
     v = n[4] * v + n[5] * g * g
-    mask = _aligned(m, x, strict)
-    return _decay(x - n[1] * m / (np.sqrt(v) / n[7] + n[6]), x, mask, n[2]), None, m, v, None, mask
+    mask, moved = _aligned(m, x, strict)
+    step = n[1] * m / (np.sqrt(v) / n[7] + n[6])
+    new = _decay(x - step, x, mask, n[2])
+    return new, None, m, v, None, mask, _seen(mask, moved, x, step, new)
 
 
 @register_jitable
@@ -275,8 +309,10 @@ def _amsgrad(x, g, m, v, largest, n, strict):
     m = m + n[3] * (g - m)
     v = n[4] * v + n[5] * g * g
     largest = v if (v > largest) | (v != v) else largest  # NaN stays
-    mask = _aligned(m, x, strict)
-    return _decay(x - n[1] * m / (np.sqrt(largest) / n[7] + n[6]), x, mask, n[2]), None, m, v, largest, mask
+    mask, moved = _aligned(m, x, strict)
+    step = n[1] * m / (np.sqrt(largest) / n[7] + n[6])
+    new = _decay(x - step, x, mask, n[2])
+    return new, None, m, v, largest, mask, _seen(mask, moved, x, step, new)
 
 
 # ---- the walk
@@ -310,10 +346,13 @@ def _(keys, tensor, place):
 
 
 def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
-    """The walk that carries ``rule`` out on chunks ``first`` to ``last``, and counts for each where it says so."""
+    """The walk that carries ``rule`` out on chunks ``first`` to ``last``, and counts for each where it says so.
+
+    ``sums``: None, or for each chunk the other four of `rules.sums`.
+    """
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def walk(addresses, chunks, numbers, tags, strict, keys, counts, first, last):
+    def walk(addresses, chunks, numbers, tags, strict, keys, counts, sums, first, last):
         for k in range(first, last):
             tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
             row = numbers[tensor]
@@ -324,8 +363,9 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
             line3 = _line(addresses, 3, tensor, start, stop, tags[3])
             line4 = _line(addresses, 4, tensor, start, stop, tags[4])
             count = 0
+            moved = decayed = step = weight = _number(False, n[0])
             for i in range(stop - start):
-                new0, new1, new2, new3, new4, mask = rule(
+                new0, new1, new2, new3, new4, mask, seen = rule(
                     _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
                     _get(line4, i, n[0]), n, strict,
                 )  # fmt: skip
@@ -336,7 +376,13 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
                 _put(line3, i, new3, random[2])
                 _put(line4, i, new4, random[3])
                 count += mask
+                moved = _add_square(sums, moved, seen[0])
+                decayed = _add_square(sums, decayed, seen[1])
+                step = _add_square(sums, step, seen[2])
+                weight = _add_square(sums, weight, seen[3])
             counts[k] = count
+            if sums is not None:
+                sums[k, 0], sums[k, 1], sums[k, 2], sums[k, 3] = moved, decayed, step, weight
 
     walk_of: Callable[..., None] = walk
     return walk_of
@@ -354,7 +400,7 @@ def _advance(addresses, tag, steps):
 _walks = {
     rule.__name__: _walk(rule)
     for rule in (
-        _along_gradient, _along_momentum, _from_snapshot, _nonzero, _agrees, _cautious_update,
+        _along_gradient, _along_momentum, _from_snapshot, _step, _nonzero, _agrees, _cautious_update,
         _sgd, _sgd_momentum, _lion, _adam, _amsgrad,
     )
 }  # fmt: skip
@@ -363,7 +409,7 @@ _walks = {
 # ---- the backend
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_along`."""
     rows: list[tuple[float, ...]] = []
     for bucket in buckets:
@@ -375,24 +421,27 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Coun
         else:
             rows.append((b / a, 1.0, 0.0, eta_lam))
     rule = "_along_gradient" if buckets[0].m is None else "_along_momentum"
-    counts = _launch(rule, buckets, _numbers(buckets, rows), strict=strict)
-    return int(counts.sum()) if count else 0
+    return _launch(rule, buckets, _numbers(buckets, rows), strict=strict, count=count)
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
     numbers = _numbers(buckets, [(float(bucket.eta_lam),) for bucket in buckets])
-    counts = _launch("_from_snapshot", buckets, numbers, strict=strict)
-    return int(counts.sum()) if count else 0
+    return _launch("_from_snapshot", buckets, numbers, strict=strict, count=count)
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.step_whole`."""
     numbers = _numbers(buckets, [_of_update(bucket) for bucket in buckets])
     if isinstance(buckets[0].update, Adam):
         _correct_bias(buckets, numbers)
-    counts = _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict)
-    return int(counts.sum()) if count else 0
+    return _launch(f"_{buckets[0].update.kernel}", buckets, numbers, strict=strict, count=count)
+
+
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`."""
+    numbers = _numbers(buckets, [()] * len(buckets))
+    return cast("Tensor", _launch("_step", buckets, numbers, count=True))
 
 
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:
@@ -454,10 +503,8 @@ def _numbers(buckets: Sequence[Bucket], rows: Sequence[Sequence[float]]) -> np.n
 def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
     sizes = _sizes(columns[0])
     numbers = np.zeros((len(sizes), NUMBERS), np.float64 if columns[0][0].dtype == torch.float64 else np.float32)
-    counts = _run(rule, _in_lines(columns), numbers)
-    per_tensor = np.zeros(len(sizes), np.int64)
-    np.add.at(per_tensor, _chunks(sizes.tobytes())[:, 0], counts)
-    return torch.from_numpy(per_tensor)
+    counts = _per_tensor(len(sizes), *_run(rule, _in_lines(columns), numbers))[:, 0]
+    return torch.from_numpy(counts.astype(np.int64))
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
@@ -466,18 +513,20 @@ def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
     return [list(chain.from_iterable(parts)) for parts in zip(*(b.columns for b in buckets), strict=True)]
 
 
-def _launch(rule: str, buckets: Sequence[Bucket], numbers: np.ndarray, *, strict: bool = False) -> np.ndarray:
-    """Carry ``rule`` out on all tensors of the buckets. Returns the count of each chunk."""
+def _launch(
+    rule: str, buckets: Sequence[Bucket], numbers: np.ndarray, *, strict: bool = False, count: bool = False
+) -> Sums:
+    """Carry ``rule`` out on all tensors of the buckets. Returns `rules.sums` of each if ``count``."""
     columns = _columns(buckets)
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     narrow = any(columns[i][0].element_size() == 2 for i in written)
     draws = [bucket.draws for bucket in buckets if bucket.draws is not None] if narrow else []
     lines = _in_lines(columns)
-    counts = _run(rule, lines, numbers, strict, draws)
+    of_chunks = _run(rule, lines, numbers, strict, draws, count)
     for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
-    return counts
+    return torch.from_numpy(_per_tensor(len(columns[0]), *of_chunks)) if count else None
 
 
 def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
@@ -493,7 +542,9 @@ def _run(
     numbers: np.ndarray,
     strict: bool = False,
     draws: Sequence[Draws] = (),
-) -> np.ndarray:
+    count: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """For each chunk its tensor, the count, and if ``count`` the other four of `rules.sums`."""
     walk = _walks[rule]
     sizes = _sizes(columns[0])
     keys, chunks = None, _chunks(sizes.tobytes())
@@ -501,7 +552,7 @@ def _run(
         keys = np.concatenate([rules.stream(each.stream, torch.tensor(each.numbers)).numpy() for each in draws])
         shards = np.array([shard for each in draws for shard in each.shards], np.int64).reshape(-1, len(Shard._fields))
         chunks = _chunks(sizes.tobytes(), shards.tobytes())
-    counts = np.zeros(len(chunks), np.int64)
+    counts, sums = np.zeros(len(chunks), np.int64), np.zeros((len(chunks), 4)) if count else None
     addresses = np.stack([_addresses(column) for column in columns])
     if not addresses[:, sizes > 0].all():
         msg = (
@@ -512,21 +563,27 @@ def _run(
     tags = (*(_TAGS[column[0].dtype] for column in columns), *[None] * (COLUMNS - len(columns)))
     threads = min(torch.get_num_threads(), 1 + int(sizes.sum()) // ALONE)
     if threads == 1:
-        walk(addresses, chunks, numbers, tags, strict, keys, counts, 0, len(chunks))
-        return counts
+        walk(addresses, chunks, numbers, tags, strict, keys, counts, sums, 0, len(chunks))
+        return chunks[:, 0], counts, sums
     turns = min(threads * TURNS, len(chunks))
     cuts = [len(chunks) * i // turns for i in range(turns + 1)]
     turn = itertools.count()
 
     def take_turns() -> None:
         while (i := next(turn)) < turns:
-            walk(addresses, chunks, numbers, tags, strict, keys, counts, cuts[i], cuts[i + 1])
+            walk(addresses, chunks, numbers, tags, strict, keys, counts, sums, cuts[i], cuts[i + 1])
 
     others = [_pool(threads).submit(take_turns) for _ in range(threads - 1)]
     take_turns()
     for other in others:
         other.result()
-    return counts
+    return chunks[:, 0], counts, sums
+
+
+def _per_tensor(tensors: int, of: np.ndarray, counts: np.ndarray, sums: np.ndarray | None) -> np.ndarray:
+    """A row for each tensor, from those of its chunks."""
+    columns = [counts] if sums is None else [counts, *sums.T]
+    return np.stack([np.bincount(of, column, tensors) for column in columns], axis=1)
 
 
 def _sizes(column: Sequence[Tensor]) -> np.ndarray:

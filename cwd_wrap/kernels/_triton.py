@@ -12,7 +12,7 @@ learning rate, the counters) is read from device memory, so no value is ever com
 of eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update
 is a function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns. A rule
 that needs a number of each whole tensor takes two launches: one that counts, and one that reads what was made of the
-counts.
+counts. What a monitor reads is summed in the launch that decays, and compiled in only where somebody asks for it.
 
 What is written is rounded as in rules.py: no multiplication is fused with an addition, and float32 roots and quotients
 are those of the IEEE standard.
@@ -25,14 +25,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, repeat
 from operator import attrgetter
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwd_wrap.buckets import Bucket, Coming, Count, Stepped, Whole
+from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels._eager import _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
@@ -93,6 +93,11 @@ def _along_momentum(x, m, g, eta_lam, slope, is_average, STRICT: tl.constexpr):
 def _from_snapshot(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
     mask = (w < x) & (x > 0) | (w > x) & (x < 0) if STRICT else (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
     return _decay(w, x, mask, eta_lam), mask
+
+
+@triton.jit
+def _step(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+    return w, tl.zeros_like(w) != 0
 
 
 @triton.jit
@@ -268,12 +273,19 @@ def _piece(
     offset,
     run,
     jump,
+    active,
+    towards,
+    decayed,
+    stepped,
+    weights,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
     WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
+    """Carry RULE out on a block, and return the sums of `rules.sums` with what is to be added there."""
     words = None
     if key is not None:  # at the place in the whole parameter, of which this may be a shard
         words = _stream(key, offset + (at if run is None else at // run * jump + at % run))
@@ -284,7 +296,9 @@ def _piece(
         v = _load(fourth, at, inside, WIDE) if fourth is not None else None
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
         direction, step, z, v, largest = RULE(sign * y, z, v, largest, eta, root, n0, n1, n2, n3)
-        mask = _aligned(direction, x, STRICT)
+        before, mask = x, _aligned(direction, x, STRICT)
+        if SUMS:
+            moved = _aligned(direction, x, True)
         x = _decay(x - step, x, mask, eta_lam)
         if third is not None:
             _store(third, z, at, inside, words, 1)
@@ -293,10 +307,41 @@ def _piece(
         if fifth is not None:
             _store(fifth, largest, at, inside, words, 3)
     else:
+        before = y if SUMS == 5 else x
+        step = before - x
+        if SUMS:
+            _, moved = RULE(x, y, z, eta_lam, n0, n1, True)
         x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
     if WRITE:
         _store(first, x, at, inside, words, 0)
-    return mask
+    active = _add(active, mask, inside)
+    if SUMS:
+        towards = _add(towards, moved, inside)
+        decayed = _add_square(decayed, mask.to(x.dtype) * before, inside)
+        stepped = _add_square(stepped, step, inside)
+        weights = _add_square(weights, x, inside)
+    return active, towards, decayed, stepped, weights
+
+
+@triton.jit
+def _add_square(total, value, inside):
+    return _add(total, value * value, inside)
+
+
+@triton.jit
+def _add(total, value, inside):
+    value = value.to(total.dtype)
+    return total + (value if inside is None else tl.where(inside, value, 0))
+
+
+@triton.jit
+def _add_to(sums, active, towards, decayed, stepped, weights, SUMS: tl.constexpr):
+    tl.atomic_add(sums, tl.sum(active).to(tl.float64))
+    tl.atomic_add(sums + 1, tl.sum(towards).to(tl.float64))
+    tl.atomic_add(sums + 2, tl.sum(decayed).to(tl.float64))
+    if SUMS == 5:
+        tl.atomic_add(sums + 3, tl.sum(stepped).to(tl.float64))
+        tl.atomic_add(sums + 4, tl.sum(weights).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["addresses", "tensors", "chunks", "rows", "numbers", "steps"])
@@ -324,6 +369,7 @@ def _sweep(
     ALIGNED: tl.constexpr,
     STRICT: tl.constexpr,
     COUNT: tl.constexpr,
+    SUMS: tl.constexpr,
     IN_RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -338,6 +384,8 @@ def _sweep(
     ``streams``: None rounds to nearest; otherwise the one there makes the random numbers that round, and ``shards``
     holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: one holds several runs.
     ``per_tensor``: None, or a number for each tensor, in place of the first coefficient.
+    SUMS: 0, or how many of `rules.sums` are known, and ``counts`` holds five numbers for each tensor: 3 before the
+    step, when RULE decays along a direction, else 5.
     """
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3) * ROW
@@ -369,26 +417,26 @@ def _sweep(
         offset = tl.load(of_tensor + 1)
         if IN_RUNS:  # a division at each place
             run, jump = tl.load(of_tensor + 2), tl.load(of_tensor + 3)
-    active = tl.zeros([BLOCK], tl.int32)
+    active, towards = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    decayed, stepped, weights = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
     rest = stop - (stop - start) % BLOCK
     for block in range(start, rest, BLOCK):  # no mask here: it would split the wide loads
         at = block + tl.arange(0, BLOCK)
-        mask = _piece(
+        active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, eta, root, sign, n0, n1, n2, n3,
-            key, offset, run, jump, RULE, UPDATE, WRITE, WIDE, STRICT,
+            key, offset, run, jump, active, towards, decayed, stepped, weights,
+            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
-        if COUNT:
-            active += mask.to(tl.int32)
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
-        inside = at < stop
-        mask = _piece(
-            first, second, third, fourth, fifth, at, inside, eta_lam, eta, root, sign, n0, n1, n2, n3,
-            key, offset, run, jump, RULE, UPDATE, WRITE, WIDE, STRICT,
+        active, towards, decayed, stepped, weights = _piece(
+            first, second, third, fourth, fifth, at, at < stop, eta_lam, eta, root, sign, n0, n1, n2, n3,
+            key, offset, run, jump, active, towards, decayed, stepped, weights,
+            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
-        if COUNT:
-            active += (mask & inside).to(tl.int32)
-    if COUNT:
+    if SUMS:
+        _add_to(counts + tensor * 5, active, towards, decayed, stepped, weights, SUMS)
+    elif COUNT:
         tl.atomic_add(counts + tensor, tl.sum(active).to(tl.int64))
 
 
@@ -402,34 +450,41 @@ def _uncompiled(function: _Function) -> _Function:
 
 
 @_uncompiled
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Count:
+def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_along`, in one launch."""
     by_momentum = bool(buckets) and buckets[0].m is not None
     rows = [
         _row(bucket.eta_lam, *(_slope(bucket) if by_momentum else (math.copysign(1, bucket.b),))) for bucket in buckets
     ]
     rule = _along_momentum if by_momentum else _along_gradient
-    return _sum(_launch(rule, _columns(buckets), rows, strict=strict, count=count, draws=_drawn(buckets)))
+    return _launch(rule, _columns(buckets), rows, strict=strict, count=count, sums=3, draws=_drawn(buckets))
 
 
 @_uncompiled
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Count:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_from_snapshot`, in one launch."""
     columns = [(bucket.w, bucket.x) for bucket in buckets]
     rows = [_row(bucket.eta_lam) for bucket in buckets]
-    return _sum(_launch(_from_snapshot, columns, rows, strict=strict, count=count, draws=_drawn(buckets)))
+    return _launch(_from_snapshot, columns, rows, strict=strict, count=count, sums=5, draws=_drawn(buckets))
 
 
 @_uncompiled
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Count:
+def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.step_whole`, in one launch after the one that increases the counters."""
     steps = _joined([bucket.steps for bucket in buckets])
     if steps:
         torch._foreach_add_(list(steps), 1)
     rows = [_row(bucket.eta_lam, *_coefficients(bucket.update), lr=bucket.lr) for bucket in buckets]
     rule = _UPDATES[buckets[0].update.kernel] if buckets else None
-    flags: dict[str, Any] = {"strict": strict, "count": count, "draws": _drawn(buckets)}
-    return _sum(_launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags))
+    flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
+    return _launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags)
+
+
+@_uncompiled
+def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
+    """`kernels.Backend.sums_of_step`, in one launch."""
+    columns, rows = [(bucket.w, bucket.x) for bucket in buckets], [_row(0.0)] * len(buckets)
+    return cast("Tensor", _launch(_step, columns, rows, count=True, sums=5, write=False))
 
 
 @_uncompiled
@@ -507,17 +562,10 @@ def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
 
 
-def _sum(counts: Tensor | None) -> Count:
-    return 0 if counts is None else counts.sum()
-
-
 def _counts(rule: Any, of_buckets: Sequence[tuple[Sequence[Tensor], ...]]) -> Tensor:
     """For each tensor, in how many places ``rule`` says to count; nothing is written."""
     counts = _launch(rule, of_buckets, [_row(0.0)] * len(of_buckets), count=True, write=False)
-    if counts is not None:
-        return counts
-    first = _joined([columns[0] for columns in of_buckets])
-    return torch.zeros(len(first), dtype=torch.int64, device=first[0].device)
+    return cast("Tensor", counts)
 
 
 def _launch(
@@ -529,34 +577,37 @@ def _launch(
     steps: Sequence[Tensor] = (),
     strict: bool = False,
     count: bool = False,
+    sums: int = 0,
     draws: Sequence[Draws] = (),
     write: bool = True,
     per_tensor: Tensor | None = None,
 ) -> Tensor | None:
-    """Carry ``rule`` out on the columns of each bucket, which share a row. Return each tensor's count if asked.
+    """Carry ``rule`` out on the columns of each bucket, which share a row. Return counts or `rules.sums` if asked.
 
     It writes to the first column, and to the third and those after it if it is an ``update``. In place of its first
     coefficient it is given the tensor's entry in ``per_tensor``, if there is one.
     """
     columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
     sizes = list(map(Tensor.numel, columns[0])) if columns else []
-    if not any(sizes):
+    if not sizes:
         return None
+    first = columns[0][0]
+    device = first.device
+    counts = _zeros(len(sizes), device, sums) if count else None
+    if not any(sizes):
+        return counts
     lines = _in_order(columns)
     types = [line[0].dtype for line in lines]
     wide = torch.float64 if types[0] == torch.float64 else torch.float32
     written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
     addresses = _bytes(list(map(Tensor.data_ptr, chain.from_iterable(lines))))
     row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
-    first = columns[0][0]
-    device = first.device
     if {*map(Tensor.get_device, steps), *map(_DTYPE, steps)} != {first.get_device(), torch.float32}:
         steps = [step.to(device, torch.float32) for step in steps]
     counters = _bytes(list(map(Tensor.data_ptr, steps)))
     with _guard(device):
         rows = [(_on_device(eta_lam, device, wide), _on_device(lr, device, wide), more) for eta_lam, lr, more in rows]
         of_rows = table(plain, device, b"".join(map(_packed, rows)))
-        counts = torch.zeros(len(sizes), dtype=torch.int64, device=device) if count else None
         streams, shards = None, None
         if draws and any(types[column].itemsize == 2 for column in written):
             streams = draws[0].stream  # on the device: nothing is read, and a graph draws anew
@@ -588,6 +639,7 @@ def _launch(
                 ALIGNED=aligned,
                 STRICT=strict,
                 COUNT=count,
+                SUMS=sums if count else 0,
                 IN_RUNS=any(shard.run < shard.numel for each in draws for shard in each.shards),
                 BLOCK=BLOCK,
                 num_warps=THREADS // (64 if torch.version.hip else 32),
@@ -598,6 +650,12 @@ def _launch(
             if line is not t:
                 _write_back(t, line, _order(first))
     return counts
+
+
+def _zeros(tensors: int, device: torch.device, sums: int) -> Tensor:
+    """Room for the counts of the tensors, or for their sums."""
+    shape, dtype = ((tensors, 5), torch.float64) if sums else ((tensors,), torch.int64)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _in_order(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
