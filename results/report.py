@@ -180,7 +180,16 @@ def verdicts(settings: Settings) -> str:
 
 
 def lam_table(settings: Settings) -> str:
-    header = ["task", "optimizer", "best lam: plain", "CWD", "ratio", "flat range: plain", "CWD"]
+    header = [
+        "task",
+        "optimizer",
+        "best lam: plain",
+        "CWD",
+        "ratio",
+        "flat range: plain",
+        "CWD",
+        "CWD - plain, lam kept",
+    ]
     rows: list[list[object]] = []
     for (task, optimizer), arms in settings.items():
         plain, cautious = arms["plain"], arms["cautious"]
@@ -189,7 +198,9 @@ def lam_table(settings: Settings) -> str:
         ranges = [f"{lam_text(low)} to {lam_text(high)}" for low, high in (flat(plain), flat(cautious))]
         at_end = ["*" if arm.best == len(arm.lams) - 1 else "" for arm in (plain, cautious)]
         texts = [lam_text(lam) + star for lam, star in zip(best, at_end, strict=True)]
-        rows.append([task, optimizer, *texts, ratio, *ranges])
+        kept = difference(plain, cautious, same_row=True)
+        interval = f"{-kept.mean:+.4f} [{-kept.high:+.4f}, {-kept.low:+.4f}]"
+        rows.append([task, optimizer, *texts, ratio, *ranges, interval])
     return markdown(header, rows)
 
 

@@ -114,6 +114,31 @@ def test_protocol_says_what_the_study_does() -> None:
     assert f"{runs} runs for each setting, {runs * len(study.SETTINGS):,} in all" in text
 
 
+def test_page_is_made_from_the_committed_runs() -> None:
+    """docs/results.md is what report.py makes of results/*.csv and page.md, and every picture in it is there."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert text == report.page(ROOT / "results")
+    pictures = re.findall(r"\]\((\w+\.png)\)", text)
+    assert pictures
+    assert all((ROOT / "docs" / picture).exists() for picture in pictures)
+
+
+def test_every_reported_run_is_there_once() -> None:
+    """At least 176 runs for each setting, none twice, at the learning rate that the tuning runs choose."""
+    outcomes = ls.read(ROOT / "results" / "runs.csv")
+    tuning = ls.read(ROOT / "results" / "tuning.csv")
+    _, rates = report.load(ROOT / "results")
+
+    assert len({outcome.key for outcome in outcomes}) == len(outcomes)
+    assert tuple(rates) == study.SETTINGS
+    for (task, optimizer), lr in rates.items():
+        of_setting = [o for o in outcomes if (o.task, o.optimizer, o.lr) == (task, optimizer, lr)]
+        assert {o.seed for o in of_setting} == set(study.SEEDS)
+        assert {o.dose for o in of_setting} >= {0.0, *study.DOSES}
+        assert len(of_setting) >= 176
+        assert study.best_rate([o for o in tuning if (o.task, o.optimizer) == (task, optimizer)]) == lr
+
+
 def test_a_small_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """A second call finds all runs but the last, whose line was cut off: it repeats that, and gets the same numbers."""
     pytest.importorskip("timm")
