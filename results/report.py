@@ -179,17 +179,15 @@ def verdicts(settings: Settings) -> str:
     return "\n".join(sentences)
 
 
+def twice(arm: Arm) -> str:
+    """What twice the best lam costs in mean test loss."""
+    test = arm.of("test").mean(-1)
+    return f"{test[arm.best + 1] - test[arm.best]:+.4f}" if 0 < arm.best < len(test) - 1 else "-"
+
+
 def lam_table(settings: Settings) -> str:
-    header = [
-        "task",
-        "optimizer",
-        "best lam: plain",
-        "CWD",
-        "ratio",
-        "flat range: plain",
-        "CWD",
-        "CWD - plain, lam kept",
-    ]
+    header = ["task", "optimizer", "best lam: plain", "CWD", "ratio", "flat range: plain", "CWD"]
+    header += ["at twice the lam: plain", "CWD", "CWD - plain, lam kept"]
     rows: list[list[object]] = []
     for (task, optimizer), arms in settings.items():
         plain, cautious = arms["plain"], arms["cautious"]
@@ -200,7 +198,7 @@ def lam_table(settings: Settings) -> str:
         texts = [lam_text(lam) + star for lam, star in zip(best, at_end, strict=True)]
         kept = difference(plain, cautious, same_row=True)
         interval = f"{-kept.mean:+.4f} [{-kept.high:+.4f}, {-kept.low:+.4f}]"
-        rows.append([task, optimizer, *texts, ratio, *ranges, interval])
+        rows.append([task, optimizer, *texts, ratio, *ranges, twice(plain), twice(cautious), interval])
     return markdown(header, rows)
 
 
