@@ -354,7 +354,7 @@ def append(path: Path, outcome: Outcome) -> None:
     cut_off = not new and not path.read_bytes().endswith(b"\n")
     with path.open("a", newline="") as file:
         file.write("\n" * cut_off)
-        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)])
+        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(outcome).items()})

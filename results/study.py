@@ -99,7 +99,7 @@ def main() -> None:
         print(f"{task}, {optimizer}: lr {lr:g}", file=sys.stderr)
         compare(task, optimizer, lr, folder, place, args.jobs, plan)
     with (folder / "chosen.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "optimizer", "lr"])
         writer.writerows([task, optimizer, lr] for (task, optimizer), lr in rates.items())
 
