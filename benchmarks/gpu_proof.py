@@ -153,7 +153,7 @@ def tensors(dtype: torch.dtype, odd: int) -> list[Tensor]:
     return [t[1 : each + 1] if odd and i % odd == 0 else t[:each] for i, t in enumerate(flat)]
 
 
-def launch(kernel: object, *, count: bool = False, odd: int = 0) -> Callable[[], object]:
+def launch(kernel: object, *, sums: int = 0, odd: int = 0) -> Callable[[], object]:
     """A call that launches ``kernel`` (of compiled_kernels.KERNELS) on `tensors`."""
     from cwd_wrap import rules, updates
     from cwd_wrap.draws import Draws
@@ -163,7 +163,8 @@ def launch(kernel: object, *, count: bool = False, odd: int = 0) -> Callable[[],
     of_torch = {tl_type: dtype for dtype, tl_type in _triton._TYPES.items()}
     columns = tuple(tensors(of_torch[each], odd) for each in kernel.types)
     numbers: tuple[float, ...] = (0.1, 1.0)
-    options: dict[str, object] = {"update": kernel.update, "write": kernel.write, "count": count or not kernel.write}
+    counts = sums > 0 or not kernel.write
+    options: dict[str, object] = {"update": kernel.update, "write": kernel.write, "count": counts, "sums": sums}
     if kernel.update:
         for column in columns[3:]:
             for t in column:
@@ -226,7 +227,8 @@ def kernels() -> Iterator[Trial]:
         yield f"{name}, unaligned", lambda name=name: measured(KERNELS[name], odd=1)
         yield f"{name}, one of two unaligned", lambda name=name: measured(KERNELS[name], odd=2)
     for name in important:
-        yield f"{name}, counting", lambda name=name: measured(KERNELS[name], count=True)
+        sums = 3 if name.startswith("direction") else 5  # before the step or after it
+        yield f"{name}, with a monitor", lambda name=name, sums=sums: measured(KERNELS[name], sums=sums)
     for name in ("direction", "adam", "adam, bf16"):
         for block in (1024, 2048):
             for warps in (4, 8):
@@ -436,9 +438,10 @@ def large() -> Iterator[Trial]:
             raise Skipped(f"needs {needed >> 30} GiB")
         return [[torch.ones(numel, dtype=torch.bfloat16, device=DEVICE)] for _ in range(columns)]
 
-    def check(w: Tensor, expected: float, active: object) -> tuple[str, str, None, str]:
-        if int(active) != numel:
-            raise AssertionError(f"{int(active)} of {numel} weights were counted")
+    def check(w: Tensor, expected: float, sums: Tensor) -> tuple[str, str, None, str]:
+        active = int(sums[0, 0])
+        if active != numel:
+            raise AssertionError(f"{active} of {numel} weights were counted")
         for piece in w.split(1 << 28):
             if not bool((piece == expected).all()):
                 raise AssertionError(f"{(piece != expected).sum()} weights of a piece are not {expected}")

@@ -109,7 +109,7 @@ def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
             optimizer.step()
 
     assert ["snapshot", "pieces"] == [optimizer.paths()[0].path for optimizer in (opt, other)]
-    assert opt.paths()[0].reason.endswith("the step of RMSprop is compiled")
+    assert opt.paths()[0].reason.endswith("the step of RMSprop is compiled by torch.compile")
     torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
     with pytest.raises(
         ValueError, match="path='pieces' does not work for param group 0 of RMSprop: the step of RMSprop is"
