@@ -90,8 +90,9 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
-results: $(BIN)/.results  ## carry out the runs of docs/protocol.md that results/runs.csv lacks: about 50 minutes for all
+results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: an hour), then docs/results.md
 	$(BIN)/python results/study.py
+	$(BIN)/python results/report.py
 
 # No set-up here: machines with cards often have torch, triton and pytest, and no network.
 gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/

@@ -1,6 +1,6 @@
 """The study of docs/protocol.md: carries its runs out, as far as they are not in runs.csv yet.
 
-    python results/study.py                 # about 50 minutes on two cores; stop and start it as you like
+    python results/study.py                 # about an hour on two cores; stop and start it as you like
     python results/study.py --smoke DIR     # a few seconds: one short run of each kind, into DIR
 
 report.py makes the page of the results from runs.csv and chosen.csv.
