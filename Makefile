@@ -90,7 +90,7 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
-results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: an hour), then docs/results.md
+results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: 70 minutes), then docs/results.md
 	$(BIN)/python results/study.py
 	$(BIN)/python results/report.py
 

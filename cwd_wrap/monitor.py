@@ -75,7 +75,7 @@ class MaskMonitor:
     ``share_towards``             the share with ``u*x > 0``, which is what the paper's figure shows
     ``decay_norm``                ``||eta*lam * mask * x||``: the size of what the decay took away
     ``update_norm``               ``||eta*u||``: the size of the optimizer's own update
-    ``weight_norm``               ``||x||`` after the step
+    ``weight_norm``               ``||x||`` after the step; of 16-bit weights before they are rounded
     ============================  ====================================================================================
 
     Norms are Euclidean. What a method does not have is NaN: for `CautiousUpdate` and `PNormDecay` ``share_towards`` and
@@ -83,7 +83,8 @@ class MaskMonitor:
     of the base, before it is masked.
 
     A step never waits for the device; `rows`, `write`, `to_csv`, `ratios` and `read` do. Training is the same with a
-    monitor and without. On the path "direction" a look keeps a copy of the decaying weights during the step.
+    monitor and without. On the path "direction" a look keeps a copy of the decaying weights during the step. Each
+    optimizer needs a monitor of its own, or their groups are taken for the same.
 
     Args:
         per_parameter: a row for each parameter. ``name`` is then the parameter's, if the optimizer was given named
@@ -111,7 +112,7 @@ class MaskMonitor:
 
     def __init__(self, *, per_parameter: bool = False, every: int = 1, keep: int = 10_000) -> None:
         for what, value in (("every", every), ("keep", keep)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 msg = f"{what}={value!r}: pass a whole number above 0"
                 raise ValueError(msg)
         self.per_parameter = per_parameter
@@ -124,6 +125,8 @@ class MaskMonitor:
         self._rows = 0
         self._apart: list[Part] = []
         self._read = self._written = 0
+        self._unread: dict[torch.device, Tensor] = {}  # of looks that are gone: weights decayed
+        self._unread_weights = 0
         self._warned: set[int] = set()
 
     # ---- what the wrapper calls
@@ -145,8 +148,8 @@ class MaskMonitor:
         self._due = 0
         self._count += 1
         self._rows += _length(parts)
-        while self._rows > self.keep and len(self._looks) > 1:
-            self._rows -= _length(self._looks.popleft().parts)
+        while self._rows > self.keep and len(self._looks) > 1 and not capturing():
+            self._forget(self._looks.popleft())
         self._apart += parts
         if len(self._apart) >= TOGETHER and not capturing():
             self._put_together()
@@ -159,16 +162,17 @@ class MaskMonitor:
         ``over_ranks``: of the weights of all ranks, so all must call this together. What several ranks hold of a
         DTensor counts once. Of plain parameters that all ranks hold (DDP), any one rank has the rows.
 
-        Warns once for a group of whose weights hardly any decayed, 100 looks in a row.
+        Warns once for a group of whose weights hardly any decayed, 100 looks in a row. That many must be kept.
         """
         return [row.readable() for row in self._merged(over_ranks)]
 
     def write(self, writer: Callable[[dict[str, Any]], object], *, over_ranks: bool = False) -> None:
         """Call ``writer`` with each of the `rows` that was not yet written."""
-        rows = [row for row in self._merged(over_ranks) if row.look >= self._written]
+        for row in self._merged(over_ranks):
+            if row.look >= self._written:
+                self._written = row.look  # if the writer raises, it gets this look again
+                writer(row.readable())
         self._written = self._count
-        for row in rows:
-            writer(row.readable())
 
     def to_csv(self, path: str | PathLike[str], *, over_ranks: bool = False) -> None:
         """Write the `rows` to a file, with a line of their names."""
@@ -193,8 +197,9 @@ class MaskMonitor:
         ``over_ranks``: over the weights of all ranks, so all must call this together. What several ranks hold counts
         once for each of them.
         """
-        counts = [_counted([look for look in self._looks if look.number >= self._read])]
-        self._read = self._count
+        active, total = _counted(look for look in self._looks if look.number >= self._read)
+        counts = [(active + sum(map(float, self._unread.values())), total + self._unread_weights)]
+        self._read, self._unread, self._unread_weights = self._count, {}, 0
         if over_ranks:
             counts = _gathered(counts)
         return _share(sum(active for active, _ in counts), sum(total for _, total in counts))
@@ -212,6 +217,16 @@ class MaskMonitor:
         else:
             eta_lam = float(eta_lam)
         return replace(part, sums=sums, labels=labels, weights=weights, eta_lam=eta_lam)
+
+    def _forget(self, look: _Look) -> None:
+        """`read` still counts it."""
+        self._rows -= _length(look.parts)
+        if look.number < self._read:
+            return
+        for part in look.parts:
+            active = part.sums[:, 0].sum()
+            self._unread[active.device] = self._unread.get(active.device, 0) + active
+            self._unread_weights += sum(part.weights)
 
     def _put_together(self) -> None:
         alike: dict[Any, list[Part]] = {}
@@ -249,7 +264,7 @@ class MaskMonitor:
             notices.warn(
                 f"share_decayed of {where} was below {ALMOST_NONE} at each of the last {LOOKS} looks: the mask is 0 "
                 "almost everywhere, so the method does next to nothing there. See whether its weight_norm grows; if it "
-                'should not, pass mask="all" (plain decay), or a smaller lr'
+                "should not, use plain decay there, or a smaller lr"
             )
 
 

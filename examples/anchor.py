@@ -61,6 +61,8 @@ class Anchored(nn.Module):
 def decay_towards_start(model: nn.Module) -> None:
     """Make the weights as they are now the place that decay pulls to. Biases and norms stay as they are."""
     starts: dict[nn.Parameter, Anchored] = {}  # one for all modules that share a weight
+    if any(map(parametrize.is_parametrized, model.modules())):
+        raise ValueError("the model has a start or another parametrization already: fold it first")
     for module in list(model.modules()):
         for name, p in list(module.named_parameters(recurse=False)):
             if p.ndim > 1:

@@ -3,7 +3,7 @@
     plain      decoupled decay of every weight, x <- x - eta*(u + lam*x)
     cautious   CautiousDecay, x <- x - eta*(u + lam*1[u*x >= 0]*x)
     control    plain decay with lam times the mean mask ratio of the cautious run of the same lam and seed:
-               as much decay in total, but of every weight
+               on average as many weights' worth of lam, spread over every weight
 
 All runs of one seed share the training set, the initial weights and the batches. A lam is written as its *dose*
 lam * lr * steps, so that one grid fits every optimizer. At a dose of 1, plain decay at the peak learning rate would
@@ -34,7 +34,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import language_model as lm
@@ -406,7 +406,7 @@ def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls
     finally:
         bar.close()
         executor.shutdown(cancel_futures=True)
-    keys = {*wanted, *(key for key in finished if key[3] == "control")}
+    keys = {*wanted, *(replace(run, arm="control").key for run in cautious)}
     return [outcome for outcome in read(path) if outcome.key in keys]
 
 
@@ -468,12 +468,17 @@ def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
     ax.set(xscale="log", xlabel="lam (for the control: its own)", ylabel=f"{of} loss (nats)")
 
 
+def six_digits(text: str) -> float:
+    """A number as the file holds it."""
+    return float(f"{float(text):.6g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="mnist1d")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="AdamW")
-    parser.add_argument("--lr", type=float, help="peak learning rate; by default one that suits small models")
-    parser.add_argument("--doses", type=float, nargs="+", default=DOSES, help="lam * lr * steps")
+    parser.add_argument("--lr", type=six_digits, help="peak learning rate; by default one that suits small models")
+    parser.add_argument("--doses", type=six_digits, nargs="+", default=DOSES, help="lam * lr * steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="by default the task's own")
     parser.add_argument("--device", default="cpu")

@@ -179,26 +179,28 @@ def verdicts(settings: Settings) -> str:
     return "\n".join(sentences)
 
 
-def twice(arm: Arm) -> str:
-    """What twice the best lam costs in mean test loss."""
+def beside(arm: Arm, rows: int) -> str:
+    """What another lam costs in mean test loss: so many rows of the grid from the best one."""
+    row = arm.best + rows
     test = arm.of("test").mean(-1)
-    return f"{test[arm.best + 1] - test[arm.best]:+.4f}" if 0 < arm.best < len(test) - 1 else "-"
+    return f"{test[row] - test[arm.best]:+.4f}" if 0 < arm.best and 0 < row < len(test) else "-"
 
 
 def lam_table(settings: Settings) -> str:
     header = ["task", "optimizer", "best lam: plain", "CWD", "ratio", "flat range: plain", "CWD"]
-    header += ["at twice the lam: plain", "CWD", "CWD - plain, lam kept"]
+    header += ["at half the lam: plain", "CWD", "at twice: plain", "CWD", "CWD - plain, lam kept"]
     rows: list[list[object]] = []
     for (task, optimizer), arms in settings.items():
         plain, cautious = arms["plain"], arms["cautious"]
         best = [arm.lams[arm.best] for arm in (plain, cautious)]
         ratio = f"{best[1] / best[0]:.3g}" if best[0] and best[1] else "-"
         ranges = [f"{lam_text(low)} to {lam_text(high)}" for low, high in (flat(plain), flat(cautious))]
-        at_end = ["*" if arm.best == len(arm.lams) - 1 else "" for arm in (plain, cautious)]
+        at_end = ["*" if arm.best in (1, len(arm.lams) - 1) else "" for arm in (plain, cautious)]
         texts = [lam_text(lam) + star for lam, star in zip(best, at_end, strict=True)]
         kept = difference(plain, cautious, same_row=True)
         interval = f"{-kept.mean:+.4f} [{-kept.high:+.4f}, {-kept.low:+.4f}]"
-        rows.append([task, optimizer, *texts, ratio, *ranges, twice(plain), twice(cautious), interval])
+        others = [beside(arm, step) for step in (-1, 1) for arm in (plain, cautious)]
+        rows.append([task, optimizer, *texts, ratio, *ranges, *others, interval])
     return markdown(header, rows)
 
 

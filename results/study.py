@@ -1,6 +1,6 @@
 """The study of docs/protocol.md: carries its runs out, as far as they are not in runs.csv yet.
 
-    python results/study.py                 # about an hour on two cores; stop and start it as you like
+    python results/study.py                 # about 70 minutes on two cores; stop and start it as you like
     python results/study.py --smoke DIR     # a few seconds: one short run of each kind, into DIR
 
 report.py makes the page of the results from runs.csv and chosen.csv.
@@ -34,13 +34,13 @@ RATES = {
 }
 TUNING_DOSES, TUNING_SEEDS = (2.0, 8.0), (900, 901)
 DOSES, SEEDS = ls.DOSES, tuple(range(1000, 1008))
-LARGEST_DOSE = 256.0
 
 
 class Plan(NamedTuple):
-    """What is run: the doses to begin with, the seeds, and how many learning rates at most."""
+    """What is run: the doses to begin with, how far they may be extended, the seeds, and how many rates at most."""
 
     doses: tuple[float, ...] = DOSES
+    ends: tuple[float, float] = (0.125, 256.0)
     seeds: tuple[int, ...] = SEEDS
     most_rates: int = 9
 
@@ -66,16 +66,19 @@ def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int, pl
 
 
 def compare(task: str, optimizer: str, lr: float, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> None:
-    """All arms; with doses up to one that is best for none of them."""
+    """All arms; with doses down to and up to one that is best for none of them."""
     doses = list(plan.doses)
     while True:
         outcomes = ls.carry_out(ls.sweep(task, optimizer, lr, doses, plan.seeds), folder / "runs.csv", place, jobs)
         of_setting = [o for o in outcomes if (o.task, o.optimizer, o.lr) == (task, optimizer, lr)]
         means = {cell: ls.mean(some, "validation") for cell, some in ls.cells(of_setting).items()}
         bests = [min((cell for cell in means if cell[0] == arm), key=lambda cell: means[cell])[1] for arm in ls.ARMS]
-        if max(doses) == LARGEST_DOSE or max(bests) < max(doses):
+        if max(bests) == max(doses) < plan.ends[1]:
+            doses.append(max(doses) * 2)
+        elif min(bests) == min(doses) > plan.ends[0]:
+            doses.append(min(doses) / 2)
+        else:
             return
-        doses.append(max(doses) * 2)
 
 
 def main() -> None:
@@ -89,7 +92,7 @@ def main() -> None:
             args.smoke,
             ls.Place(steps=3),
             SETTINGS[4:5],
-            Plan((1.0, LARGEST_DOSE), (1, 2), 5),
+            Plan((1.0, 8.0), (1.0, 8.0), (1, 2), 5),
         )
     rates = {}
     for task, optimizer in settings:

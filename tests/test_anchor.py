@@ -218,6 +218,14 @@ def test_resumes_bit_for_bit(every_path: PathOptions) -> None:
         assert torch.equal(value, second.state_dict()[name]), name
 
 
+def test_a_second_start_is_refused() -> None:
+    """Called twice, the recipe says so: otherwise `fold` would leave weights of 0."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    RECIPE["decay_towards_start"](model)
+    with pytest.raises(ValueError, match="has a start or another parametrization already: fold it first"):
+        RECIPE["decay_towards_start"](model)
+
+
 # ------------------------------------------------------------------------------------ the example
 
 

@@ -383,9 +383,43 @@ def test_a_share_that_stays_near_zero_is_warned_of(per_parameter: bool) -> None:
     assert [str(each.message) for each in caught] == [
         "share_decayed of param group 0 (grows) was below 0.01 at each of the last 100 looks: the mask is 0 almost "
         "everywhere, so the method does next to nothing there. See whether its weight_norm grows; if it should not, "
-        'pass mask="all" (plain decay), or a smaller lr'
+        "use plain decay there, or a smaller lr"
     ]
     assert caught[0].filename == __file__
+
+
+def test_read_counts_looks_that_are_gone() -> None:
+    """Of ten steps one row is kept; the share since the last reading is that of all ten."""
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = CautiousDecay(SGD([p], lr=0.1), lam=0.1)
+    opt.observer = monitor = MaskMonitor(keep=1)
+    for step in range(10):
+        p.grad = torch.tensor([1.0, 1.0 if step < 5 else -1.0])
+        opt.step()
+
+    assert len(monitor.rows()) == 1
+    assert monitor.read() == 0.75
+    assert math.isnan(monitor.read())
+
+
+def test_a_writer_that_raises_gets_the_look_again() -> None:
+    """The disk is full at the second of three rows: the next call begins with that row."""
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = CautiousDecay(SGD([p], lr=0.1), lam=0.1)
+    opt.observer = monitor = MaskMonitor()
+    for _ in range(3):
+        p.grad = torch.ones(2)
+        opt.step()
+
+    def full(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            raise OSError
+
+    with pytest.raises(OSError):
+        monitor.write(full)
+    again: list[int] = []
+    monitor.write(lambda row: again.append(row["step"]))
+    assert again[-2:] == [2, 3]
 
 
 def test_one_look_in_a_hundred_is_enough() -> None:

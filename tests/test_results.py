@@ -103,6 +103,21 @@ def test_learning_rate_is_that_of_the_lowest_mean_validation_loss() -> None:
     assert study.best_rate(outcomes) == 0.1
 
 
+def test_a_sweep_returns_its_own_controls(tmp_path: Path) -> None:
+    """Two optimizers share a file: the sweep of one has none of the other's runs, controls included."""
+    path = tmp_path / "runs.csv"
+    for optimizer in ("AdamW", "SGD"):
+        for run in ls.sweep("digits", optimizer, 0.1, [1.0], [0]):
+            made = replace(BLANK, task="digits", optimizer=optimizer, arm=run.arm, dose=run.dose)
+            ls.append(path, made)
+            if run.arm == "cautious":
+                ls.append(path, replace(made, arm="control"))
+    found = ls.carry_out(ls.sweep("digits", "SGD", 0.1, [1.0], [0]), path, ls.Place(), jobs=1)
+
+    assert {outcome.optimizer for outcome in found} == {"SGD"}
+    assert sorted(outcome.arm for outcome in found) == ["cautious", "control", "none", "plain"]
+
+
 def test_protocol_says_what_the_study_does() -> None:
     """Doses, seeds, tuning and the number of runs on the page are those of the code."""
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "protocol.md").read_text())

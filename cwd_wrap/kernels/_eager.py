@@ -97,10 +97,12 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
 
 def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
     """`kernels.Backend.sums_of_step`."""
-    w = [t.to(torch.promote_types(t.dtype, torch.float32)) for bucket in buckets for t in bucket.w]
-    x = [t for bucket in buckets for t in bucket.x]
-    steps = [before.to(after.dtype) - after for before, after in zip(x, w, strict=True)]
-    return torch.nn.functional.pad(torch.stack([rules.squares(steps), rules.squares(w)], dim=1), (3, 0))
+    sums = []
+    for bucket in buckets:
+        for x, w in zip(bucket.x, bucket.w, strict=True):  # one by one: a difference is as large as the weights
+            after = w.to(torch.promote_types(w.dtype, torch.float32))
+            sums.append(torch.cat([rules.squares([x.to(after.dtype) - after]), rules.squares([after])]))
+    return torch.nn.functional.pad(torch.stack(sums), (3, 0))
 
 
 def copy(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
