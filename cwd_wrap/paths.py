@@ -52,7 +52,7 @@ class Work:
     unchecked: bool
     """May the state be that of another model? Then shapes are compared; sizes always are, which is quicker."""
     count: bool
-    """Does an observer want to know what is done?"""
+    """Is the step reported to an observer?"""
     groups: Sequence[dict[str, Any]]
     """All param groups: engines step with one of them at a time."""
     parts: list[Part] = field(default_factory=list)

@@ -191,7 +191,7 @@ class OptimizerWrapper(Contract):
     # ---- parts of the above
 
     def _is_looked_at(self, work: Work) -> bool:
-        """Does the observer want a report of the coming step?"""
+        """Is the coming step reported to the observer?"""
         if self.observer is None or all(map(weight_decay.stands_still, self.param_groups)):
             return False
         looks_at = getattr(self.observer, "looks_at", None)

@@ -28,7 +28,7 @@ import language_model as lm
 import sparsity
 import torch
 import torch.nn.functional as F
-from mask_ablation import in_processes, spread
+from mask_ablation import spread
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from toy_landscapes import machine_and_versions, parse
@@ -365,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [Run(towards, lam, seed) for towards, lam in kinds for seed in range(options.seeds)]
     steps = settings.steps  # reads the digits before any process is started: scikit-learn may be missing
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = in_processes(train, runs, settings, min(options.jobs, len(runs)), steps, say)
+    outcomes = lm.in_processes(train, runs, settings, min(options.jobs, len(runs)), steps, say)
 
     grouped = cells(outcomes)
     header = ["towards", "lam", "seed", "validation", "test", "unmoved", "distance", "norm"]

@@ -37,8 +37,7 @@ from pathlib import Path
 
 import lambda_sweep as ls
 import language_model as lm
-import torch
-from mask_ablation import in_processes, spread
+from mask_ablation import spread
 from toy_landscapes import machine_and_versions, parse
 
 ARMS = (ls.NONE, "plain", "cautious")
@@ -54,15 +53,9 @@ Curve = dict[int, float]  # validation loss by step, or by length
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(ls.Cell):
     """All that names a run: the first columns of the file. ``steps`` is its length."""
 
-    task: str
-    optimizer: str
-    lr: float
-    arm: str
-    dose: float
-    seed: int
     steps: int
     every: int
     scale: int
@@ -79,23 +72,11 @@ class Run:
 
 def train(run: Run, device: str) -> tuple[Run, Curve]:
     """Train one model, and measure it every so many steps and after the last one."""
-    torch.set_num_threads(1)
-    task = ls.TASKS[run.task]
-    torch.manual_seed(run.seed)
-    model = task.make_model(run.scale).to(device)
-    optimizers = ls.make_optimizers(run, model, run.lam, None)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(each, lambda step: lm.schedule(step, run.steps)) for each in optimizers
-    ]
-    batches, held_out = task.batches(run.seed, run.steps, run.scale), task.held_out("validation")
+    model, make_step = ls.start(run, run.lam, run.steps, run.scale, device, None)
+    held_out = ls.TASKS[run.task].held_out("validation")
     curve = {}
     for step in range(1, run.steps + 1):
-        x, y = next(batches)
-        _, loss = ls.scores_loss(model, x.to(device), y.to(device))
-        model.zero_grad()
-        loss.backward()
-        for each in (*optimizers, *schedules):
-            each.step()
+        make_step()
         if step % run.every == 0 or step == run.steps:
             curve[step], _ = ls.evaluate(model, held_out, device)
         lm.report_progress()
@@ -151,7 +132,7 @@ def carry_out(runs: Sequence[Run], path: Path, device: str, jobs: int) -> dict[R
     for length in sorted({run.steps for run in runs}):
         todo = [run for run in runs if run.steps == length and run.key not in finished]
         if todo:
-            in_processes(train, todo, device, min(jobs, len(todo)), length, record)
+            lm.in_processes(train, todo, device, min(jobs, len(todo)), length, record)
     finished = read(path)
     return {run: finished[run.key] for run in runs}
 

@@ -28,12 +28,11 @@ import argparse
 import csv
 import functools
 import math
-import multiprocessing
 import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -188,8 +187,8 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """What differs between runs. ``share``: what the control multiplies lam by, else 1."""
+class Cell:
+    """What names a run in the file."""
 
     task: str
     optimizer: str
@@ -197,12 +196,18 @@ class Run:
     arm: str
     dose: float
     seed: int
-    share: float = 1.0
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What names the run in the file: all but the share, which follows from it."""
-        return tuple(map(str, (self.task, self.optimizer, self.lr, self.arm, self.dose, self.seed)))
+        """As the file has it."""
+        return tuple(str(getattr(self, field.name)) for field in fields(Cell))
+
+
+@dataclass(frozen=True)
+class Run(Cell):
+    """What differs between runs. ``share``: what the control multiplies lam by, else 1; it follows from the rest."""
+
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -215,15 +220,9 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Cell):
     """What one run leaves behind: one row of the file."""
 
-    task: str
-    optimizer: str
-    lr: float
-    arm: str
-    dose: float
-    seed: int
     lam: float
     train: float
     validation: float
@@ -233,18 +232,13 @@ class Outcome:
     norm: float
     seconds: float
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """As that of the run."""
-        return tuple(map(str, (self.task, self.optimizer, self.lr, self.arm, self.dose, self.seed)))
-
 
 def decayed_weights(model: nn.Module) -> list[Tensor]:
     """The weights of linear and convolutional layers: embeddings, norms and biases usually go without decay."""
     return [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
 
 
-def make_optimizers(run: Run, model: nn.Module, lam: float, monitor: MaskMonitor | None) -> list[Optimizer]:
+def make_optimizers(run: Cell, model: nn.Module, lam: float, monitor: MaskMonitor | None) -> list[Optimizer]:
     """The base optimizer with its own decay, or the same in CautiousDecay. Muon has a companion for what is no matrix.
 
     The decay of torch's SGD is not decoupled: plain decay is CautiousDecay with a mask that lets everything through.
@@ -294,29 +288,39 @@ def evaluate(model: nn.Module, batches: list[Batch], device: str) -> tuple[float
     return loss / count, right / count
 
 
-def train(run: Run, place: Place) -> Outcome:
-    """Train one model and measure it."""
+def start(
+    run: Cell, lam: float, steps: int, scale: int, device: str, monitor: MaskMonitor | None
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model, and a function that makes its next training step and returns the loss."""
     torch.set_num_threads(1)
     task = TASKS[run.task]
-    steps = place.steps or task.steps
-    lam = run.dose / (run.lr * steps) * run.share
     torch.manual_seed(run.seed)
-    model = task.make_model(place.scale).to(place.device)
-    monitor = MaskMonitor()
+    model = task.make_model(scale).to(device)
     optimizers = make_optimizers(run, model, lam, monitor)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: lm.schedule(step, steps)) for each in optimizers]
-    batches = task.batches(run.seed, steps, place.scale)
-    late = []
-    began = time.process_time()
-    for step in range(steps):
+    batches = task.batches(run.seed, steps, scale)
+
+    def step() -> Tensor:
         x, y = next(batches)
-        _, loss = scores_loss(model, x.to(place.device), y.to(place.device))
+        _, loss = scores_loss(model, x.to(device), y.to(device))
         model.zero_grad()
         loss.backward()
         for each in (*optimizers, *schedules):
             each.step()
-        if step >= steps - max(1, steps // 10):
-            late.append(loss.detach())
+        return loss.detach()
+
+    return model, step
+
+
+def train(run: Run, place: Place) -> Outcome:
+    """Train one model and measure it."""
+    task = TASKS[run.task]
+    steps = place.steps or task.steps
+    lam = run.dose / (run.lr * steps) * run.share
+    monitor = MaskMonitor()
+    model, step = start(run, lam, steps, place.scale, place.device, monitor)
+    began = time.process_time()
+    late = [step() for _ in range(steps)][-max(1, steps // 10) :]
     seconds = time.process_time() - began
     validation, _ = evaluate(model, task.held_out("validation"), place.device)
     test, accuracy = evaluate(model, task.held_out("test"), place.device)
@@ -386,9 +390,7 @@ def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls
     todo += [run for run in map(control_of, done) if run.key not in finished]
     total = len(wanted) + len(cautious)
     bar = tqdm(total=total, initial=total - len(todo) - (len(cautious) - len(done)), unit="run", smoothing=0.05)
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(jobs, context)
-    try:
+    with bar, lm.processes(jobs) as executor:
         waiting = {executor.submit(train, run, place) for run in todo}
         while waiting:
             ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -398,14 +400,6 @@ def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls
                 bar.update()
                 if controls and outcome.arm == "cautious":
                     waiting.add(executor.submit(train, control_of(outcome), place))
-    except BaseException:
-        # After Ctrl-C or an error the pool would still finish the runs that it has handed out.
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        bar.close()
-        executor.shutdown(cancel_futures=True)
     keys = {*wanted, *(replace(run, arm="control").key for run in cautious)}
     return [outcome for outcome in read(path) if outcome.key in keys]
 

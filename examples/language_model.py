@@ -31,12 +31,14 @@ import statistics
 import sysconfig
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,33 +305,59 @@ def report_progress() -> None:
             _steps_done.value += 1
 
 
-def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> list[Outcome]:
-    """Train every run, `jobs` at a time, under one progress bar; outcomes in the order of runs."""
-    # A model this small cannot use a second thread: two runs in two processes
-    # finish sooner than one after the other with two threads each.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    executor = ProcessPoolExecutor(jobs, context, start_worker, (counter,))
-    bar = tqdm(total=len(runs) * settings.steps, unit="step", smoothing=0.05)
+@contextmanager
+def processes(
+    jobs: int, initializer: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, each of which calls ``initializer`` first. They end at once on Ctrl-C or an error."""
+    executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer, arguments)
     try:
-        futures = {executor.submit(train, run, settings): run for run in runs}
+        yield executor
+    except BaseException:
+        # After Ctrl-C or an error the pool would still finish the runs it has handed out.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def in_processes(
+    task: Callable[[Any, Any], Any],
+    runs: Sequence[Any],
+    settings: Any,
+    jobs: int,
+    ticks: int,
+    say: Callable[[Any], str],
+) -> list[Any]:
+    """task(run, settings) of every run, `jobs` at a time, in the order of runs, under one progress bar.
+
+    A task ticks `ticks` times with report_progress; say(outcome) is printed when it is done.
+    """
+    counter = multiprocessing.get_context("spawn").Value("q", 0)
+    bar = tqdm(total=len(runs) * ticks, unit="step", smoothing=0.05)
+    with bar, processes(jobs, start_worker, counter) as executor:
+        futures = [executor.submit(task, run, settings) for run in runs]
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(counter.value - bar.n)
             for future in done:
-                run, loss = futures[future], future.result().loss
-                name = method_name(run.cautious, settings)
-                bar.write(f"{name:<24} lam {run.lam:<5g} seed {run.seed}  loss {loss:.4f}")
+                bar.write(say(future.result()))
         return [future.result() for future in futures]
-    except BaseException:
-        # Without this the pool would finish its running jobs after Ctrl-C or an error.
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        bar.close()
-        executor.shutdown(cancel_futures=True)
+
+
+def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> list[Outcome]:
+    """Train every run, `jobs` at a time, under one progress bar; outcomes in the order of runs."""
+    # A model this small cannot use a second thread: two runs in two processes
+    # finish sooner than one after the other with two threads each.
+
+    def say(outcome: Outcome) -> str:
+        run = outcome.run
+        name = method_name(run.cautious, settings)
+        return f"{name:<24} lam {run.lam:<5g} seed {run.seed}  loss {outcome.loss:.4f}"
+
+    return in_processes(train, runs, settings, jobs, settings.steps, say)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,19 +22,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import language_model as lm
 import torch
 from toy_landscapes import machine_and_versions, parse
-from tqdm import tqdm
 
 from cwd_wrap import CautiousDecay
 
@@ -93,42 +89,6 @@ def train(run: Run, settings: lm.Settings) -> Outcome:
 # ------------------------------------------------------------------------------------------------
 # All runs: some at a time, each in its own process
 # ------------------------------------------------------------------------------------------------
-
-
-def in_processes(
-    task: Callable[[Any, Any], Any],
-    runs: Sequence[Any],
-    settings: Any,
-    jobs: int,
-    ticks: int,
-    say: Callable[[Any], str],
-) -> list[Any]:
-    """task(run, settings) of every run, `jobs` at a time, in the order of runs, under one progress bar.
-
-    A task ticks `ticks` times with lm.report_progress; say(outcome) is printed when it is done.
-    """
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    executor = ProcessPoolExecutor(jobs, context, lm.start_worker, (counter,))
-    bar = tqdm(total=len(runs) * ticks, unit="step", smoothing=0.05)
-    try:
-        futures = [executor.submit(task, run, settings) for run in runs]
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(counter.value - bar.n)
-            for future in done:
-                bar.write(say(future.result()))
-        return [future.result() for future in futures]
-    except BaseException:
-        # Without this the pool would finish its running jobs after Ctrl-C or an error.
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        bar.close()
-        executor.shutdown(cancel_futures=True)
-
 
 # ------------------------------------------------------------------------------------------------
 # What came out: table, sentences, picture
@@ -274,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for run in [Run(NONE, 0.0, seed), *(Run(mask, lam, seed) for lam in options.lam for mask in MASKS)]
     ]
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = in_processes(train, runs, settings, min(options.jobs, len(runs)), settings.steps, say)
+    outcomes = lm.in_processes(train, runs, settings, min(options.jobs, len(runs)), settings.steps, say)
 
     grouped = cells(outcomes)
     header = ["mask", "lam", "seed", "val_loss", "weight_norm"]

@@ -27,7 +27,7 @@ from pathlib import Path
 import language_model as lm
 import torch
 import torch.nn.functional as F
-from mask_ablation import in_processes, spread
+from mask_ablation import spread
 from torch import Tensor, nn
 from toy_landscapes import machine_and_versions, parse
 
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [Run(p, lam, seed) for p, lam in kinds for seed in range(options.seeds)]
     images = [len(part) for part in load_images()]  # fails before any process starts if scikit-learn is missing
     options.out.mkdir(parents=True, exist_ok=True)
-    outcomes = in_processes(train, runs, settings, min(options.jobs, len(runs)), settings.steps, say)
+    outcomes = lm.in_processes(train, runs, settings, min(options.jobs, len(runs)), settings.steps, say)
 
     grouped = cells(outcomes)
     header = ["p", "lam", "seed", "accuracy", "sparsity", "below_1e-3", "pruned_accuracy"]

@@ -473,6 +473,17 @@ def test_the_monitor_reads_all_ranks() -> None:
     assert math.isnan(nothing)
 
 
+def monitored(model: torch.nn.Module, per_parameter: bool) -> MaskMonitor:
+    """The monitor of two steps."""
+    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
+    optimizer.observer = monitor = MaskMonitor(per_parameter=per_parameter)
+    for step in range(2):
+        optimizer.zero_grad()
+        engines.loss_of(model, engines.batch(model, step)).backward()
+        optimizer.step()
+    return monitor
+
+
 def rows_of(rank: int, per_parameter: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What one rank saw, and what all saw together; the shards are over one of two dimensions, the other replicates."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -482,12 +493,7 @@ def rows_of(rank: int, per_parameter: bool) -> tuple[list[dict[str, Any]], list[
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
-    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
-    optimizer.observer = monitor = MaskMonitor(per_parameter=per_parameter)
-    for step in range(2):
-        optimizer.zero_grad()
-        engines.loss_of(model, engines.batch(model, step)).backward()
-        optimizer.step()
+    monitor = monitored(model, per_parameter)
     return monitor.rows(), monitor.rows(over_ranks=True)
 
 
@@ -495,13 +501,7 @@ def rows_of(rank: int, per_parameter: bool) -> tuple[list[dict[str, Any]], list[
 def test_rows_of_all_ranks_are_those_of_one_process(per_parameter: bool) -> None:
     """With shards and copies of them on four ranks, every number over the ranks is that of training in one process."""
     model = engines.net()
-    optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
-    optimizer.observer = monitor = MaskMonitor(per_parameter=per_parameter)
-    for step in range(2):
-        optimizer.zero_grad()
-        engines.loss_of(model, engines.batch(model, step)).backward()
-        optimizer.step()
-    expected = monitor.rows()
+    expected = monitored(model, per_parameter).rows()
 
     for here, together in spawn(4, rows_of, per_parameter):
         assert [row["name"] for row in together] == [row["name"] for row in expected]
