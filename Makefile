@@ -15,24 +15,9 @@ $(BIN)/.torch:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	touch $@
 
-$(BIN)/.examples: $(BIN)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[examples]'
-	touch $@
-
-$(BIN)/.results: $(BIN)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[results]'
-	touch $@
-
-$(BIN)/.test: $(BIN)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
-	touch $@
-
-$(BIN)/.lint: $(BIN)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
-	touch $@
-
-$(BIN)/.docs: $(BIN)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+# $(BIN)/.test and its like: the package with that extra of pyproject.toml.
+$(BIN)/.%: $(BIN)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	touch $@
 
 demo: $(BIN)/.examples  ## train a small language model with AdamW and with CautiousDecay(AdamW): about two minutes
