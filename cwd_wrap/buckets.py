@@ -189,7 +189,7 @@ class Of(NamedTuple):
         return str(self.members.group.get("name", f"group {self.members.index}"))
 
     def parts(self, path: str, weights: Sequence[int], sums: Tensor) -> Iterator[Part]:
-        """The reports on the parameters, one `Part` for all those that equally many ranks hold."""
+        """The reports on the parameters: one `Part` for all parameters that the same number of ranks hold."""
         members = self.members
         places = [members.numbers[i] - members.first for i in self.rows]
         labels = [members.names[i] if members.names else f"{members.index}.{i}" for i in places]

@@ -131,7 +131,7 @@ def check_pieces(
 
 
 def copying(base: Optimizer, group: Mapping[str, Any]) -> str:
-    """The cheaper of the two paths with a copy that ``group`` can take: pieces or snapshot."""
+    """The cheaper of the paths with a copy: pieces if ``group`` can take it, else snapshot."""
     return "pieces" if _why_not_pieces(base, group) is None else "snapshot"
 
 

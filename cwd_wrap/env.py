@@ -56,7 +56,7 @@ def path_of(cls: type[Optimizer]) -> str:
 
 
 def classes(module: str) -> list[type[Optimizer]]:
-    """The optimizer classes that ``module`` offers, except those of torch in another library.
+    """The optimizer classes that ``module`` offers, without those that another library imports from torch.
 
     What the import of ``module`` prints or warns is dropped.
     """

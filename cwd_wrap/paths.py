@@ -49,8 +49,8 @@ class Work:
     gradients: Gradients
     stream: Stream
     unchecked: bool
-    """True at the first step after a start or a load, when the state may be another model's. Shapes are compared then;
-    at other steps only sizes are, which is quicker."""
+    """True at the first step of a new or loaded optimizer: the state may be another model's, so shapes are compared. At
+    other steps only sizes are, which is quicker."""
     count: bool
     """True if the step is reported to an observer."""
     groups: Sequence[dict[str, Any]]

@@ -81,7 +81,7 @@ def refusal_of(cls: type[Optimizer]) -> str | None:
 
 def _has_master_bits(group: Group) -> bool:
     """True if other tensors hold low bits of the group's weights."""
-    if group.get("param_ecc"):  # heavyball; below flashoptim, and FlashAdamW of pytorch_optimizer
+    if group.get("param_ecc"):  # heavyball; the widths are of flashoptim and pytorch_optimizer's FlashAdamW
         return True
     width = group.get("master_bytewidth", group.get("master_byte_width")) or 0
     return any(width > p.element_size() for p in group["params"])

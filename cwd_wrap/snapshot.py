@@ -16,10 +16,8 @@ CopyOn = Callable[[torch.device], Copy]
 class Buffers:
     """Memory for copies of weights, kept from step to step. `drop` frees it.
 
-    The copies of `take` that a later call does not need are freed too.
-
-    The copies are not in the optimizer's ``state``, because many optimizers treat a parameter with any state as already
-    initialised.
+    Each `take` frees the copies that it does not need. The copies are not in the optimizer's ``state``, because many
+    optimizers treat a parameter with any state as already initialised.
 
     During the capture of a CUDA graph, copies are made in the graph's own memory and are not kept here. They live as
     long as the graph, whether or not `drop` is called.

@@ -32,7 +32,7 @@ class Step:
 
     def __init__(self, work: Work, eta_lams: Callable[[], list[float | Tensor]], path: str | None) -> None:
         self.begun = False
-        """Still False after the step if the base did not fire its hooks: then nothing was done."""
+        """True once the rule has begun. Still False after the step if the base did not fire its hooks."""
         self._work = work
         self._eta_lams = eta_lams
         self._path = path

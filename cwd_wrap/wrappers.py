@@ -30,9 +30,9 @@ class CautiousDecay(OptimizerWrapper):
 
         x <- x - eta * (u + lam * 1[u*x >= 0] * x)
 
-    ``u`` is the base's update, which is subtracted, and eta its step size (``lr``). A weight decays only where the step
-    moves it towards zero or leaves it in place. The decay is decoupled, whatever the base's own decay is. Mask and
-    decay use the ``x`` before the step. A complex weight counts as two real ones.
+    ``u`` is the base's update, which is subtracted, and eta its step size, usually ``lr``. A weight decays only where
+    the step moves it towards zero or leaves it in place. The decay is decoupled, whatever the base's own decay is. Mask
+    and decay use the ``x`` before the step. A complex weight counts as two real ones.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer, over weights of any shape and any real or complex type.
