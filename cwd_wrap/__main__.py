@@ -6,7 +6,7 @@ from cwd_wrap import env
 
 
 def main() -> None:
-    """Run the command that was given, or print which there are."""
+    """Run the given command; without one, print the help."""
     parser = argparse.ArgumentParser(prog="python -m cwd_wrap")
     commands = parser.add_subparsers(dest="command", title="commands")
     of_env = commands.add_parser("env", help="print versions, devices, backends and paths, for bug reports")

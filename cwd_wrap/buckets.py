@@ -1,9 +1,9 @@
-"""Containers passed from the paths to the kernels: tensors of one param group, one device and the same types.
+"""Containers that the paths pass to the kernels: tensors of one param group on one device, in columns of one type each.
 
-The columns of a bucket run in parallel, one entry a tensor. ``eta_lam`` is the decay of one step where the mask is 1.
-``draws`` is there for rules that draw random numbers; with it, 16-bit tensors are rounded stochastically. ``of``: the
-parameters that the tensors are of, for who reports on them.
-`coming`, `whole` and `stepped` fill them from the `Members` of a param group.
+The columns of a bucket run in parallel, one entry for each tensor. ``eta_lam`` is the share that a step takes off a
+weight where the mask is 1. ``draws`` are the random numbers of rules that draw some; a kernel that gets them rounds
+16-bit tensors stochastically. ``of`` says which parameters the tensors belong to, for reports.
+`coming`, `whole` and `stepped` fill the buckets from the `Members` of a param group.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -23,27 +23,27 @@ from cwd_wrap.updates import Update
 _NO_STATE: Mapping[str, Any] = {}
 
 Sums: TypeAlias = Tensor | None
-"""`rules.sums` of each tensor, in rows; None where nobody asked for them."""
+"""`rules.sums` of each tensor, of shape (tensors, 5); None unless they were asked for."""
 
 
 @dataclass(slots=True)
 class Part:
-    """What one step did to some parameters of one param group, each of them a row of ``sums``."""
+    """What one step did to some parameters of one param group; each parameter has a row of ``sums``."""
 
     group: int
     """The group's index."""
     name: str
     """The group's ``name``, or ``group 0``."""
     labels: Sequence[str]
-    """The parameters' names, if the optimizer was given some; else as in ``0.3``, group and place in it."""
+    """The parameters' names, if the optimizer was given some; else like ``0.3``: the group's index, the place in it."""
     weights: Sequence[int]
-    """How many weights took part, on this rank."""
+    """For each parameter, how many weights the method acted on, on this rank."""
     copies: int
-    """On how many ranks the same weights are, as far as a DTensor says so."""
+    """How many ranks hold the same weights, by the placements of a DTensor; 1 for other tensors."""
     path: str
     eta_lam: float | Tensor
     sums: Tensor
-    """`rules.sums`, not read from the device. NaN for what the method does not know."""
+    """`rules.sums`, still on the device. NaN for what the method does not have."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class Report:
 
     @property
     def active(self) -> Tensor | int:
-        """How many weights were decayed, not read from the device."""
+        """How many weights were decayed, as a tensor that is still on the device."""
         return sum(part.sums[:, 0].sum() for part in self.parts)
 
     @property
     def total(self) -> int:
-        """How many took part and are subject to decay."""
+        """How many weights the method acted on."""
         return sum(sum(part.weights) for part in self.parts)
 
 
 @dataclass
 class Coming:
-    """Weights ``w`` that are about to be stepped in the direction of a*m + b*g; ``m`` is None without momentum."""
+    """Weights ``w`` before a step whose update has the sign of a*m + b*g; ``m`` is None without momentum."""
 
     w: Sequence[Tensor]
     g: Sequence[Tensor]
@@ -84,10 +84,10 @@ class Coming:
 
 @dataclass
 class Stepped:
-    """Weights ``w`` that have been stepped, and ``x``, the same from before the step.
+    """Weights ``w`` after the base's step, and ``x``, the same weights before it.
 
-    ``p``: the parameters that the weights are views of, whole where these are shards. ``g``: the gradients (negated
-    where the step climbs them), for rules that read them.
+    ``p``: the parameters that ``w`` are views or shards of. ``g``: the gradients (negated where the step goes up the
+    gradient), for rules that read them.
     """
 
     p: Sequence[Tensor]
@@ -108,8 +108,8 @@ class Stepped:
 class Whole:
     """Weights ``w`` to be decayed and stepped at once, by ``update``, on the base's own state.
 
-    ``state``: a column for each of the update's state keys. ``steps``: the base's counters, one number each, not yet
-    increased; empty where it counts none.
+    ``state``: a column for each of the update's state keys. ``steps``: the base's counters, float32 tensors of one
+    element, not yet increased; empty if the update reads no counter.
     """
 
     w: Sequence[Tensor]
@@ -145,7 +145,7 @@ class Members:
     eta_lam: float | Tensor
     parameters: list[Tensor]
     gradients: list[Tensor | None]
-    """As they are just before the step."""
+    """Those from just before the step; None for a parameter without one."""
     numbers: Sequence[int] = ()
     """Each parameter's number among all of the optimizer's."""
     stream: Stream | None = None
@@ -189,7 +189,7 @@ class Of(NamedTuple):
         return str(self.members.group.get("name", f"group {self.members.index}"))
 
     def parts(self, path: str, weights: Sequence[int], sums: Tensor) -> Iterator[Part]:
-        """What is to be said of the parameters; those that as many ranks hold together."""
+        """The reports on the parameters: one `Part` for all parameters that the same number of ranks hold."""
         members = self.members
         places = [members.numbers[i] - members.first for i in self.rows]
         labels = [members.names[i] if members.names else f"{members.index}.{i}" for i in places]
@@ -204,8 +204,8 @@ class Of(NamedTuple):
 def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
     """The members that one pass can step, and the others.
 
-    Those have no state yet, or one that the kernels do not take: on other ranks, or with a counter that is no float32
-    beside the weight.
+    The others have no state yet, or one that the kernels cannot use: in another layout over the ranks than the weight,
+    or with a counter that is not a float32 on the weight's device.
     """
     update = cast("updates.Update", updates.find(base, members.group))
     keys = (*update.state_keys, "step") if update.counts else update.state_keys
@@ -226,7 +226,7 @@ def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
 
 
 def _all_count(steps: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
-    """Are the counters float32 tensors on the devices of the parameters?"""
+    """True if the counters are float32 tensors on the devices of the parameters."""
     if not all(isinstance(step, Tensor) for step in steps):
         return False
     same_type = [step.dtype for step in steps].count(torch.float32) == len(steps)
@@ -234,7 +234,7 @@ def _all_count(steps: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
 
 
 def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
-    """Buckets of members that `directions` knows."""
+    """Buckets of members with a direction in `directions`."""
     found = cast("directions.Direction", directions.find(base, members.group))
     states = [base.state.get(p, _NO_STATE) for p in members.parameters]
     momenta = [None] * len(states) if found.state_key is None else [state.get(found.state_key) for state in states]
@@ -259,7 +259,7 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
-    """Buckets of members that `updates` knows, all with state."""
+    """Buckets of members with an update in `updates`, all with state."""
     update = cast("updates.Update", updates.find(base, members.group))
     p = members.parameters
     states = [base.state[each] for each in p] if update.state_keys else []
@@ -268,7 +268,7 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
     lr = members.group["lr"]
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch takes one element in any shape, a 0-d weight does not
+    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch accepts any shape, but a 0-d weight needs 0-d
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
@@ -278,7 +278,7 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
 
 
 def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[Stepped]:
-    """Buckets of the members with a dense gradient; ``x``: all members from before the step."""
+    """Buckets of the members with a dense gradient; ``x``: copies of all members from before the step."""
     took = [i for i, g in enumerate(members.gradients) if g is not None and not g.is_sparse]
     if not took:
         return

@@ -21,7 +21,7 @@ PATHS = ("one_pass", "direction", "pieces", "snapshot")
 
 @dataclass(frozen=True)
 class Rule:
-    """A method, as the paths need it. The bool argument of each function asks for a count of decayed weights."""
+    """A method, as the paths need it. The bool argument of each function asks it to return `rules.sums`."""
 
     name: str
     """The method's name, for error texts."""
@@ -34,18 +34,18 @@ class Rule:
     whole: Callable[[Backend, Sequence[Whole], bool], Sums] | None = None
     """Applies the rule and the base's update together."""
     reads_gradient: bool = False
-    """Does ``after`` need the gradients?"""
+    """True if ``after`` needs the gradients."""
     every_group: bool = False
-    """Does it also act on groups that do not decay?"""
+    """True if the method also acts on groups that do not decay."""
     draws: bool = False
-    """Does it draw random numbers?"""
+    """True if the method draws random numbers."""
     whole_tensors: str | None = None
-    """The way out for groups of flat pieces, if it counts over each whole tensor; else None."""
+    """For a method that counts over each whole tensor: what the error for flat pieces advises. Else None."""
     rounds: bool = False
-    """Does ``whole`` round 16-bit weights stochastically? Then it also steps groups that do not decay."""
+    """True if ``whole`` rounds 16-bit weights stochastically: then it also steps groups that do not decay."""
 
     def has_work(self, eta_lam: float | Tensor) -> bool:
-        """Does the method act on a group with this ``eta_lam``?"""
+        """True if the method acts on a group with this eta*lam (or lam). A tensor counts as not 0: it is not read."""
         return self.every_group or isinstance(eta_lam, Tensor) or eta_lam != 0
 
 
@@ -61,18 +61,19 @@ class PathOfGroup(NamedTuple):
 
     group: int
     path: str
+    """One of `PATHS`, or "plain" for a group that the base steps alone."""
     reason: str
 
 
 def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
-    """The first of `PATHS` that ``group`` can take, or the ``forced`` one: ValueError if it cannot be taken."""
+    """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that is impossible."""
     if forced is not None:
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
             groups = base.param_groups
             index = next(
                 (i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups)
-            )  # about to join
+            )  # a group that is about to be added has the next index
             msg = (
                 f"path={forced!r} does not work for param group {index} of {type(base).__name__}: {reason}. "
                 "Pass path=None to let the library choose one that works"
@@ -130,12 +131,12 @@ def check_pieces(
 
 
 def copying(base: Optimizer, group: Mapping[str, Any]) -> str:
-    """The cheapest of the paths that compare with a copy."""
+    """The cheaper of the paths with a copy: pieces if ``group`` can take it, else snapshot."""
     return "pieces" if _why_not_pieces(base, group) is None else "snapshot"
 
 
 def steps_without_closure(base: Optimizer) -> bool:
-    """Is ``base`` known to evaluate its closure once, before anything else?"""
+    """True if ``base`` is known to call its closure once, before anything else: it can as well be called earlier."""
     name = f"{type(base).__module__}.{type(base).__qualname__}"
     return name in directions.TABLE or name in pieces.TABLE
 
@@ -147,7 +148,10 @@ def _why_not(
     group: Mapping[str, Any],
     compiled_on: tuple[str | None, torch.device] | None,
 ) -> str | None:
-    """Why ``group`` cannot take ``path``; None if it can. One pass needs a compiled kernel ``compiled_on`` a device."""
+    """Why ``group`` cannot take ``path``; None if it can.
+
+    ``compiled_on``: the backend and device for which one_pass needs a compiled kernel; None does not check that.
+    """
     if path == "snapshot":
         return None
     if path == "pieces":
@@ -169,11 +173,11 @@ def _why_not(
 
 
 def _why_not_pieces(base: Optimizer, group: Mapping[str, Any]) -> str | None:
-    if _is_compiled(base.step):  # compiling sets the groups up for compiled code only
+    if _is_compiled(base.step):  # the groups are then set up for the compiled step, and pieces call the plain one
         return f"the step of {type(base).__name__} is compiled by torch.compile"
     return pieces.why_not(base, group)
 
 
 def _is_compiled(step: object) -> bool:
-    """Is it compiled by torch.compile? That marks functions it must not compile (RAdam.step) almost the same way."""
+    """True if torch.compile compiled ``step``. Functions that it must not compile (RAdam.step) have both marks."""
     return hasattr(step, "_torchdynamo_orig_callable") and not getattr(step, "_torchdynamo_disable", False)

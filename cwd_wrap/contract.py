@@ -1,8 +1,9 @@
 """The interface of torch.optim.Optimizer for an optimizer that wraps another: all of it but the step.
 
 It has no parameters, groups or state: ``param_groups``, ``state`` and ``defaults`` are the base's own objects, looked
-up each time, since schedulers, checkpoints and engines replace them. Every attribute is forwarded by name.
-There is no ``__getattr__``, so GradScaler sees a plain optimizer: it unscales the gradients itself and skips the step.
+up each time, since schedulers, checkpoints and engines replace them. Each attribute that is forwarded is named here.
+There is no ``__getattr__``, so GradScaler treats even a fused base as a plain optimizer: GradScaler itself unscales the
+gradients and skips steps.
 """
 
 import functools
@@ -29,8 +30,8 @@ def _forwarded(name: str) -> property:
 def with_hooks(step: StepFunction) -> StepFunction:
     """Fire the wrapper's own step hooks around ``step``.
 
-    torch patches every ``step`` to do so, unless it is marked as ``hooked``; but its patch would fire the global hooks
-    as well, which the base's step does already, and they count steps (the profiler's do).
+    torch patches every ``step`` to do so, unless it is marked as ``hooked``. But that patch also fires the global
+    hooks, which the base's step fires already. The profiler's count steps, and would count each twice.
     """
 
     @functools.wraps(step)
@@ -104,8 +105,8 @@ class Contract(Optimizer):
     _settings: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
-        """Check the constructor's arguments here: Python's own error gives no way out."""
-        if args or kwargs:  # neither: copy or pickle
+        """Check the constructor's arguments before Python does: its error does not say what to do."""
+        if args or kwargs:  # copy and pickle pass none
             _check_call(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -158,7 +159,7 @@ class Contract(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state dict, key for key: a checkpoint of the plain optimizer and one of this are the same."""
+        """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
@@ -168,7 +169,7 @@ class Contract(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
+        """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
         state_dict = state_dict.copy()  # hooks may change the copy, not the caller's dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

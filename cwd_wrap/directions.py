@@ -3,10 +3,10 @@
     sign(u) = sign(a*m + b*g)        m: a tensor in the parameter's state, g: its gradient, a > 0 and b scalars
 
 Then the mask is known before the step: no copy is needed, and rounding of the step (bfloat16) cannot change the mask.
-A class is in the table, by its exact name, only if its update reads no weight (so that decaying before the
-step is the same as decaying beside it) and a test holds it equal to the snapshot path. Left out because it does not
-hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own
-scale), whatever reads the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
+A class is in the table, by its exact name, only if its update reads no weight (so that decay and step give the same in
+either order) and a test holds it equal to the snapshot path. These are left out because the equation does not hold:
+Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own scale),
+all that read the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,16 +20,16 @@ State = Mapping[str, Any]
 
 
 class Direction(NamedTuple):
-    """``sign(u) = sign(a*m + b*g)`` for the parameters of one group, m the state's entry ``state_key``.
+    """``sign(u) = sign(a*m + b*g)`` for the parameters of one group; m is the state's entry ``state_key``.
 
-    Without that entry (None, or not made yet) the sign is that of ``first * g``.
+    Where ``state_key`` is None or the state has no such entry yet, ``sign(u) = sign(first*g)``.
     """
 
     state_key: str | None
     first: float
     pair: tuple[float, float] = (0.0, 0.0)
     varying: Callable[[State], tuple[float, float]] | None = None
-    """(a, b) from a parameter's state, where they change from step to step; otherwise they are ``pair``."""
+    """(a, b) from a parameter's state, if they change from step to step; else None, and (a, b) is ``pair``."""
 
     def numbers(self, state: State) -> tuple[float, float]:
         """(a, b) for a parameter with this state."""

@@ -1,7 +1,8 @@
 """Random numbers that are a function of a seed, the step, the parameter and the place in it. No generator is used.
 
-So replicas agree whatever their seeds, shards agree with the whole tensor, and no other random numbers change. The
-bits are SplitMix64's (Steele, Lea and Flood, 2014; `rules.mix`) at the counter (seed, step, parameter, place).
+So replicas agree however their generators are seeded, shards agree with the whole tensor, and nothing else in the
+program draws other numbers. The bits are SplitMix64's (Steele, Lea and Flood, 2014; `rules.mix`) at the counter (seed,
+step, parameter, place).
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class Draws(NamedTuple):
         return Draws(self.stream, [self.numbers[i] for i in chosen], [self.shards[i] for i in chosen])
 
     def words(self, i: int) -> Tensor:
-        """A word of 64 random bits for each place of tensor ``i``, in one line."""
+        """64 random bits for each place of tensor ``i``: a flat int64 tensor."""
         offset, run, jump, numel = self.shards[i]
         local = torch.arange(numel, device=self.stream.device)
         places = local + offset if run >= numel else offset + local // run * jump + local % run
@@ -40,8 +41,8 @@ class Draws(NamedTuple):
 class Stream:
     """The random numbers of one wrapper: a function of its seed and of the steps that its base has taken.
 
-    The count is the base's own ``step`` where its state has one, so a resumed run draws the same numbers.
-    For other bases it begins at 0 when a checkpoint is loaded.
+    The count of steps is the base's own ``step`` if its state has one, so a resumed run draws the same numbers.
+    For other bases the count begins at 0 when a checkpoint is loaded.
     """
 
     def __init__(self, seed: int, steps: int | None = None) -> None:
@@ -55,7 +56,7 @@ class Stream:
         self.steps = None
 
     def advance(self, base: Optimizer) -> None:
-        """Begin a step."""
+        """Begin a step: count it, or read the count from the base's state."""
         if self.steps is None:
             self.steps = _steps_taken(base.state)
             for counter in self._counters.values():

@@ -36,7 +36,13 @@ PATHS = ("one_pass", "direction", "pieces", "snapshot", "refused")
 
 
 def report(*, optimizers: bool = False) -> str:
-    """Versions, devices, backends and paths as plain text; with ``optimizers``, the path of each class too."""
+    """Versions, devices, backends and paths as plain text; with ``optimizers``, also the path of each class.
+
+    Example:
+        >>> from cwd_wrap import env
+        >>> env.report().startswith("python 3.")
+        True
+    """
     return "\n".join([*_versions(), "", *_devices(), "", *_paths(optimizers=optimizers)])
 
 
@@ -50,7 +56,10 @@ def path_of(cls: type[Optimizer]) -> str:
 
 
 def classes(module: str) -> list[type[Optimizer]]:
-    """The optimizers that ``module`` offers, torch's own only for torch. What its import prints or warns is dropped."""
+    """The optimizer classes that ``module`` offers, without those that another library imports from torch.
+
+    What the import of ``module`` prints or warns is dropped.
+    """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         offered = vars(importlib.import_module(module)).values()

@@ -1,4 +1,4 @@
-"""Collects what each step did to the weights. It takes reports, and does not import the wrappers."""
+"""Collects what each step did to the weights, from the wrappers' reports. It does not import the wrappers."""
 
 import csv
 import math
@@ -17,8 +17,8 @@ from cwd_wrap import notices
 from cwd_wrap.buckets import Part, Report
 from cwd_wrap.graphs import capturing
 
-TOGETHER = 256  # tensors that are put into one: one alone takes 512 bytes on a device
-LOOKS, ALMOST_NONE = 100, 0.01  # after so many looks in a row with a smaller share of weights decayed, it warns
+TOGETHER = 256  # so many tensors of sums are joined into one, because each alone takes 512 bytes on a device
+LOOKS, ALMOST_NONE = 100, 0.01  # warn if less than this share of the weights decayed at so many looks in a row
 _T = TypeVar("_T")
 COLUMNS = (
     "step", "group", "name", "path", "weights", "eta_lam", "share_decayed", "share_towards", "decay_norm",
@@ -27,8 +27,10 @@ COLUMNS = (
 
 
 class _Look(NamedTuple):
-    number: int
-    step: int
+    """A step that was recorded."""
+
+    number: int  # among all looks
+    step: int  # among all steps of its groups
     parts: list[Part]
 
 
@@ -60,37 +62,38 @@ class _Row:
 
 
 class MaskMonitor:
-    """Collects what the decay does at each step: how much of the weights decays, by how much, beside which update.
+    """Records at each step which share of the weights decays, by how much, and how large the optimizer's update is.
 
-    Set it as a wrapper's ``observer``. `rows` gives a dict for each step and param group:
+    Set it as a wrapper's ``observer``. `rows` gives a dict for each recorded step (a "look") and param group:
 
     ============================  ====================================================================================
     ``step``, ``group``           the number of the group's step since the monitor was attached; the group's index
     ``name``                      the group's key ``name``, or ``group 0``; see ``per_parameter``
-    ``path``                      how the step was made; several with a + between them
-    ``weights``                   how many weights took part, on this rank
+    ``path``                      the path that the group took; several are joined by +
+    ``weights``                   how many weights the method acted on, on this rank
     ``eta_lam``                   eta*lam, the share that one step takes off a weight where the mask is 1
-    ``share_decayed``             the mean of the mask: of the weights that decayed. A weight that the step leaves in
-                                  place counts, unless the wrapper is ``strict``
+    ``share_decayed``             the share of weights that decayed: the mean of the mask. A weight that the step leaves
+                                  in place counts, unless the wrapper is ``strict``
     ``share_towards``             the share with ``u*x > 0``, which is what the paper's figure shows
     ``decay_norm``                ``||eta*lam * mask * x||``: the size of what the decay took away
     ``update_norm``               ``||eta*u||``: the size of the optimizer's own update
-    ``weight_norm``               ``||x||`` after the step; of 16-bit weights before they are rounded
+    ``weight_norm``               ``||x||`` after the step; of 16-bit weights, on some paths before they are rounded
     ============================  ====================================================================================
 
     Norms are Euclidean. What a method does not have is NaN: for `CautiousUpdate` and `PNormDecay` ``share_towards`` and
-    ``decay_norm``. ``share_decayed`` is there the share of updates that were kept, or 1, and ``update_norm`` the update
-    of the base, before it is masked.
+    ``decay_norm``. Their ``share_decayed`` is the share of weights that keep their update (`CautiousUpdate`) or 1
+    (`PNormDecay`), and ``update_norm`` is that of the base's update before it is masked.
 
     A step never waits for the device; `rows`, `write`, `to_csv`, `ratios` and `read` do. Training is the same with a
     monitor and without. On the path "direction" a look keeps a copy of the decaying weights during the step. Each
-    optimizer needs a monitor of its own, or their groups are taken for the same.
+    optimizer needs its own monitor: one monitor cannot tell the groups of two optimizers apart.
 
     Args:
         per_parameter: a row for each parameter. ``name`` is then the parameter's, if the optimizer was given named
             parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
-        every: look at the first of so many steps, and pay nothing at the others.
-        keep: rows that are kept, the last ones: about 1 kB each, less for parameters. Read or write them before.
+        every: record the first of every so many steps; the others cost nothing.
+        keep: how many rows are kept, the latest (about 1 kB each, less for rows of parameters). Older ones are dropped,
+            so read or write them before.
 
     Raises:
         ValueError: ``every`` or ``keep`` is not a whole number above 0.
@@ -119,20 +122,20 @@ class MaskMonitor:
         self.every = every
         self.keep = keep
         self._steps: dict[int, int] = defaultdict(int)  # of each group
-        self._due = 0  # the step that is looked at, 0 before somebody asked
+        self._due = 0  # the number of the step that is to be recorded, else 0
         self._looks: deque[_Look] = deque()
-        self._count = 0  # of looks, those that are gone included
+        self._count = 0  # of looks, dropped ones included
         self._rows = 0
         self._apart: list[Part] = []
         self._read = self._written = 0
-        self._unread: dict[torch.device, Tensor] = {}  # of looks that are gone: weights decayed
+        self._unread: dict[torch.device, Tensor] = {}  # weights decayed at dropped looks
         self._unread_weights = 0
         self._warned: set[int] = set()
 
     # ---- what the wrapper calls
 
     def looks_at(self, groups: Iterable[int]) -> bool:
-        """Count a step of these groups. Is it to be reported?"""
+        """Count a step of these groups. Returns whether it is to be reported."""
         groups = list(groups)
         step = 1 + max((self._steps[group] for group in groups), default=0)
         self._steps.update(dict.fromkeys(groups, step))
@@ -159,10 +162,11 @@ class MaskMonitor:
     def rows(self, *, over_ranks: bool = False) -> list[dict[str, Any]]:
         """A dict of plain numbers for each step and group, or parameter, in order: for ``pandas.DataFrame(rows)``.
 
-        ``over_ranks``: of the weights of all ranks, so all must call this together. What several ranks hold of a
-        DTensor counts once. Of plain parameters that all ranks hold (DDP), any one rank has the rows.
+        ``over_ranks``: over the weights of all ranks, so all must call this together. Weights of a DTensor that several
+        ranks hold count once. For plain parameters, which every rank holds (DDP), leave it off: one rank has the rows.
 
-        Warns once for a group of whose weights hardly any decayed, 100 looks in a row. That many must be kept.
+        Warns once for a group in which less than 1 % of the weights decayed at each of the last 100 looks, if the rows
+        of so many are kept.
         """
         return [row.readable() for row in self._merged(over_ranks)]
 
@@ -175,7 +179,7 @@ class MaskMonitor:
         self._written = self._count
 
     def to_csv(self, path: str | PathLike[str], *, over_ranks: bool = False) -> None:
-        """Write the `rows` to a file, with a line of their names."""
+        """Write the `rows` to a CSV file with a header."""
         rows = self.rows(over_ranks=over_ranks)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, COLUMNS)
@@ -184,18 +188,19 @@ class MaskMonitor:
 
     @property
     def ratios(self) -> list[float]:
-        """One number for each look: the share of weights that decayed, NaN where nothing took part.
+        """One number for each look: the share of weights that decayed, NaN if the method acted on none.
 
-        Of the weights on this rank; `read` can take all ranks together. A call with a learning rate of 0 is no step and
-        has no number (torch's distributed checkpoints make one). DeepSpeed calls ``step`` once for each param group.
+        This counts the weights on this rank; `read` can take all ranks together. A call with a learning rate of 0 is no
+        step and has no number (torch's distributed checkpoints make one). DeepSpeed calls ``step`` once for each param
+        group, and each call has a number.
         """
         return [_share(*_counted([look])) for look in self._looks]
 
     def read(self, *, over_ranks: bool = False) -> float:
-        """The share over all looks since the last reading; NaN where nothing took part.
+        """The share of weights that decayed, over all looks since the last call; NaN if the method acted on none.
 
-        ``over_ranks``: over the weights of all ranks, so all must call this together. What several ranks hold counts
-        once for each of them.
+        ``over_ranks``: over the weights of all ranks, so all must call this together. Weights that several ranks hold
+        count once for each of them.
         """
         active, total = _counted(look for look in self._looks if look.number >= self._read)
         counts = [(active + sum(map(float, self._unread.values())), total + self._unread_weights)]
@@ -207,7 +212,7 @@ class MaskMonitor:
     # ---- parts of the above
 
     def _as_kept(self, part: Part) -> Part:
-        """The part with a row for each parameter or one for all, and a last column with eta*lam if a device has it."""
+        """The part with a row for each parameter, or one for all. If eta*lam is on a device, it is the last column."""
         sums, eta_lam = part.sums, part.eta_lam
         labels, weights = part.labels, part.weights
         if not self.per_parameter:
@@ -219,7 +224,7 @@ class MaskMonitor:
         return replace(part, sums=sums, labels=labels, weights=weights, eta_lam=eta_lam)
 
     def _forget(self, look: _Look) -> None:
-        """`read` still counts it."""
+        """Drop a look; `read` still counts it."""
         self._rows -= _length(look.parts)
         if look.number < self._read:
             return

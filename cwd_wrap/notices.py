@@ -7,7 +7,7 @@ _NOT_THE_USERS = ("cwd_wrap", "torch", "contextlib")
 
 
 def param_group(index: int, name: object = None) -> str:
-    """A group in a text: by its index, and by its name if it has one."""
+    """How texts name a group: by its index, and by its name if it has one."""
     return f"param group {index}" if name in (None, f"group {index}") else f"param group {index} ({name})"
 
 

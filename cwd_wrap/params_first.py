@@ -20,7 +20,7 @@ _made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 
 def over(wrapper: Any, base: Callable[..., Optimizer], options: dict[str, object]) -> Any:
-    """`make`, with a check of the user's arguments. Raises TypeError if they are wrong."""
+    """`make`, after a check of the user's arguments. Raises TypeError if they are wrong."""
     name = wrapper.__name__
     if not (issubclass(base, Optimizer) if isinstance(base, type) else callable(base)):
         msg = (
@@ -39,14 +39,14 @@ def over(wrapper: Any, base: Callable[..., Optimizer], options: dict[str, object
 
 
 def make(wrapper: Any, base: Callable[..., Optimizer], options: Options) -> Any:
-    """The class for this wrapper, base and options: one at a time, so that a pickle loads as the class in use."""
+    """The class for this wrapper, base and options. While it is in use it is the only one, so a pickle loads as it."""
     _check_options(wrapper, options)
     key = wrapper, base, tuple((name, type(value), value) for name, value in options)  # 1 and 1.0 are equal
     if (made := _made.get(key)) is not None:
         return made
     signature = inspect.signature(base)
-    called: Any = getattr(base, "func", base)  # a functools.partial has the name of its function,
-    called = called if hasattr(called, "__qualname__") else type(called)  # and any other callable object its class's
+    called: Any = getattr(base, "func", base)  # a functools.partial is named by its function,
+    called = called if hasattr(called, "__qualname__") else type(called)  # other callable objects by their class
     names = {
         "__init__": _constructor(wrapper, base, dict(options), signature),
         "__doc__": f"`{wrapper.__name__}` over `{called.__module__}.{called.__qualname__}`, built from parameters.",

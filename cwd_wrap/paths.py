@@ -1,8 +1,7 @@
 """Four ways to carry a rule out around the base's own step.
 
-A path is a context manager, and its ``yield`` is the base's own step. What the base is handed is what it steps: for
-the time of its own code ``group["params"]`` holds the parameters that are left to it, and afterwards the list that it
-held before.
+A path is a context manager; the base's own step runs at its ``yield``. The paths one_pass and pieces take parameters
+away from that step: until it ends, ``group["params"]`` is a list of those that are left, and then the former list.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ Counted: TypeAlias = tuple[Bucket, Tensor]
 
 
 def copied_bytes(whole: Sequence[Tensor], in_pieces: Sequence[Tensor]) -> int:
-    """Bytes of the copies that the paths snapshot and pieces make of these parameters, on this rank."""
+    """Bytes of the copies that the paths snapshot (``whole``) and pieces (``in_pieces``) make, on this rank."""
 
     def sizes(parameters: Sequence[Tensor]) -> list[int]:
         copied = {id(p): p for p in parameters if p.requires_grad and (p.grad is None or not p.grad.is_sparse)}
@@ -50,16 +49,17 @@ class Work:
     gradients: Gradients
     stream: Stream
     unchecked: bool
-    """May the state be that of another model? Then shapes are compared; sizes always are, which is quicker."""
+    """True at the first step of a new or loaded optimizer: the state may be another model's, so shapes are compared. At
+    other steps only sizes are, which is quicker."""
     count: bool
-    """Is the step reported to an observer?"""
+    """True if the step is reported to an observer."""
     groups: Sequence[dict[str, Any]]
-    """All param groups: engines step with one of them at a time."""
+    """All param groups. The base may have only one of them at a time (DeepSpeed steps so)."""
     parts: list[Part] = field(default_factory=list)
-    """What was done, if counted."""
+    """What each path did, if ``count``."""
 
     def index(self, i: int, group: dict[str, Any]) -> int:
-        """The index among all groups of the one that now has index ``i``."""
+        """The index among all groups of ``group``, which has index ``i`` in the base now."""
         if i < len(self.groups) and self.groups[i] is group:
             return i
         return next((k for k, each in enumerate(self.groups) if each is group), i)
@@ -73,7 +73,7 @@ class Work:
         return self.on(device).copy
 
     def carry_out(self, act: Callable[[Backend, Any, bool], Sums], buckets: Sequence[Bucket]) -> list[Counted]:
-        """Call ``act`` once for all buckets of a kind; return the sums of those that decay, if they are counted."""
+        """Call ``act`` once for all buckets of one kind. Returns the sums of those that decay, if ``count``."""
         counted: list[Counted] = []
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
@@ -94,11 +94,11 @@ class Work:
                 self.parts += bucket.of.parts(path, list(map(Tensor.numel, bucket.w)), sums)
 
     def _check(self, bucket: Bucket) -> None:
-        """The kernels follow addresses: a tensor of another size or on another device would end the process."""
+        """Raise where sizes or devices differ: the kernels read by address, and the process would crash."""
         w, *others = bucket.columns
         sizes = list(map(Tensor.numel, w))
         for column in others:
-            if column[0].device != w[0].device:  # all of a column are on one
+            if column[0].device != w[0].device:  # a column is on one device
                 msg = (
                     f"{type(self.base).__name__} has weights of shape {tuple(w[0].shape)} on {w[0].device}, but their "
                     f"gradient or state on {column[0].device}: move them to one device"
@@ -109,7 +109,7 @@ class Work:
                     _check_shapes(self.base, weight, other)
 
     def note(self, members: Sequence[Members]) -> None:
-        """Note the gradients as they are now: who takes part in the step, and along which gradient."""
+        """Store the current gradients. A member without one does not step; `Gradients` keeps what the rule reads."""
         for of_group in members:
             of_group.gradients = [p.grad for p in of_group.parameters]
             if self.rule.reads_gradient:
@@ -132,13 +132,13 @@ Path = Callable[[Work, Sequence[Members]], AbstractContextManager[None]]
 
 @contextmanager
 def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
-    """Decay the members and make the base's update of them, on the base's own state; the base steps what is left."""
+    """Decay and step the members in one kernel, on the base's own state; the base steps the other parameters."""
     if work.rule.whole is not None:
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
         work.report("one_pass", work.carry_out(work.rule.whole, buckets))
         for bucket in buckets:
-            if isinstance(bucket.update, Lion):  # as its own step does, and torch's fused ones do not
-                for w in bucket.w:  # so that autograd notices weights that changed between forward and backward
+            if isinstance(bucket.update, Lion):  # Lion's own step increments versions, torch's fused steps do not.
+                for w in bucket.w:  # Autograd reads them to notice a change between forward and backward.
                     torch.autograd.graph.increment_version(w)
     with _lent_all_but(work.base, members):
         yield
@@ -148,7 +148,7 @@ def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
 def direction(work: Work, members: Sequence[Members]) -> Iterator[None]:
     """Decay the members before the base steps them, along the sign of its coming update.
 
-    How large the update is, is known only to who keeps a copy: those who count do.
+    Only a monitor needs the size of the update. So a copy is kept during the step if the step is counted.
     """
     counted: list[Counted] = []
     if work.rule.before is not None:
@@ -163,7 +163,7 @@ def direction(work: Work, members: Sequence[Members]) -> Iterator[None]:
 
 @contextmanager
 def in_pieces(work: Work, members: Sequence[Members]) -> Iterator[None]:
-    """Have the base step the members piece by piece, each compared with a copy of the piece; then what is left."""
+    """Have the base step the members piece by piece, comparing each with a copy; then the parameters that are left."""
     step = _unhooked_step(work.base)
     for piece in _cut(members):
         with _lent_only(work.base, piece), snapshot(work, piece, work.buffers.take_piece):
@@ -174,7 +174,7 @@ def in_pieces(work: Work, members: Sequence[Members]) -> Iterator[None]:
 
 @contextmanager
 def snapshot(work: Work, members: Sequence[Members], take: Callable[..., list[Tensor]] | None = None) -> Iterator[None]:
-    """Copy the members, have the base step them, and compare."""
+    """Copy the members, have the base step them, and compare. ``take`` makes the copies of a piece."""
     parameters = [p for of_group in members for p in of_group.parameters]
     views = local_real_views(parameters)
     if take is None:
@@ -201,7 +201,7 @@ def snapshot(work: Work, members: Sequence[Members], take: Callable[..., list[Te
 
 @contextmanager
 def rows(work: Work, members: Sequence[Members]) -> Iterator[None]:
-    """For members with sparse gradients: copy the rows that those touch, have the base step, and compare."""
+    """Copy only the rows that the members' sparse gradients touch, have the base step, and compare."""
     before = []
     for of_group in members:
         for i, (p, g) in enumerate(zip(of_group.parameters, of_group.gradients, strict=True)):
@@ -215,7 +215,7 @@ def rows(work: Work, members: Sequence[Members]) -> Iterator[None]:
 
 NAMED: Mapping[str, Path] = dict(zip(PATHS, (one_pass, direction, in_pieces, snapshot), strict=True))
 ORDER = (rows, snapshot, direction, one_pass, in_pieces)
-"""In which paths are entered. What lends the base fewer parameters comes last."""
+"""The order in which paths are entered. Those that shorten the base's lists of parameters come last."""
 
 
 # ---- what the base steps
@@ -223,7 +223,7 @@ ORDER = (rows, snapshot, direction, one_pass, in_pieces)
 
 @contextmanager
 def _lent(base: Optimizer, lists: Sequence[list[Tensor]]) -> Iterator[None]:
-    """For the time of the base's own code, its groups hold ``lists``; afterwards the lists that they held before."""
+    """Inside this context the base's groups hold ``lists`` as their parameters; afterwards their former lists."""
     groups = list(base.param_groups)
     whole = [group["params"] for group in groups]
     try:
@@ -248,16 +248,16 @@ def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContex
         twice = len(set(ids)) != len(ids)
         if not twice and taken.issuperset(ids):
             return []
-        # torch steps a parameter that is listed twice twice: the second time is left to the base.
+        # If a parameter is listed twice, torch steps it twice: the second time is left to the base.
         return [p for i, p in enumerate(parameters) if ids[i] not in taken or (twice and ids[i] in ids[:i])]
 
     return _lent(base, [left(group["params"]) for group in base.param_groups])
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
-    """The base's own step without its hooks: those belong to the whole step."""
+    """The base's own step without its hooks, which fire once around all pieces."""
     own = type(base).step
-    while getattr(own, "hooked", False):  # by torch, and once more where dynamo has put a mark around that
+    while getattr(own, "hooked", False):  # torch wraps a step once, and dynamo may wrap that again
         own = own.__wrapped__  # type: ignore[attr-defined]
     return lambda: own(base)
 
@@ -265,7 +265,7 @@ def _unhooked_step(base: Optimizer) -> Callable[[], object]:
 def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
     """The members in pieces of at most `PIECE` bytes, or of one larger tensor, across groups.
 
-    The same pieces on all ranks, whatever shards they hold: rules and optimizers communicate in a piece.
+    All ranks make the same pieces, whatever shards they hold, because rules and optimizers communicate in a piece.
     """
     piece: list[Members] = []
     filled = 0
@@ -287,13 +287,14 @@ def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:
 
 
 def _draws_of_rows(members: Members, i: int, indices: tuple[Tensor, ...]) -> Draws | None:
-    """Rows are numbered as they come: the first place of the first is 0."""
+    """The random numbers for the rows ``indices`` of member ``i``, whose places are counted from 0 at the first row."""
     draws = members.draws([i])
     numel = local_real_view(members.parameters[i])[indices].numel()
     return None if draws is None else draws._replace(shards=[Shard(0, numel, numel, numel)])
 
 
 def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor, draws: Draws | None) -> None:
+    """Apply the rule to the rows ``indices`` of one parameter after the step."""
     p = of.members.parameters[of.rows[0]]
     w = local_real_view(p)
     touched = w[indices]

@@ -16,7 +16,7 @@ sizes and also in reverse order. These optimizers are left out, because they do 
 - an optimizer that wraps another: OrthoGrad.
 
 One case may round differently: if a group has parameters on two kinds of devices, ``foreach=None`` chooses the form of
-the update by all parameters of the call.
+the update by all parameters of the call, and a piece may hold those on one kind only.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ def _own_first_step(group: Group) -> str | None:
 
 
 def _foreach(group: Group) -> bool:
-    """Does this group step all its parameters at once? By default (None), on all devices but the CPU."""
+    """True if this group steps all its parameters at once. By default (None), on all devices but the CPU."""
     foreach = group.get("foreach", False)
     return any(p.device.type != "cpu" for p in group["params"]) if foreach is None else bool(foreach)
 

@@ -10,7 +10,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def plot_mask_ratio(ratios: Sequence[float], *, ax: "Axes | None" = None, label: str | None = None) -> "Axes":
-    """Draw the share of decayed weights over the steps into ``ax``, or into a new figure. Returns the axes."""
+    """Draw the share of decayed weights over the looks into ``ax``, or into a new figure. Returns the axes.
+
+    ``ratios``: `MaskMonitor.ratios`, as in ``plot_mask_ratio(monitor.ratios).figure.savefig("ratios.png")``.
+    """
     ax = _axes(ax)
     ax.plot(range(1, len(ratios) + 1), ratios, label=label)
     ax.set(xlabel="step", ylabel="share of weights decayed", ylim=(0, 1))
@@ -20,9 +23,10 @@ def plot_mask_ratio(ratios: Sequence[float], *, ax: "Axes | None" = None, label:
 
 
 def plot_ratio_by_layer(rows: Rows, *, ax: "Axes | None" = None) -> "Axes":
-    """Which layers decay? Draw a bar for each parameter: its mean share of decayed weights over the looks.
+    """Draw a bar for each parameter: its mean share of decayed weights over the looks.
 
-    ``rows``: those of a ``MaskMonitor(per_parameter=True)``. Draws into ``ax``, or into a new figure; returns the axes.
+    ``rows``: those of a ``MaskMonitor(per_parameter=True)``, as in ``plot_ratio_by_layer(monitor.rows())``. Draws into
+    ``ax``, or into a new figure; returns the axes.
     """
     shares: dict[str, list[float]] = {}
     for row in rows:
@@ -36,10 +40,11 @@ def plot_ratio_by_layer(rows: Rows, *, ax: "Axes | None" = None) -> "Axes":
 
 
 def plot_weight_norms(runs: Mapping[str, Rows], *, ax: "Axes | None" = None) -> "Axes":
-    """What does caution do to the size of the weights? Draw a line for each run: their norm over the steps.
+    """Draw a line for each run: the Euclidean norm of its decaying weights over the steps.
 
-    ``runs``: the rows of a monitor for each label, say ``{"plain": ..., "cautious": ...}``. Around the same optimizer
-    ``CautiousDecay(mask="all")`` decays without caution. Draws into ``ax``, or into a new figure; returns the axes.
+    ``runs``: the rows of a monitor for each label, as in ``{"plain": one.rows(), "cautious": other.rows()}``. For the
+    plain run use ``CautiousDecay(mask="all")`` around the same optimizer. Draws into ``ax``, or into a new figure;
+    returns the axes.
     """
     ax = _axes(ax)
     for label, rows in runs.items():

@@ -1,6 +1,6 @@
 """Special cases of particular optimizers, by name or option, all in one place.
 
-A name is ``library.Class``; a bare class name holds for every library.
+A name is ``library.Class``; a bare class name holds for every library. Each name holds for subclasses too.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
-Eta = float | Tensor | str | None
+Eta = float | Tensor | str | None  # a factor, or the reason why there is no single one; None: no special case
 
 _OWN_COPY = (
     "each step computes the weights from a copy that the optimizer keeps, so the decay is lost. "
@@ -80,8 +80,8 @@ def refusal_of(cls: type[Optimizer]) -> str | None:
 
 
 def _has_master_bits(group: Group) -> bool:
-    """flashoptim, pytorch_optimizer's FlashAdamW; heavyball."""
-    if group.get("param_ecc"):
+    """True if other tensors hold low bits of the group's weights."""
+    if group.get("param_ecc"):  # heavyball; the widths are of flashoptim and pytorch_optimizer's FlashAdamW
         return True
     width = group.get("master_bytewidth", group.get("master_byte_width")) or 0
     return any(width > p.element_size() for p in group["params"])
@@ -97,9 +97,9 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
     entries: dict[str, object] = {}
     if group.get("always_adapt") is False:  # timm's LAMB and LARS adapt their step only in groups that decay
         entries["always_adapt"] = True
-    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # the same, but without a switch
+    if any("torch_optimizer.LARS" in _names(layer) for layer in layers(optimizer)):  # as timm's, but without a switch
         entries["weight_decay"] = ALMOST_ZERO
-    if "weight_decay_1d" in group:  # MARS decays vectors by this instead
+    if "weight_decay_1d" in group:  # MARS decays vectors by this in place of weight_decay
         entries["weight_decay_1d"] = 0.0
     return entries
 
@@ -112,9 +112,9 @@ def shapes(group: Group) -> tuple[torch.Size, ...]:
 def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) -> Tensor | None:
     """A flat piece of parameters of unknown shapes that an engine put into ``group``; None if there is none.
 
-    FSDP1 marks them. DeepSpeed (ZeRO) and Megatron replace the optimizer's parameters by tensors of one dimension that
-    are not of type Parameter. ``built_with`` holds the shapes of all groups at construction, since engines with master
-    weights also replace parameters, but in the same shapes.
+    FSDP1 marks such pieces. DeepSpeed (ZeRO) and Megatron replace the optimizer's parameters by tensors of one
+    dimension that are not of type Parameter. ``built_with`` holds the shapes of all groups at construction, since
+    engines with master weights also replace parameters, but in the same shapes.
     """
     foreign = None
     for p in group["params"]:
@@ -126,14 +126,14 @@ def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) ->
 
 
 def many_gradients(optimizer: Optimizer) -> str | None:
-    """Why its gradient after the step does not belong to the weights before it; None if it does."""
+    """Why the gradients after a step of ``optimizer`` are not those at the weights before it; None if they are."""
     known = {"LBFGS", "SAM", "LookSAM", "FriendlySAM", "GSAM", "WSAM"}
     found = known.intersection(_names(optimizer))
     return "it evaluates several gradients in one step, and only the last is left after it" if found else None
 
 
 def maximizes(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Does the step go up the gradient? torch has the option in the group, pytorch_optimizer in the optimizer."""
+    """True if the step goes up the gradient. torch has the option in the group, pytorch_optimizer in the optimizer."""
     return bool(group.get("maximize")) or any(getattr(layer, "maximize", False) for layer in layers(optimizer))
 
 
@@ -148,7 +148,7 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
     if group.get("scale_parameter") and not group.get("relative_step"):
         return "scale_parameter=True multiplies lr by the size of each tensor: pass scale_parameter=False"
     size = 1.0 if group.get("unscaled_wd") else group.get("lr")
-    if group.get("corrected_weight_decay"):  # timm before 1.0.23 had no snapshot and divided by the default
+    if group.get("corrected_weight_decay"):  # timm before 1.0.23 keeps no maximum, and divides by the default lr
         return cast("Eta", size * group["lr"] / group.get("max_lr_snapshot", optimizer.defaults.get("lr")))
     return size if group.get("unscaled_wd") else None
 
@@ -196,7 +196,7 @@ def _timm_muon(_: Any, group: Group) -> Any:
 
 
 def _timm_adafactor(_: Any, group: Group) -> Any:
-    """Its ``scale_parameter`` acts only with a relative step."""
+    """timm's ``scale_parameter`` acts only with a relative step."""
     return None if group["relative_step"] else group["lr"]
 
 

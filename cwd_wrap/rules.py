@@ -7,8 +7,8 @@
 The updates of Adam, SGD and Lion are here for the kernels that also compute the base's update.
 
 ``x`` is the weight before the optimizer's step, ``w`` the weight after it, ``u`` its update: w = x - eta*u.
-``g`` is the gradient. The functions take tensors of one shape and return new ones; 16-bit weights are worked on in
-float32 and rounded once.
+``g`` is the gradient. The functions take tensors of one shape and return new ones; with 16-bit weights they compute in
+float32 and round once.
 """
 
 from collections.abc import Sequence
@@ -84,9 +84,9 @@ def adam(
 def sgd(
     g: Tensor, m: Tensor | None, *, eta: float | Tensor, momentum: float, dampening: float, nesterov: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(direction, eta*u, m) of SGD: u = g, or m <- momentum*m + (1 - dampening)*g and u = m, as torch has it.
+    """(direction, eta*u, m) of SGD, as torch has it: u = g without momentum (``m`` None).
 
-    With ``nesterov``, u = g + momentum*m.
+    With it, m <- momentum*m + (1 - dampening)*g, and u = m, or g + momentum*m with ``nesterov``.
     """
     if m is None:
         return g, eta * g, None
@@ -105,11 +105,11 @@ def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: floa
 
 
 def sums(mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-    """What a monitor adds up, over the places of one tensor.
+    """Five sums over the elements of one tensor, for monitors, as a tensor of shape (5,) in the type of `exact`.
 
         sum mask,    sum 1[u*x > 0],    sum (mask*x)**2,    sum (eta*u)**2,    sum w**2
 
-    ``moved`` is `aligned` with ``strict``, ``step`` eta*u, and ``w`` the weight after the step; what is None counts 0.
+    ``moved`` is `aligned` with ``strict``, ``step`` eta*u, ``w`` the weight after the step. None gives a sum of 0.
     """
     wide = exact(x.device)
     squares = [None if t is None else t.to(wide).square() for t in (mask * x, step, w)]
@@ -139,7 +139,7 @@ def mix(z: Tensor) -> Tensor:
 
 
 def stream(of: Tensor, number: Tensor | int) -> Tensor:
-    """The stream with a ``number`` among those of another stream, or of a seed."""
+    """The stream with a ``number`` among those derived from ``of``, which is another stream or a seed; all int64."""
     return mix(of + torch.as_tensor(number) * _GOLDEN)
 
 
@@ -149,12 +149,12 @@ def random_words(of: Tensor, places: Tensor) -> Tensor:
 
 
 def uniform(words: Tensor, column: int) -> Tensor:
-    """Numbers in [0, 1), multiples of 2**-16, one for each word: each of its four ``column``s gives its own."""
+    """A float32 multiple of 2**-16 in [0, 1) for each word, from 16 of its bits: ``column`` is 0 to 3."""
     return (_shifted(words, 16 * column) & 0xFFFF).float() * 2.0**-16
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """``z >> bits`` of an unsigned number."""
+    """``z >> bits`` as of unsigned numbers: zeros come in on the left."""
     return (z >> bits) & (2 ** (64 - bits) - 1) if bits else z
 
 
@@ -164,10 +164,10 @@ def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
 
 
 def alpha(kept: Tensor, numel: int | Tensor, scale: str | None) -> Tensor:
-    """The factor that compensates for masked coordinates, if ``kept`` out of ``numel`` were not masked.
+    """The factor that compensates for masked coordinates, where ``kept`` out of ``numel`` are not masked.
 
     ``"mean"``: 1 / max(kept/numel, 1e-3), the authors' current code and timm. ``"numel"``: numel / (kept + 1), the
-    paper. None: 1. In the type of ``kept``; elementwise, where there are many of each.
+    paper. None: 1. ``kept`` may hold the counts of many tensors; the factors have its type and shape.
     """
     if scale == "mean":
         return 1 / (kept / numel).clamp(min=1e-3)
@@ -184,8 +184,8 @@ def cautious_update(w: Tensor, x: Tensor, mask: Tensor, alpha: Tensor, eta_lam: 
 def p_norm_decay(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor, zero_initialised: Tensor) -> Tensor:
     """w / (1 + p*eta*lam * |x|**(p-2)): the authors' w * X / (X + p*eta*lam) with X = |x|**(2-p).
 
-    Without overflow at large ``x``, and w itself where eta*lam is 0. A weight that was exactly 0 becomes 0, except in a
-    tensor that was 0 as a whole (``zero_initialised``), which could otherwise never train.
+    This form does not overflow at large ``x``. Where eta*lam is 0 it returns w. For p below 2 a weight that was exactly
+    0 becomes 0, except in a tensor that was 0 as a whole (``zero_initialised``), which could otherwise never train.
     """
     wide = torch.promote_types(w.dtype, torch.float32)
     strength = torch.as_tensor(p * eta_lam, dtype=wide, device=w.device)

@@ -14,10 +14,10 @@ CopyOn = Callable[[torch.device], Copy]
 
 
 class Buffers:
-    """Memory for copies of weights, kept from step to step until it is not used in one or `drop` is called.
+    """Memory for copies of weights, kept from step to step. `drop` frees it.
 
-    The copies are not in the optimizer's ``state``, because many optimizers treat a parameter with any state as already
-    initialised.
+    Each `take` frees the copies that it does not need. The copies are not in the optimizer's ``state``, because many
+    optimizers treat a parameter with any state as already initialised.
 
     During the capture of a CUDA graph, copies are made in the graph's own memory and are not kept here. They live as
     long as the graph, whether or not `drop` is called.
@@ -31,7 +31,7 @@ class Buffers:
         """Copies of ``tensors``, equal in shape, type and device, and dense; valid until the next call.
 
         ``owners``: the parameters that the tensors belong to (the tensors may be new views at each step). ``copy_on``
-        gives the function that copies on a device.
+        returns the function that copies on a device.
         """
         if capturing():
             return _filled([_buffer_like(t) for t in tensors], tensors, copy_on)
@@ -39,7 +39,7 @@ class Buffers:
         return _filled(list(self._whole.values()), tensors, copy_on)
 
     def take_piece(self, tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
-        """Like `take`, but in one buffer for each device and type, which the next call overwrites."""
+        """Like `take`, but in one buffer for each device and type, which the next call reuses."""
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         for t in tensors:
             needed[t.device, t.dtype] = needed.get((t.device, t.dtype), 0) + _aligned(t)
@@ -101,14 +101,14 @@ def _filled(copies: list[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn) ->
 
 
 class Kept(NamedTuple):
-    """A gradient as it was just before the step, and its version then."""
+    """A gradient from just before the step, or a copy of it, and the version of that tensor then."""
 
     gradient: Tensor
     version: int
 
 
 class Gradients:
-    """Keeps the gradients that a rule reads after the step, as copies while the base may modify them in place."""
+    """Keeps the gradients that a rule reads after the step: as copies, while the base may modify them in place."""
 
     def __init__(self) -> None:
         self.copied = True
@@ -118,9 +118,9 @@ class Gradients:
         return list(self._each(gradients))
 
     def check(self, kept: Sequence[Kept], now: Sequence[Tensor | None]) -> bool:
-        """Compare the kept gradients with those after the step; returns whether modified ones were used.
+        """Stop copying gradients once a step shows that the base leaves them unmodified; resume if it modifies them.
 
-        Copying stops once a step shows that the base does not modify its gradients, and starts again if it does.
+        Returns whether the base modified gradients that were not copied, so that the rule has to use modified ones.
         """
         left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
         if self.copied:
@@ -140,7 +140,7 @@ class Gradients:
 
 
 def _untouched(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Are the gradients from before and after the step equal, and not all 0? One wait for each accelerator."""
+    """True if the gradients before and after the step are equal, and not all 0. Waits once for each accelerator."""
     of_device: dict[torch.device, list[Tensor]] = {}
     for pair in pairs:
         before, after = map(local_real_view, pair)

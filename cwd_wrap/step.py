@@ -1,4 +1,4 @@
-"""One step: the base's own, with its decay off, and a rule carried out around it."""
+"""One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,26 +24,26 @@ Closure = Callable[[], float]
 class Step:
     """One step of ``work.base``.
 
-    What is done around the base's own code happens in its last pre-hook and its first post-hook. So gradients and
-    decays that another hook still changes (clipping, a schedule) are used as the base will use them, the hooks see the
-    decay and what came of it, and a step that somebody skips does not decay. ``eta_lams`` gives eta*lam of each group
-    for the coming step; ``path`` is the one that the user forces, or None.
+    The rule is applied in the last pre-hook and the first post-hook of the base's step. So it uses gradients and decays
+    as other hooks (clipping, a schedule) leave them, these hooks see the real ``weight_decay`` and the decayed weights,
+    and nothing decays if the base's step is skipped. ``eta_lams`` returns eta*lam of each group for the coming step;
+    ``path`` is the path that the user forces, or None.
     """
 
     def __init__(self, work: Work, eta_lams: Callable[[], list[float | Tensor]], path: str | None) -> None:
         self.begun = False
-        """Has the base fired its hooks?"""
+        """True once the rule has begun. Still False after the step if the base did not fire its hooks."""
         self._work = work
         self._eta_lams = eta_lams
         self._path = path
         self._decay_off = DecayOff(work.base)
         self._around = ExitStack()
-        self._closure: Closure | None = None  # one that the base calls
-        self._depth = 0  # of base steps: one that calls its parent's fires the hooks twice
-        self._members: list[tuple[Members, int | None]] = []  # of the snapshot around a base that calls the closure
+        self._closure: Closure | None = None  # if the base is to call it, else None
+        self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
+        self._members: list[tuple[Members, int | None]] = []  # as in `_walk`, if the base is to call the closure
 
     def run(self, closure: Closure | None) -> float | None:
-        """Step; return what the base returns, or the closure's loss."""
+        """Step once. Returns the closure's loss if it is called here, else what the base returns."""
         base = self._work.base
         loss = None
         if closure is not None and steps_without_closure(base):
@@ -61,7 +61,7 @@ class Step:
         return stepped if loss is None else loss
 
     def _base_fires_hooks(self) -> bool:
-        """Some optimizers skip Optimizer.__init__, and with it the hooks."""
+        """False for optimizers that skip Optimizer.__init__, and with it the hooks."""
         base = self._work.base
         return getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks")
 
@@ -101,7 +101,7 @@ class Step:
         self._around.close()
 
     def _call_closure(self) -> float:
-        """The user's closure, for the base to call: it sees the decay, may schedule it, and makes the gradients."""
+        """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""
         self._decay_off.on()
         with torch.enable_grad():
             loss = cast("Closure", self._closure)()
@@ -155,10 +155,10 @@ class Step:
             yield paths.NAMED[path], members
 
     def _along(self, members: Members) -> Iterator[tuple[paths.Path, Members]]:
-        """The path direction, but for gradients that are laid out otherwise than the weights (partial sums).
+        """The path direction, and one with a copy for gradients in another layout than their weights (partial sums).
 
-        The base brings those to the weights' layout anyway, which communicates, and comparing needs no gradient.
-        Unless the user forces a path.
+        To read those, the direction would need a collective, as the base itself does; a comparison needs no gradient.
+        If the user forces a path, all members keep it.
         """
         otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
         if otherwise and self._path is None:
@@ -167,9 +167,11 @@ class Step:
         yield paths.direction, members
 
     def _walk(self, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int | None]]:
-        """The members of each group, each parameter once, and the index of the group whose decay they have.
+        """The members of each group, each parameter once, and the index of the group that gives their decay.
 
-        Walked afresh: engines replace parameters. Parameters that the base's own decay leaves alone have none.
+        ``takes_part``: is a parameter with this gradient a member? The groups are read anew at each step, because
+        engines replace parameters. Parameters that the base's own decay skips are left out; if the rule acts on every
+        group, they are yielded with eta*lam 0 and the index None.
         """
         eta_lams = self._eta_lams()
         rule = self._work.rule

@@ -27,9 +27,9 @@ def local_real_views(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def companion(t: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient or state of ``parameter`` as real numbers, in the parameter's layout over the ranks.
+    """This rank's part of a gradient or state of ``parameter``, as real numbers, in the parameter's layout over ranks.
 
-    The gradient of a replicated weight can be a partial sum on each rank.
+    It communicates if ``t`` has another layout: the gradient of a replicated weight can be a partial sum on each rank.
     """
     if _is_distributed(t):
         if t.placements != parameter.placements:  # type: ignore[attr-defined]
@@ -47,7 +47,10 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
 
 
 class Shard(NamedTuple):
-    """The places of a whole parameter that a tensor holds: runs of length ``run``, from ``offset``, ``jump`` apart."""
+    """The places of a whole parameter that a tensor of ``numel`` numbers holds, in its flat order.
+
+    They are runs of ``run`` places each. The first begins at ``offset``, each other ``jump`` after the one before.
+    """
 
     offset: int
     run: int
@@ -88,7 +91,7 @@ def sparse_indices(gradient: Tensor) -> tuple[Tensor, ...]:
 
 
 def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> set[int]:
-    """Indices of the ``ts`` that lie on the ranks otherwise than their parameter: `companion` communicates for them."""
+    """Indices of the ``ts`` with another layout over the ranks than their parameter: `companion` communicates there."""
     if _PLAIN.issuperset(map(type, ts)):
         return set()
     pairs = enumerate(zip(ts, parameters, strict=True))
@@ -106,7 +109,7 @@ def largest_shard(parameter: Tensor) -> int:
 
 
 def held_by(parameter: Tensor) -> int:
-    """The number of ranks that hold the same places of the parameter, as far as it is a DTensor."""
+    """How many ranks hold the same places of the parameter, if it is a DTensor; else 1."""
     if not _is_distributed(parameter):
         return 1
     placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
@@ -114,10 +117,10 @@ def held_by(parameter: Tensor) -> int:
 
 
 def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
-    """For each of the ``parameters``, the sum over its shards of a number; ``local`` holds this rank's part.
+    """The sum of ``local``, one number for each of the ``parameters``, over the shards of each parameter.
 
     Ranks that share a parameter must call this together. Parameters of one mesh that are sharded over the same of its
-    dimensions share an all-reduce for each of these.
+    dimensions share an all-reduce for each of these dimensions.
     """
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(parameters):
@@ -143,7 +146,7 @@ def _is_distributed(t: Tensor) -> bool:
 
 
 def _arrived(t: Tensor) -> Tensor:
-    """Wait for a tensor that a collective is still filling: it has no address yet."""
+    """The tensor ``t``, after a wait if a collective is still filling it: it has no address before."""
     wait = getattr(t, "wait", None) if type(t) not in _PLAIN else None
     return t if wait is None else wait()
 

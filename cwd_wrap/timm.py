@@ -40,13 +40,13 @@ _OPTIONS = [p.name for p in inspect.signature(CautiousDecay).parameters.values()
 
 
 class CautiousNames(_Registry):  # type: ignore[misc]
-    """Added to timm's registry by `register`: names with ``cautious_``, made from the others on request."""
+    """What `register` adds to timm's registry: names with ``cautious_``, made from the others on request."""
 
     plain_class: Any
-    """The registry's class without these names."""
+    """timm's own class of the registry."""
 
     def list_optimizers(self, *args: Any, **kwargs: Any) -> Any:
-        """All names, those with ``cautious_`` among them; arguments as in timm."""
+        """All names, with and without ``cautious_``; arguments as in timm."""
         everything = self.plain_class()
         for name in super().list_optimizers():
             info = super().get_optimizer_info(name)
@@ -55,7 +55,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         return everything.list_optimizers(*args, **kwargs)
 
     def get_optimizer_info(self, name: str) -> "OptimInfo":
-        """The entry of ``name``. For ``cautious_`` and an unknown name, timm's own error."""
+        """The entry of ``name``, with or without ``cautious_``. An unknown name raises timm's own error."""
         base = name.lower().removeprefix(PREFIX)
         if base != name.lower() and base.startswith(LOOKAHEAD):
             swapped = base.replace(LOOKAHEAD, LOOKAHEAD + PREFIX, 1)
@@ -65,7 +65,7 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         return info if base == name.lower() else _cautious(info, base)
 
     def get_optimizer_class(self, name_or_info: "str | OptimInfo", bind_defaults: bool = True) -> Any:
-        """The class of ``name_or_info``, params first, its defaults bound if asked for."""
+        """The class of ``name_or_info``, built from parameters; with timm's defaults if ``bind_defaults``."""
         info = self.get_optimizer_info(name_or_info) if isinstance(name_or_info, str) else name_or_info
         if isinstance(info.opt_class, str) and info.name.startswith(PREFIX):  # apex, bitsandbytes: imported on demand
             base = super().get_optimizer_class(info, bind_defaults=False)

@@ -23,7 +23,7 @@ class Adam:
     eps: float
     amsgrad: bool
     maximize: bool
-    counts: ClassVar[bool] = True
+    counts: ClassVar[bool] = True  # the update reads and increases the base's step counter
 
     @property
     def kernel(self) -> str:
@@ -75,7 +75,7 @@ Update: TypeAlias = Adam | SGD | Lion
 def find(optimizer: Optimizer, group: Group) -> Update | str:
     """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it.
 
-    If the optimizer has the option ``fused``, our kernel steps only groups with ``fused=True``; if not (Lion), all.
+    If the optimizer has the option ``fused``, a kernel steps only groups with ``fused=True``; else (Lion) all groups.
     """
     cls = type(optimizer)
     make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")

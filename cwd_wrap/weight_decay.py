@@ -1,6 +1,6 @@
 """eta * lam of one param group, and the base's own decay: off for its step and back on.
 
-lam is the group's own ``weight_decay``; eta is the step size that the optimizer itself multiplies its decay by.
+lam is the group's own ``weight_decay``; eta is the step size by which the optimizer itself multiplies its decay.
 """
 
 import math
@@ -18,13 +18,13 @@ from cwd_wrap import notices, quirks
 Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
-_OFF = float("0")  # A distinct object, so that `is` tells our 0.0 from one that a hook wrote.
+_OFF = float("0")  # An object of its own: `is` tells this 0.0 from one that a hook wrote.
 _NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
 _warned: WeakKeyDictionary[Optimizer, set[tuple[str, int]]] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
-    """Raise unless ``value`` is finite and >= 0. Tensors on an accelerator are not checked: that would force a sync."""
+    """Raise unless ``value`` is a finite number >= 0. Tensors on an accelerator are not checked: that would sync."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
@@ -56,7 +56,7 @@ def check_group(
     base: Optimizer,
     way_out: str = WAY_OUT,
 ) -> None:
-    """Raise where `eta_lam` of the group would, and for ``differentiable=True``, which a wrapper cannot support."""
+    """Raise if `eta_lam` of the group would, and for ``differentiable=True``: autograd does not record the decay."""
     where = _where(index, base)
     if group.get("differentiable"):
         msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
@@ -77,7 +77,7 @@ def lam(group: Group, fallback: float | None) -> float | Tensor:
 
 
 def decays(group: Group, fallback: float | None) -> bool:
-    """Does the group decay? A tensor on an accelerator counts as yes, since reading it would force a sync."""
+    """True if the group decays. A tensor on an accelerator counts as not 0, since reading it would force a sync."""
     value = lam(group, fallback)
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
@@ -98,8 +98,8 @@ def eta_lam(
 ) -> float | Tensor:
     """eta * lam for the coming step of group ``index`` of ``base``.
 
-    A tensor learning rate gives a tensor on the same device. Raises ValueError where lam or eta is negative, NaN or
-    infinite, or where eta is unknown. Warns once for a group where the product is above 1, if that is a number.
+    A tensor learning rate gives a 0-d tensor on the same device. Raises ValueError if lam or eta is negative, NaN or
+    infinite, or if eta is unknown. Warns once for a group whose product is a number (no tensor) above 1.
     """
     where = _where(index, base)
     strength = lam(group, fallback)
@@ -137,9 +137,10 @@ def _scalar(value: float | Tensor) -> float | Tensor:
 
 
 def stands_still(group: Group) -> bool:
-    """Is the learning rate 0? Then nothing decays, whatever eta is. Distributed checkpoints make state by such steps.
+    """True if the learning rate is 0: nothing decays then, whatever eta is. Distributed checkpoints make such steps.
 
     Schedules miss 0 by a rounding in either direction (torch's LinearLR ends at -1.85e-20), so up to 1e-12 counts as 0.
+    A tensor on an accelerator counts as not 0.
     """
     lr = group.get("lr")
     if not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
@@ -203,7 +204,7 @@ class DecayOff:
         self._changed: list[tuple[dict[str, Any], str, object, object]] = []
 
     def off(self) -> None:
-        """Set the decay to 0, in the groups that have one."""
+        """Set the decay to 0 in each group that has one."""
         for group in self._optimizer.param_groups:
             decay = group.get("weight_decay")
             if decay is None or (not isinstance(decay, Tensor) and decay == 0):
@@ -215,7 +216,8 @@ class DecayOff:
     def on(self) -> None:
         """Restore the decay, except where a hook or a closure wrote a new value during the step (a schedule).
 
-        A 0 that is not our object was computed from it (``group["weight_decay"] *= 0.99``), so it is replaced too.
+        A 0 other than `_OFF` counts as computed from it (``group["weight_decay"] *= 0.99``): it is replaced too, with
+        a warning.
         """
         for group, key, before, meanwhile in self._changed:
             now = group.get(key)

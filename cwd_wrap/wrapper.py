@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 class OptimizerWrapper(Contract):
     """Steps the base with ``weight_decay`` 0 and applies the method's rule around it.
 
-    Every group's ``weight_decay`` is restored whatever is raised. A subclass makes the `Rule`.
+    Every group's ``weight_decay`` is restored after the step, also if the step raises. A subclass defines `_rule`.
     """
 
     observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step whose ``lr`` is not 0, if set. Like hooks, it is not pickled.
+    """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
 
-    If it has a method ``looks_at``, that is called before such a step with the indices of the groups that step; where
-    it returns False nothing is counted and nothing reported.
+    If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step. If
+    it returns False, the step is neither counted nor reported.
     """
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
     seed = 0
-    """Of the random numbers, for methods that draw some."""
+    """The seed of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
-    """The way out for error texts about an unknown learning rate."""
+    """The end of error texts about an unknown learning rate: what the user can do about it."""
     _what = "decay"
-    """What it does, as a verb, for the error about doing it twice."""
+    """What the method does, as a verb, for the error about two wrappers that do the same."""
 
     def __init__(
         self,
@@ -70,10 +70,17 @@ class OptimizerWrapper(Contract):
         """Make a class that builds ``base_class`` from parameters and wraps it, for places that expect a class.
 
         ``base_class`` is a class of optimizers, or a function that returns an optimizer. The new class takes its
-        arguments: ``over(AdamW)(params, lr=1e-3, weight_decay=0.1)``. ``options`` are keyword arguments of this
-        wrapper. They are checked at once, as by its constructor. The same arguments return the same class. The class
-        and its instances can be copied, and pickled if ``base_class`` and the options can. Raises TypeError for
-        anything but a class of optimizers or a function, and for unknown or unhashable options.
+        arguments. ``options`` are keyword arguments of this wrapper, and are checked here as by its constructor. The
+        same arguments return the same class. The class and its instances can be copied, and pickled if ``base_class``
+        and the options can. Raises TypeError for anything but a class of optimizers or a function, and for unknown or
+        unhashable options.
+
+        Example:
+            >>> import torch
+            >>> from cwd_wrap import CautiousDecay
+            >>> CautiousAdamW = CautiousDecay.over(torch.optim.AdamW, strict=True)
+            >>> CautiousAdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-3, weight_decay=0.1).strict
+            True
         """
         return cast("Callable[..., Self]", params_first.over(cls, base_class, options))
 
@@ -91,7 +98,7 @@ class OptimizerWrapper(Contract):
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
 
     def _rule(self) -> Rule:
-        """The method, with its arguments as they are now."""
+        """The method with its current arguments."""
         raise NotImplementedError
 
     # ---- for users
@@ -102,8 +109,9 @@ class OptimizerWrapper(Contract):
         """Step the base with its decay off, and apply the wrapper's own rule.
 
         ``closure`` runs with gradients enabled, as often as the base evaluates it. A parameter without a gradient does
-        not decay, nor does a row without one in a sparse gradient. Raises ValueError if a group's ``weight_decay`` or
-        step size is negative, NaN, infinite or unknown; nothing is changed then.
+        not decay, nor does a row without one in a sparse gradient. Returns the loss, or what the base returns. Raises
+        ValueError if a group's ``weight_decay`` or step size is negative, NaN, infinite or unknown, and TypeError if
+        it is not a number. This is checked before the base steps.
         """
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream, self._unchecked)
         work = Work(self.base_optimizer, self._rule(), *of_wrapper, False, self._groups)
@@ -125,7 +133,7 @@ class OptimizerWrapper(Contract):
     def lam(self) -> float | None:
         """The decay strength that was passed or set; None leaves each group its own ``weight_decay``.
 
-        Setting it writes it into every group that decays, or into all if none does.
+        The step size multiplies it. Setting it writes it into every group that decays, or into all if none does.
         """
         return self._lam
 
@@ -136,12 +144,12 @@ class OptimizerWrapper(Contract):
         self._give_lam(value)
 
     def paths(self) -> list[PathOfGroup]:
-        """Which path each param group takes, and why."""
+        """Which path each param group takes, and why; "plain" for a group that does not decay."""
         lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
         return paths_of(self._rule(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group to the base. If it names no ``weight_decay``, it gets ``lam``, if that was given."""
+        """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own."""
         if not isinstance(param_group, dict):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
@@ -155,7 +163,7 @@ class OptimizerWrapper(Contract):
             added["weight_decay"] = self.lam
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base or of this. Its ``weight_decay`` replaces the current one, as with torch."""
+        """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
         super().load_state_dict(state_dict)
         self._stream.restart()
         self._unchecked = True
@@ -171,7 +179,8 @@ class OptimizerWrapper(Contract):
         """Extra bytes that a step needs at its peak, on this rank.
 
         For groups on the path "snapshot" this is a copy of their decaying weights; for groups on the path "pieces" one
-        piece; otherwise 0. Parameters with a sparse gradient count with all their rows until the gradient exists.
+        piece; otherwise 0. It doubles while a method also copies gradients. Parameters with a sparse gradient count
+        with all their rows until the gradient exists.
         """
         of_path: dict[str, list[Tensor]] = {}
         for i, path, _ in self.paths():
@@ -191,7 +200,7 @@ class OptimizerWrapper(Contract):
     # ---- parts of the above
 
     def _is_looked_at(self, work: Work) -> bool:
-        """Is the coming step reported to the observer?"""
+        """True if the coming step is to be reported to the observer."""
         if self.observer is None or all(map(weight_decay.stands_still, self.param_groups)):
             return False
         looks_at = getattr(self.observer, "looks_at", None)

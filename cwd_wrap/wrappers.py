@@ -1,4 +1,4 @@
-"""The methods: each checks its arguments and makes its rule."""
+"""The methods `CautiousDecay`, `CautiousUpdate` and `PNormDecay`: each checks its arguments and makes its `Rule`."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
 SCALES = ("mean", "numel", None)
 _FULLY_SHARD = "or shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes"
-_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # least half unit in the last place, as a share
+_HALF_ULP = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}  # least half unit in the last place, over the weight
 
 
 class CautiousDecay(OptimizerWrapper):
@@ -30,19 +30,21 @@ class CautiousDecay(OptimizerWrapper):
 
         x <- x - eta * (u + lam * 1[u*x >= 0] * x)
 
-    ``u`` is the base's update, which is subtracted. A weight decays only where the step moves it towards zero or leaves
-    it in place. The decay is decoupled, whatever the base's own decay is. Mask and decay use the ``x`` before the step.
+    ``u`` is the base's update, which is subtracted, and eta its step size, usually ``lr``. A weight decays only where
+    the step moves it towards zero or leaves it in place. The decay is decoupled, whatever the base's own decay is. Mask
+    and decay use the ``x`` before the step. A complex weight counts as two real ones.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer, over weights of any shape and any real or complex type.
-            Its groups' ``weight_decay`` is lam: one step takes at most the share ``eta*lam`` off a weight. It may be
-            scheduled.
+            Its groups' ``weight_decay`` is lam, which eta multiplies: one step takes at most the share ``eta*lam`` off
+            a weight. It may be scheduled.
         lam: None leaves each group its own ``weight_decay``. A number is written into every group whose
-            ``weight_decay`` is not 0, or into all groups if none has one. If the optimizer has no ``weight_decay``,
+            ``weight_decay`` is not 0, or into all groups if all have 0. If the optimizer has no ``weight_decay``,
             the wrapper keeps the number.
-        mask: which weights decay. ``"update"`` is the paper's mask. The others are its ablations, and compare with a
-            copy. ``"gradient"``: where ``g*x >= 0``. ``"random"``: each weight with the probability that the paper's
-            mask is 1 in its tensor. ``"all"``: all weights, which is plain decoupled decay.
+        mask: which weights decay. ``"update"`` is the paper's mask. The others are its ablations, and need a copy of
+            the weights. ``"gradient"``: where ``g*x >= 0`` for the gradient ``g``. ``"random"``: each weight with the
+            same probability, the share of 1s in the paper's mask of its tensor. ``"all"``: all weights, which is plain
+            decoupled decay.
         strict: decay only where ``u*x > 0``. Weights that the step leaves in place (rows of an embedding that were not
             looked up) then stay as they are.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
@@ -55,18 +57,19 @@ class CautiousDecay(OptimizerWrapper):
         rounding: how bfloat16 and float16 weights are written. ``"stochastic"`` rounds up or down at random, so that
             decays too small for one step add up on average. On the path "one_pass" this covers the whole step,
             weights and state.
-        seed: of the random numbers of ``mask="random"`` and ``rounding="stochastic"``. They are a function of the seed,
-            the number of steps taken (the base's own ``step`` if its state has one), the parameter and the place in
-            it. So they are the same on all ranks and in all layouts, and no generator is used.
+        seed: an int for the random numbers of ``mask="random"`` and ``rounding="stochastic"``. They are a function of
+            the seed, the number of steps taken (the base's own ``step`` if its state has one), the parameter and the
+            place in it. So they are the same on all ranks and in all layouts, and no generator is used.
         backend: None chooses one for each device: ``"triton"`` on CUDA and ROCm, ``"numba"`` on the CPU if it is
             installed, else ``"eager"``, which uses torch operations.
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or a group's ``weight_decay`` is not a
-            number.
+            number; strict is not a bool; step_size is not callable; seed is not an int from 0 up to 2**63 - 1.
         ValueError: lam, a group's ``weight_decay`` or a step size is negative, NaN or infinite; mask, rounding, path or
-            backend is unknown; the base decays cautiously already or keeps its own copy of the weights; its learning
-            rate is unknown; it cannot take the path; the backend cannot run.
+            backend is unknown; a wrapper inside the base decays already; the base cannot be wrapped (the text says
+            why), or a group has ``differentiable=True``; its learning rate is unknown; it cannot take the path; the
+            backend cannot run.
 
     Example:
         >>> import torch
@@ -155,7 +158,7 @@ class CautiousDecay(OptimizerWrapper):
         self._warned = set()
 
     def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
-        del backend  # an ablation need not be fast
+        del backend  # ablations use torch operations: they need not be fast
         self._warn_if_lost(buckets)
         sums: list[Tensor] = []
         for bucket in buckets:
@@ -185,23 +188,25 @@ class CautiousUpdate(OptimizerWrapper):
         x <- x - eta * alpha * 1[u*g > 0] * u            then, if the group decays:  x <- x - eta*lam*x
 
     The base's update ``u`` is kept only where it goes down the current gradient ``g``. The part that is kept is scaled
-    up by ``alpha``, one number a parameter. The base's own state is not masked. Its own decay is switched off and
-    applied decoupled, after the masked update. This always copies the weights. It has no effect where the update always
-    has the gradient's sign (SGD without momentum, Adagrad, RMSprop), because all of it is kept.
+    up by ``alpha``, one number for each parameter. The base's state is not masked. The base's own decay is switched off
+    and applied decoupled, after the masked update. This method always copies the weights. Where the
+    update always has the gradient's sign (SGD without momentum, Adagrad, RMSprop) all of it is kept; gradients of 0
+    still count as masked in alpha.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
-        scale: ``"mean"``: 1 / max(mean(mask), 1e-3), as in the authors' code and timm. ``"numel"``: numel / (kept + 1),
-            as in the paper. None: 1. A sharded parameter (DTensor) is counted whole, in one all-reduce for all. Flat
-            pieces, as FSDP1 and DeepSpeed make them, are refused, unless it is None.
+        scale: alpha. ``"mean"``: 1 / max(mean(mask), 1e-3), as in the authors' code and timm. ``"numel"``:
+            numel / (kept + 1), as in the paper. None: 1. The mask of a sharded parameter (DTensor) is counted over all
+            ranks, with one all-reduce for parameters of the same mesh and sharding. Flat pieces, as FSDP1 and DeepSpeed
+            make them, are refused unless scale is None.
         path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
         backend: as for `CautiousDecay`, with two launches after the step.
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class.
-        ValueError: scale or backend is unknown; the base masks its updates already, or decays cautiously (put that
-            decay around this instead); what `CautiousDecay` raises for the base's groups. At a step: a gradient is
-            sparse.
+        ValueError: scale, path or backend is unknown; a wrapper inside the base masks its updates already, or decays
+            (put that one around this one instead); the base computes several gradients in a step (LBFGS, SAM); what
+            `CautiousDecay` raises for the base and its groups. At a step: a gradient is sparse.
 
     Example:
         >>> import torch
@@ -211,7 +216,7 @@ class CautiousUpdate(OptimizerWrapper):
         >>> for gradient in (torch.ones(4), torch.tensor([1.0, 1.0, 1.0, -0.5])):
         ...     w.grad = gradient
         ...     opt.step()
-        >>> w.data  # the last momentum still goes up its gradient: no update there; the others take 4/3 of a step
+        >>> w.data  # the last weight's update goes up its gradient, so it is masked; the others are scaled by 4/3
         tensor([-0.3533, -0.3533, -0.3533, -0.1000])
     """
 
@@ -264,16 +269,17 @@ class PNormDecay(OptimizerWrapper):
 
         w <- w * X / (X + p*eta*lam),    X = |x|**(2-p),    x the weight before the step, w after it
 
-    For p below 2 the decay pulls small weights to zero faster and faster. Many become (almost) 0: this makes weights
-    sparse. p = 2 is L2 decay in implicit form; p = 1 takes ``eta*lam`` off a weight's size. For p below 2 a weight that
-    is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a zero-initialised
-    layer), which must be able to train. This always copies the weights. Sharded parameters (DTensor) are
-    counted whole, in one all-reduce for all; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
+    For p below 2 the smaller a weight is, the larger is the share that one step takes off it: many weights become
+    (almost) 0. p = 2 is L2 decay in implicit form; p = 1 takes about ``eta*lam`` off a weight's size. For p below 2 a
+    weight that is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a
+    zero-initialised layer), which must be able to train. This method always copies the weights. The nonzero weights of
+    a sharded parameter (DTensor) are counted over all ranks, with one all-reduce for parameters of the same mesh and
+    sharding; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
-        lam: as for `CautiousDecay`. It is the lam of the authors' code; a summary of the paper writes ``lam*p`` there.
-        p: a number above 0, up to 2.
+        lam: as for `CautiousDecay`. It is the lam of the authors' code; the lam in a summary of the paper is ``p*lam``.
+        p: the power, a number above 0, up to 2.
         step_size: as for `CautiousDecay`.
         path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
         backend: as for `CautiousDecay`, with two launches after the step.
@@ -288,7 +294,7 @@ class PNormDecay(OptimizerWrapper):
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
         >>> opt = PNormDecay(torch.optim.SGD([w], lr=0.1), lam=0.1, p=1.0)
         >>> w.grad = torch.zeros(2)
-        >>> opt.step()  # the large one loses about 0.1 * 0.1, the small one half of itself
+        >>> opt.step()  # the large weight loses about 0.1 * 0.1, the small one half of itself
         >>> w.data
         tensor([0.9901, 0.0050])
     """
@@ -311,7 +317,7 @@ class PNormDecay(OptimizerWrapper):
 
     @property
     def p(self) -> float:
-        """The power. It may be set between steps, or from a step hook; like other arguments, no state dict holds it."""
+        """The power. It may be set between steps or in a step hook. It is an argument: no state dict holds it."""
         return self._p
 
     @p.setter
@@ -323,10 +329,10 @@ class PNormDecay(OptimizerWrapper):
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:
-        """The share of weights below ``threshold`` in size, of each param group; NaN for an empty one.
+        """For each param group, the share of weights with ``abs(w) < threshold``; NaN for an empty group.
 
-        Sharded parameters (DTensor) count whole, so all ranks that share one must call this together: it communicates,
-        once for each mesh and placement.
+        Sharded parameters (DTensor) are counted over all ranks, so all ranks that share one must call this together. It
+        makes one all-reduce for parameters of the same mesh and sharding.
         """
         small: dict[int, int] = {}
         of_device: dict[torch.device, list[Tensor]] = {}
@@ -361,13 +367,13 @@ class PNormDecay(OptimizerWrapper):
 
 
 def _step(w: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
-    """eta*u of a step from ``x`` to ``w``."""
+    """eta*u of the step from ``x`` to ``w``, in float32 or wider."""
     wide = torch.promote_types(w[0].dtype, torch.float32)
     return [before.to(wide) - after.to(wide) for after, before in zip(w, x, strict=True)]
 
 
 def _sums_of(active: Tensor, step: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:
-    """`rules.sums` where there is no decay of masked weights: NaN for what depends on it."""
+    """`rules.sums` of methods without a mask of the decay: NaN in the two sums that they do not have."""
     size = rules.squares(step)
     return torch.stack([active.to(size.dtype), *[torch.full_like(size, math.nan)] * 2, size, rules.squares(w)], dim=1)
 

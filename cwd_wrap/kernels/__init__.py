@@ -1,4 +1,4 @@
-"""Chooses who carries the rules out."""
+"""What each backend can do (`Backend`), and the choice of one for a device (`choose`)."""
 
 import importlib
 import importlib.util
@@ -13,30 +13,33 @@ from cwd_wrap import notices
 from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 
 BACKENDS = ("eager", "numba", "triton")
-_obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile sees through no functools.cache
+_obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile cannot trace functools.cache
 _said: set[str] = set()
-_BROKEN = "Triton cannot"
+_BROKEN = "Triton cannot"  # so begin the reasons that `_say_once` warns of
 
 
 class Backend(Protocol):
-    """What carries the rules out: a module for each way. All buckets of a call are of one `buckets.kind`."""
+    """The functions of a backend, which is a module. All buckets of a call are of one `buckets.kind`.
+
+    ``w``: the weight; ``x``: the weight before the step; ``g``: the gradient; ``u``: the update. ``strict``: > for >=.
+    """
 
     def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.
 
-        `rules.aligned` and `rules.decay`. Returns `rules.sums` of each tensor if ``count``, those of the step as 0, on
-        the tensors' device and without a host sync; else None. Buckets with ``draws``: `rules.stochastic_rounding` of
-        16-bit weights.
+        `rules.aligned` and `rules.decay`. If ``count``, returns `rules.sums` in a tensor of shape (tensors, 5) on the
+        tensors' device, without a host sync, with 0 for the last two (see `sums_of_step`); else None. Buckets with
+        ``draws``: `rules.stochastic_rounding` of 16-bit weights.
         """
 
     def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
 
-        `rules.moved_towards_zero` and `rules.decay`; all of `rules.sums`; the rest as in `decay_along`.
+        `rules.moved_towards_zero` and `rules.decay`. The sums have all five numbers; the rest is as in `decay_along`.
         """
 
     def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
-        """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the state of the update ``u``.
+        """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
         `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
         Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written. The weight takes
@@ -44,30 +47,30 @@ class Backend(Protocol):
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
-        """The sums of the step among `rules.sums` of each tensor, the last two, which `decay_along` leaves at 0."""
+        """The last two of `rules.sums` of each tensor, those of the step, after three zeros: shape (tensors, 5)."""
 
     def copy(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-        """to <- source; one entry a tensor, all of one device and type."""
+        """to <- source, tensor by tensor; all are of one device and type."""
 
     def count_nonzero(self, x: Sequence[Tensor]) -> Tensor:
-        """How many elements of each tensor are not 0; all of one device and type."""
+        """How many elements of each tensor are not 0, as an int64 vector; all tensors are of one device and type."""
 
     def count_agreeing(self, buckets: Sequence[Stepped]) -> Tensor:
-        """In how many places of each tensor the step went down the gradient: `rules.agrees`."""
+        """In how many places of each tensor the step went down the gradient (`rules.agrees`), as an int64 vector."""
 
     def vector(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """``numbers`` as a tensor on ``device``, without a host sync; not to be written to."""
+        """``numbers`` as an int64 tensor on ``device``, without a host sync. Callers must not write to it."""
 
     def cautious_update(self, buckets: Sequence[Stepped], alpha: Tensor) -> None:
-        """w <- v - eta*lam*v with v = x + alpha * 1[u*g > 0] * (w - x) in place; ``alpha``: one number a tensor.
+        """w <- v - eta*lam*v with v = x + alpha * 1[u*g > 0] * (w - x) in place; ``alpha``: one number for each tensor.
 
         `rules.agrees` and `rules.cautious_update`.
         """
 
     def p_norm_decay(self, buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
-        """w <- w / (1 + p*eta*lam * |x|**(p-2)) in place, but w where a tensor's ``nonzero`` is 0.
+        """w <- w / (1 + p*eta*lam * |x|**(p-2)) in place, but w in tensors whose entry of ``nonzero`` is 0.
 
-        `rules.p_norm_decay`.
+        `rules.p_norm_decay`. ``nonzero``: how many elements of each whole tensor x are not 0.
         """
 
 
@@ -80,7 +83,7 @@ def check(backend: str | None) -> None:
 
 
 def choose(backend: str | None, device: torch.device) -> Backend:
-    """The module that carries the rules out on ``device``: ``backend``, or a compiled one where it can run."""
+    """The module of ``backend``. If that is None, a compiled backend that can run on ``device``, else the eager one."""
     chosen = name(backend, device)
     if chosen == "triton":
         from cwd_wrap.kernels import _triton
@@ -89,7 +92,7 @@ def choose(backend: str | None, device: torch.device) -> Backend:
     if chosen == "numba":
         try:
             from cwd_wrap.kernels import _numba
-        except ImportError as error:  # installed, but broken: only now is it known, since importing it is slow
+        except ImportError as error:  # installed but broken: `obstacle` does not import it, which is slow
             _obstacles["numba", device] = f"numba cannot be imported ({error})"
             if backend is None:
                 notices.warn(
@@ -142,8 +145,8 @@ def _numba_obstacle(device: torch.device) -> str | None:
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
-    """Imports Triton only where it could run."""
-    # The interpreter follows the addresses in our tables, and in this process they lead to the CPU's memory only.
+    """Why Triton cannot run on ``device``; None if it can. Imports Triton only where it could run."""
+    # The interpreter runs in this process: addresses in our tables must be those of the CPU's memory.
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     if device.type != ("cpu" if interpreted else "cuda"):
         return "Triton runs on CUDA and ROCm devices, or with TRITON_INTERPRET=1 on the CPU"
@@ -161,8 +164,8 @@ def _triton_obstacle(device: torch.device) -> str | None:
 def _launcher_obstacle() -> str | None:
     """Triton compiles the C code of its launcher when its driver is first used; slim images have no compiler for it."""
     try:
-        importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018 - made at the first look
-    except Exception as error:  # noqa: BLE001 - what a failed build raises is Triton's own affair
+        importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018 - the attribute is built on access
+    except Exception as error:  # noqa: BLE001 - a failed build can raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return f"{_BROKEN} build its launcher, which needs a C compiler and Python's headers ({reason})"
     return None

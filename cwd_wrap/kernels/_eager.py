@@ -20,7 +20,7 @@ BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough 
 BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
 PACK = 1 << 18
-_SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}
+_SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}  # see `_mask_by_product`
 
 
 def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
@@ -165,7 +165,7 @@ def _update(update: Update, g: Tensor, state: list[Tensor], eta: float | Tensor,
 
 
 def _direction(bucket: Coming, m: Tensor, g: Tensor, out: Tensor) -> None:
-    """out <- something with the sign of the coming update; ``m`` is the gradient where there is no momentum."""
+    """out <- a tensor with the sign of the coming update. Without momentum ``m`` is not read."""
     a, b = bucket.a, bucket.b
     if bucket.m is None:
         torch.mul(g, 1.0 if b > 0 else -1.0, out=out)
@@ -183,7 +183,7 @@ def _draws(bucket: Coming | Stepped) -> Draws | None:
 
 
 def _random(draws: Draws, i: int, column: int, shape: torch.Size) -> Tensor:
-    """A number in [0, 1) for each place of tensor ``i``."""
+    """A number in [0, 1) for each place of tensor ``i``: see `rules.uniform` for ``column``."""
     return rules.uniform(draws.words(i), column).view(shape)
 
 
@@ -200,8 +200,8 @@ def _decay_unless_opposed(
 ) -> None:
     """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``), in the tensors ``of`` the bucket.
 
-    ``d`` is used up; ``w`` is ``out`` or a wider copy of it. What `rules.sums` sums goes ``into`` the lists of the
-    tensors, if there are any; only after the step (``sign`` > 0) is all of it known.
+    ``d`` is overwritten; ``w`` is ``out`` or a wider copy of it. Unless ``into`` is None, the block's `rules.sums` are
+    appended to its lists: all five after the step (``sign`` > 0), the first three before it.
     """
     eta_lam = bucket.eta_lam
     table = None if into is None else torch.empty((5 if sign > 0 else 3, d.numel()), dtype=d.dtype, device=d.device)
@@ -226,14 +226,14 @@ def _decay_unless_opposed(
 
 
 def _parts_of(bucket: Coming | Stepped, parts: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Empty lists for the sums of each tensor's blocks, which are added to ``parts`` too."""
+    """An empty list for the sums of each tensor's blocks. The lists are also added to ``parts``."""
     of_bucket: list[list[Tensor]] = [[] for _ in bucket.w]
     parts += of_bucket
     return of_bucket
 
 
 def _per_tensor(parts: list[list[Tensor]], buckets: Sequence[Bucket]) -> Tensor:
-    """A row of sums for each tensor, from those of its blocks."""
+    """A row of five sums for each tensor, from those of its blocks; sums that are missing are 0."""
     device = buckets[0].w[0].device
     rows = torch.stack(list(chain.from_iterable(parts))).to(rules.exact(device))
     if len(rows) > len(parts):
@@ -242,10 +242,10 @@ def _per_tensor(parts: list[list[Tensor]], buckets: Sequence[Bucket]) -> Tensor:
 
 
 def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
-    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is used up. ``moved``: for the strict mask.
+    """1[sign*d*x <= 0], or < 0 if ``strict``, in the type of ``d``, which is overwritten; ``moved`` <- the strict mask.
 
-    d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has its sign), which takes fewer passes than
-    comparing signs. The mask is exact for every normal x; where d is infinite or x is 0 it may read 0.
+    d*x is scaled by 2**127 before it can underflow (d + 2**127*d*x has the sign of d*x), which takes fewer passes than
+    a comparison of signs. The mask is exact for every normal x; where d is infinite or x is 0 it may be 0.
     """
     d.addcmul_(d, x, value=sign * _SCALE[d.dtype])
     if moved is not None:
@@ -254,7 +254,7 @@ def _mask_by_product(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Ten
 
 
 def _mask_by_signs(d: Tensor, x: Tensor, sign: float, strict: bool, moved: Tensor | None = None) -> Tensor:
-    """The same where d*x is made before it is scaled, and underflows, as on CUDA. Exact for every d and x."""
+    """The same for devices such as CUDA, which multiply d*x before they scale it. Exact for every d and x."""
     d.mul_(-sign)
     if moved is not None:
         moved.copy_(rules.aligned(d, x, strict=True))
@@ -266,7 +266,7 @@ def _block_size(device: torch.device) -> int:
 
 
 def _scratch(buckets: Sequence[Coming | Stepped], rows: int) -> list[Tensor]:
-    """``rows`` flat buffers, each as long as the longest piece, in float32 or wider; an unused one costs nothing."""
+    """``rows`` flat buffers, each as long as the longest piece, in float32 or wider. On a CPU unused ones are free."""
     w = buckets[0].w[0]
     longest = min(max(PACK, *(t.numel() for bucket in buckets for t in bucket.w)), _block_size(w.device))
     wide = torch.promote_types(w.dtype, torch.float32)
@@ -274,9 +274,10 @@ def _scratch(buckets: Sequence[Coming | Stepped], rows: int) -> list[Tensor]:
 
 
 def _blocks(w: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """Flat, aligned pieces of each entry's tensors; what is written to the first lands in ``w``.
+    """For each piece, the indices of its tensors and then a flat piece of ``w`` and of each of the ``others``.
 
-    Small tensors in a row come packed into one piece. First come the numbers of the entries that a piece is of.
+    Pieces hold equal places, part of one large tensor or several small ones in a row. What the caller writes to the
+    first is written to ``w``.
     """
     run: list[int] = []
     length = 0
@@ -306,7 +307,7 @@ def _packed(run: list[int], *lists: Sequence[Tensor]) -> Iterator[tuple[Any, ...
 
 
 def _lines(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as lines of equal order: views where they are dense (channels_last too), else copies."""
+    """The tensors, flat and in one order of elements: views where they are dense (channels_last too), else copies."""
     if all(t.is_contiguous() for t in tensors):
         return [t if t.dim() == 1 else t.view(-1) for t in tensors]
     order = _order(tensors[0])

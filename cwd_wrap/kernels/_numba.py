@@ -3,14 +3,14 @@
 # ruff: noqa: ANN001, ANN202, PLR0124
 """The rules in numba, on the CPU: one pass over memory, for all tensors of the same types in one call.
 
-A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` is the
-walk, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eight
-numbers; it returns what to write into each of the five (None: nothing), whether to count the place, and what
-`rules.sums` sums there. The sums are compiled in only where somebody asks for them.
+A call works through chunks. A table says which tensor each chunk is of, another where the tensors are. `_walk` makes
+the loop over them, the same for every rule. A rule is a function of the values of up to five tensors in one place and
+of eight numbers ``n``; it returns what to write into each of the five (None: nothing), whether to count the place, and
+what `rules.sums` sums there. The sums are compiled in only if they are asked for.
 
-The threads are our own, as many as `torch.get_num_threads` says: the compiled code holds no lock of Python's, so it can
-be called from several threads and after a fork, whichever threading library numba finds. `kernels.Backend` says what
-each function does.
+The threads are Python's, as many as `torch.get_num_threads` says; compiled code releases the interpreter lock. So calls
+from several threads and after a fork work, whichever threading library numba finds. `kernels.Backend` says what each
+function does.
 """
 
 import functools
@@ -43,10 +43,10 @@ __all__ = [
 
 CHUNK = 1 << 16  # elements
 ALONE = 1 << 17  # elements below which a second thread costs more than it brings
-TURNS = 8  # chunks are handed out in so many turns a thread: one that the machine slows down takes fewer
+TURNS = 8  # turns for each thread in which chunks are handed out: a thread that is slowed down takes fewer
 
 COLUMNS, NUMBERS = 5, 8
-_BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba knows neither: their bits, told apart by the sign of the type
+_BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
 _TAGS = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
@@ -122,7 +122,7 @@ def _narrow(typing_context, value, like):
 
 @intrinsic
 def _add_square(typing_context, sums, total, value):
-    """``total`` + ``value``**2 where there are ``sums``. The order is LLVM's, which can then do it in vectors."""
+    """``total`` + ``value``**2 if there are ``sums``. LLVM may reorder the additions, so that it can vectorise them."""
 
     def generate(context, builder, signature, arguments):
         _, total, value = arguments
@@ -134,7 +134,7 @@ def _add_square(typing_context, sums, total, value):
 
 
 def _line(addresses, column, tensor, start, stop, tag):
-    """The elements of a chunk; None where there is no such column."""
+    """The elements of a chunk in one column; None if there is no such column."""
 
 
 @overload(_line, inline="always")
@@ -147,7 +147,7 @@ def _(addresses, column, tensor, start, stop, tag):
 
 
 def _get(line, i, like):
-    """Element ``i`` in the type that the rule computes in, that of ``like``; None where there is no such column."""
+    """Element ``i`` in the type of ``like``, in which the rule computes; None if there is no such column."""
 
 
 @overload(_get, inline="always")
@@ -165,7 +165,7 @@ def _put(line, i, value, random):
     """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
 
 
-@overload(_put)  # not inlined by numba: it warns about a choice inside
+@overload(_put)  # without inline="always": numba would warn about the branches
 def _(line, i, value, random):
     if line is types.none or value is types.none:
         return lambda line, i, value, random: None
@@ -194,7 +194,7 @@ def _(line, i, value, random):
     return write
 
 
-# ---- the rules, each the twin of functions in rules.py
+# ---- the rules, each the twin of functions in rules.py. The numbers n come from the functions of the backend below.
 
 
 @register_jitable
@@ -335,7 +335,7 @@ def _random(key, place):
 
 
 def _bits(keys, tensor, place):
-    """`_random`, or None for each tensor where there are no keys."""
+    """`_random`, or None for each tensor if there are no keys."""
 
 
 @overload(_bits, inline="always")
@@ -346,9 +346,9 @@ def _(keys, tensor, place):
 
 
 def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
-    """The walk that carries ``rule`` out on chunks ``first`` to ``last``, and counts for each where it says so.
+    """The compiled function that applies ``rule`` to the chunks from ``first`` up to, not including, ``last``.
 
-    ``sums``: None, or for each chunk the other four of `rules.sums`.
+    It fills ``counts`` with the count of each chunk, and ``sums``, if not None, with the other four of `rules.sums`.
     """
 
     @njit(nogil=True, cache=True, error_model="numpy")
@@ -467,7 +467,7 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
 
 
 def _of_update(bucket: Whole) -> tuple[float, ...]:
-    """The numbers of `_sgd` and its like, in their order."""
+    """The numbers ``n`` of the update's rule: sign of the gradient, lr, eta*lam, and then its own."""
     update = bucket.update
     common = (-1.0 if update.maximize else 1.0, float(bucket.lr), float(bucket.eta_lam))
     if isinstance(update, Adam):
@@ -478,7 +478,7 @@ def _of_update(bucket: Whole) -> tuple[float, ...]:
 
 
 def _correct_bias(buckets: Sequence[Whole], numbers: np.ndarray) -> None:
-    """Increase the counters; divide the step size by 1 - beta1**t, and put down the root of 1 - beta2**t."""
+    """Increase the counters; divide lr (column 1) by 1 - beta1**t, and write sqrt(1 - beta2**t) to column 7."""
     row = 0
     for bucket in buckets:
         t = np.empty(len(bucket.steps))
@@ -530,7 +530,7 @@ def _launch(
 
 
 def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """The columns with each row as contiguous lines of one order."""
+    """The columns, with all tensors of a row contiguous and in one order of elements."""
     if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
         return columns
     return list(zip(*([line.contiguous() for line in _lines(*row)] for row in zip(*columns, strict=True)), strict=True))
@@ -544,7 +544,7 @@ def _run(
     draws: Sequence[Draws] = (),
     count: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """For each chunk its tensor, the count, and if ``count`` the other four of `rules.sums`."""
+    """Carry ``rule`` out. Returns for each chunk its tensor, the count, and if ``count`` the other four sums."""
     walk = _walks[rule]
     sizes = _sizes(columns[0])
     keys, chunks = None, _chunks(sizes.tobytes())
@@ -598,7 +598,7 @@ def _addresses(column: Sequence[Tensor]) -> np.ndarray:
 def _chunks(sizes: bytes, shards: bytes | None = None) -> np.ndarray:
     """For each chunk: tensor, first element, the one after the last, and the place of the first in the whole parameter.
 
-    ``sizes`` of the tensors, and their ``shards``: a chunk is of one run.
+    ``sizes`` are those of the tensors. With their ``shards``, each chunk lies in one run of its shard.
     """
     numel = np.frombuffer(sizes, np.int64)
     tensor: np.ndarray = np.arange(len(numel))
@@ -615,7 +615,7 @@ def _chunks(sizes: bytes, shards: bytes | None = None) -> np.ndarray:
 
 
 def _cut(sizes: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each of ``sizes`` in parts of so much: which one a part is of, and its number there."""
+    """Cut each of ``sizes`` into parts of at most ``parts``: for each part the index of its size, and its number."""
     counts: np.ndarray = -(-sizes // parts)
     of = np.repeat(np.arange(len(sizes)), counts)
     return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)

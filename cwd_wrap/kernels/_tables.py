@@ -1,4 +1,4 @@
-"""Tables of numbers on a device: sent there once, and kept for the launches that read the same ones again."""
+"""Tables of numbers on a device: sent there once, and kept for later launches that read the same numbers."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from cwd_wrap.graphs import capturing
 
-SEVERAL = 64  # tables are kept for each device, whatever they take,
-BYTES = 16 << 20  # and more while all of them take no more than this: thousands of optimizers, one for each parameter
+SEVERAL = 64  # so many tables are kept for each device, whatever their size,
+BYTES = 16 << 20  # and more while all take no more bytes than this: thousands of optimizers, one for each parameter
 ALLOCATED = 512  # bytes that torch gives to the smallest tensor on a device
-SPARES = 4  # pieces of pinned memory of one size that wait for a capture
+SPARES = 4  # pieces of pinned memory of one size that are kept for a capture
 
 _Build: TypeAlias = Callable[..., Tensor]
 _Key: TypeAlias = tuple[object, _Build, tuple[bytes, ...]]
 
 _in_graphs: dict[int, Tensor] = {}
-"""What CUDA graphs read at each replay: tables from before the capture, and pinned memory. Never released: `graphs`."""
+"""What CUDA graphs read at each replay: older tables, and pinned memory. Never released, see `graphs`."""
 
 
 class _Tables:
-    """Those of one device, the one that was used last at the end."""
+    """The tables of one device, in the order of their last use."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[_Key, Tensor] = OrderedDict()
@@ -50,7 +50,7 @@ class _Tables:
             return next((table for key, table in self._kept.items() if key[1:] == (build, parts)), None)
 
     def spare(self, like: Tensor) -> None:
-        """Put pinned memory by for a capture, in which older versions of torch can allocate none."""
+        """Keep pinned memory for a capture, during which older versions of torch cannot allocate any."""
         alike = [spare for spare in self._spares if spare.nbytes == like.nbytes]
         if len(alike) < SPARES and len(self._spares) < SEVERAL:
             self._spares.append(torch.empty(like.nbytes, dtype=torch.uint8).pin_memory())
@@ -78,8 +78,8 @@ _of_device: dict[torch.device, _Tables] = {}
 def table(build: _Build, device: torch.device, *parts: bytes) -> Tensor:
     """``build(*parts)`` on ``device``, the current one; sent there only if the parts differ from those of recent calls.
 
-    Not to be written to. A table that a CUDA graph reads is one that was sent before the capture, if there is one (the
-    capture waits until it has arrived); otherwise each replay sends it.
+    Callers must not write to it. A CUDA graph reads a table that was sent before the capture (which waits until it has
+    arrived) if there is one; otherwise each replay sends it.
     """
     tables = _of_device.setdefault(device, _Tables())
     if capturing():
@@ -89,8 +89,8 @@ def table(build: _Build, device: torch.device, *parts: bytes) -> Tensor:
             return found
         source = tables.take_spare(build(*parts))
         _in_graphs[id(source)] = source
-        return source.to(device, non_blocking=True)  # recorded, not run: no other call can use it
-    # One table for each stream that works with it, so that none reads it before it has arrived.
+        return source.to(device, non_blocking=True)  # recorded, not run, so the result is not kept for other calls
+    # One table for each stream: another stream could read it before it has arrived.
     stream = None if device.type == "cpu" else getattr(torch, device.type).current_stream(device)
     key = (stream, build, parts)
     found = tables.find(key)

@@ -4,15 +4,15 @@
 """The rules in Triton: one launch for all tensors of one device and the same types, whatever their number.
 
 A launch works through chunks. A table on the device says which tensor and which bucket each chunk is of, another where
-the tensors are; both are sent again only when something has moved. Where some tensors begin at multiples of 16 bytes
-and others do not, each kind has a launch of its own. What changes from step to step (eta*lam, the
-learning rate, the counters) is read from device memory, so no value is ever compiled in and a CUDA graph sees new ones.
+the tensors are; both are sent again only if they have changed. One launch is for tensors that begin at multiples of 16
+bytes, another for the rest. What changes from step to step (eta*lam, the learning rate, the counters) is read
+from device memory: no value is compiled in, and each replay of a CUDA graph reads the new ones.
 
-`_sweep` is the walk, the same for every rule. A decay is a function of the values of up to three tensors in one place,
-of eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update
-is a function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns. A rule
-that needs a number of each whole tensor takes two launches: one that counts, and one that reads what was made of the
-counts. What a monitor reads is summed in the launch that decays, and compiled in only where somebody asks for it.
+`_sweep` is the kernel for every rule. A decay is a function of the values of up to three tensors in one place, of
+eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update is a
+function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns. A rule that
+needs a number for each whole tensor takes two launches: one counts, and the other reads a number that was computed from
+the counts. The sums for a monitor are made in the launch that decays, and compiled in only if they are asked for.
 
 What is written is rounded as in rules.py: no multiplication is fused with an addition, and float32 roots and quotients
 are those of the IEEE standard.
@@ -40,7 +40,7 @@ from cwd_wrap.updates import SGD, Adam, Update
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
-CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are 0.05 % of them or less
+CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are at most 0.1 % of theirs
 ALIGNMENT = 16  # bytes
 NUMBERS = 7  # coefficients in a row of the table of buckets: up to four of the rule, the sign, two log2(beta)
 ROW = 4 + NUMBERS
@@ -56,7 +56,7 @@ _Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
 """What the tensors of a bucket share: eta*lam, the learning rate, the coefficients."""
 
 _UNALIGNED = bytes(low % ALIGNMENT != 0 for low in range(256))
-"""For the lowest byte of an address: is the address no multiple of `ALIGNMENT`?"""
+"""For each lowest byte of an address, 1 if the address is not a multiple of `ALIGNMENT`, else 0."""
 
 
 # ---- the decays, each the twin of a function in _eager.py
@@ -136,7 +136,7 @@ def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
 
 # ---- the updates, each the twin of a function in rules.py: (direction, eta*u, three tensors of state)
 #
-# A state that the optimizer does not have is None when given, and any tensor when returned: it is not written.
+# A state that the optimizer does not have is None as an argument. What is returned for it is not written.
 
 
 @triton.jit
@@ -217,14 +217,14 @@ def _round_stochastically(wide, random, FLOAT16: tl.constexpr):
 
 @triton.jit
 def _outwards(lost, random, odd):
-    # Of two neighbours the nearest is taken (of two as near, the even one), unless random < the chance of the other.
+    # Take the nearest of the two neighbours (at a tie the even one), unless random < the chance of the other.
     nearest = (lost > 32768) | ((lost == 32768) & odd)
     return tl.where(nearest, random >= 65536 - lost, random < lost)
 
 
 @triton.jit
 def _pointer(addresses, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    # Triton 3.0 makes no pointer type of a constant, but of the type of a tensor.
+    # Triton 3.0 makes a pointer type of the dtype of a tensor, but not of a constant.
     pointer = tl.load(addresses + at).to(tl.pointer_type(tl.zeros([1], TYPE).dtype))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -233,7 +233,7 @@ def _pointer(addresses, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _number(addresses, numbers, at, TYPE: tl.constexpr):
-    """A number of a row in float64: the one at the address, if there is one, else the one in the row."""
+    """A number of a row (see `ROW`) in float64: the one at its address, if there is one, else its value."""
     there = tl.load(_pointer(addresses, at, TYPE, False), mask=tl.load(addresses + at) != 0, other=0.0)
     return there.to(tl.float64) + tl.load(numbers + at + 2)
 
@@ -285,7 +285,7 @@ def _piece(
     STRICT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Carry RULE out on a block, and return the sums of `rules.sums` with what is to be added there."""
+    """Carry RULE out on a block. Returns the running sums of `rules.sums` with those of the block added."""
     words = None
     if key is not None:  # at the place in the whole parameter, of which this may be a shard
         words = _stream(key, offset + (at if run is None else at // run * jump + at % run))
@@ -381,8 +381,8 @@ def _sweep(
     ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
     ``steps``: the address of each tensor's counter, for an update that corrects biases; the last two numbers of the row
     are log2(beta) of its two averages.
-    ``streams``: None rounds to nearest; otherwise the one there makes the random numbers that round, and ``shards``
-    holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: one holds several runs.
+    ``streams``: None rounds to nearest; otherwise the stream there makes the random numbers that round, and ``shards``
+    holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: some have several runs.
     ``per_tensor``: None, or a number for each tensor, in place of the first coefficient.
     SUMS: 0, or how many of `rules.sums` are known, and ``counts`` holds five numbers for each tensor: 3 before the
     step, when RULE decays along a direction, else 5.
@@ -394,7 +394,8 @@ def _sweep(
     eta = _number(rows, numbers, row + 1, WIDE)
     root = eta
     if steps is not None:
-        # In float64, whose 2**y is right to an ulp or two: 1 - beta**t is off by some 1e-16, relatively 1e-13 at 0.001.
+        # In float64, 2**y is right to an ulp or two, so 1 - beta**t is off by about 1e-16: where it is 0.001, by 1e-13
+        # of itself.
         t = tl.load(_pointer(steps, tensor, tl.float32, False)).to(tl.float64)
         eta = eta / (1 - tl.exp2(t * tl.load(numbers + row + 9)))
         root = tl.sqrt(1 - tl.exp2(t * tl.load(numbers + row + 10)))
@@ -415,7 +416,7 @@ def _sweep(
         of_tensor = shards + tl.cast(tensor, tl.int64) * 4
         key = _stream(tl.load(streams).to(tl.uint64), tl.load(of_tensor))
         offset = tl.load(of_tensor + 1)
-        if IN_RUNS:  # a division at each place
+        if IN_RUNS:  # this costs a division at each place
             run, jump = tl.load(of_tensor + 2), tl.load(of_tensor + 3)
     active, towards = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
     decayed, stepped, weights = tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE), tl.zeros([BLOCK], WIDE)
@@ -444,7 +445,7 @@ def _sweep(
 
 
 def _uncompiled(function: _Function) -> _Function:
-    """Outside of torch.compile: addresses mean nothing while tensors are fake."""
+    """Keep ``function`` out of torch.compile, where tensors are fake and have no addresses."""
     uncompiled: _Function = torch.compiler.disable(function)
     return uncompiled
 
@@ -610,7 +611,7 @@ def _launch(
         of_rows = table(plain, device, b"".join(map(_packed, rows)))
         streams, shards = None, None
         if draws and any(types[column].itemsize == 2 for column in written):
-            streams = draws[0].stream  # on the device: nothing is read, and a graph draws anew
+            streams = draws[0].stream  # on the device: no sync, and each replay of a graph draws new numbers
             places = (
                 (number, *place[:3]) for each in draws for number, place in zip(each.numbers, each.shards, strict=True)
             )
@@ -659,7 +660,7 @@ def _zeros(tensors: int, device: torch.device, sums: int) -> Tensor:
 
 
 def _in_order(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:
-    """The columns, each row contiguous and in one order of its elements: views of what is dense, copies of the rest."""
+    """The columns, with each row contiguous and in one order of elements: views of dense tensors, copies of others."""
     if all(map(Tensor.is_contiguous, chain.from_iterable(columns))):
         return columns
     lines = [list(column) for column in columns]
@@ -672,7 +673,7 @@ def _in_order(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]
 
 
 def _guard(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever device the tensors are on."""
+    """Make ``device`` the current one, on which Triton launches, whatever device the tensors are on."""
     if device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     guard: AbstractContextManager[object] = getattr(torch, device.type).device(device)
@@ -709,11 +710,12 @@ def _chunks(sizes: bytes, rows: bytes, chosen: bytes) -> Tensor:
 
 
 def _by_alignment(addresses: bytes, tensors: int) -> list[tuple[bool, bytes]]:
-    """(are they aligned?, which are: 1 for each of them) of the tensors; ``addresses`` are in columns.
+    """The aligned tensors and the others, each as (aligned, a byte for each tensor: 1 if it is one of these).
 
-    A tensor is aligned if it is in every column. Nothing here goes through the addresses in Python.
+    ``addresses`` holds one column after the other; a tensor is aligned if it is in every column. No Python loop goes
+    through the addresses.
     """
-    unaligned = addresses[::8].translate(_UNALIGNED)  # the lowest bytes: all machines with such devices have them first
+    unaligned = addresses[::8].translate(_UNALIGNED)  # lowest bytes: machines with such devices are little-endian
     if 1 not in unaligned:
         return [(True, b"\1" * tensors)]
     in_any = 0
@@ -725,4 +727,4 @@ def _by_alignment(addresses: bytes, tensors: int) -> list[tuple[bool, bytes]]:
 
 
 def _bytes(numbers: list[int]) -> bytes:
-    return array("q", numbers).tobytes()  # of a list: an array takes twice as long to read an iterator
+    return array("q", numbers).tobytes()  # reading an iterator takes twice as long as a list
