@@ -16,7 +16,7 @@ def plot_mask_ratio(ratios: Sequence[float], *, ax: "Axes | None" = None, label:
     """
     ax = _axes(ax)
     ax.plot(range(1, len(ratios) + 1), ratios, label=label)
-    ax.set(xlabel="step", ylabel="share of weights decayed", ylim=(0, 1))
+    ax.set(xlabel="recorded step", ylabel="share of weights decayed", ylim=(0, 1))
     if label is not None:
         ax.legend()
     return ax

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -174,39 +174,61 @@ class Step:
         group, they are yielded with eta*lam 0 and the index None.
         """
         eta_lams = self._eta_lams()
-        rule = self._work.rule
-        stream = self._work.stream if rule.draws else None
         seen: set[int] = set()
-        following = 0
+        first = 0
         for i, group in enumerate(self._work.base.param_groups):
-            parameters = list(group["params"])
-            first, following = following, following + len(parameters)
-            numbers: Sequence[int] = range(first, following)
-            names = group.get("param_names", ())
-            names = names if len(names) == len(parameters) else ()
-            if not rule.has_work(eta_lams[i]) and not (rule.rounds and any(p.element_size() == 2 for p in parameters)):
-                continue
-            gradients = [p.grad for p in parameters]
-            ids = set(map(id, parameters))
-            if len(ids) != len(parameters) or not seen.isdisjoint(ids) or any(g is None for g in gradients):
-                chosen: dict[int, tuple[Tensor, Tensor | None, int]] = {}
-                for p, g, number in zip(parameters, gradients, numbers, strict=True):
-                    if id(p) not in seen and takes_part(p, g):
-                        chosen.setdefault(id(p), (p, g, number))
-                parameters = [p for p, _, _ in chosen.values()]
-                gradients = [g for _, g, _ in chosen.values()]
-                numbers = [number for _, _, number in chosen.values()]
-            seen |= ids
-            index = self._work.index(i, group)
-            members = Members(group, eta_lams[i], parameters, gradients, numbers, stream, index, first, names)
-            left_alone = quirks.exempt(self._work.base, group)
-            if left_alone is not None:
-                exempt = [j for j, p in enumerate(parameters) if left_alone(p)]
-                if rule.every_group and exempt:
-                    yield replace(members.only(exempt), eta_lam=0.0), None
-                members = members.only([j for j, p in enumerate(parameters) if not left_alone(p)])
-            if members.parameters:
-                yield members, i
+            if self._acts_on(group, eta_lams[i]):
+                members = self._members_of(i, eta_lams[i], first, seen, takes_part)
+                yield from self._exempt_apart(members, i)
+            first += len(group["params"])
+
+    def _acts_on(self, group: dict[str, Any], eta_lam: float | Tensor) -> bool:
+        rule = self._work.rule
+        return rule.has_work(eta_lam) or (rule.rounds and any(p.element_size() == 2 for p in group["params"]))
+
+    def _members_of(
+        self,
+        i: int,
+        eta_lam: float | Tensor,
+        first: int,
+        seen: set[int],
+        takes_part: Callable[[Tensor, Tensor | None], bool],
+    ) -> Members:
+        """The members of group ``i``, if no earlier group has them; ``first`` is the number of its first parameter.
+
+        ``seen`` holds the ids of the parameters of earlier groups; those of this group are added.
+        """
+        work = self._work
+        group = work.base.param_groups[i]
+        parameters = list(group["params"])
+        gradients = [p.grad for p in parameters]
+        numbers = range(first, first + len(parameters))
+        names = group.get("param_names", ())
+        names = names if len(names) == len(parameters) else ()
+        stream = work.stream if work.rule.draws else None
+        index = work.index(i, group)
+        members = Members(group, eta_lam, parameters, gradients, numbers, stream, index, first, names)
+        ids = list(map(id, parameters))
+        once = len(set(ids)) == len(ids) and seen.isdisjoint(ids)
+        if not once or any(g is None for g in gradients):
+            rows: dict[int, int] = {}
+            for row, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+                if ids[row] not in seen and takes_part(p, g):
+                    rows.setdefault(ids[row], row)
+            members = members.only(list(rows.values()))
+        seen.update(ids)
+        return members
+
+    def _exempt_apart(self, members: Members, i: int) -> Iterator[tuple[Members, int | None]]:
+        """The members with the index ``i`` of their decay; those that the base's own decay skips apart, or left out."""
+        skips = quirks.exempt(self._work.base, members.group)
+        if skips is not None:
+            exempt = {j for j, p in enumerate(members.parameters) if skips(p)}
+            if exempt and self._work.rule.every_group:
+                yield replace(members.only(sorted(exempt)), eta_lam=0.0), None
+            members = members.only([j for j in range(len(members.parameters)) if j not in exempt])
+        if members.parameters:
+            yield members, i
 
     @staticmethod
     def _steps(_: Tensor, gradient: Tensor | None) -> bool:
