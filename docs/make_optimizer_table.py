@@ -17,21 +17,22 @@ from cwd_wrap import CautiousDecay  # noqa: E402
 
 HEAD = """# Which optimizer
 
-**{holds} optimizers work**; {other} do not, or cannot be run here. The reason stands beside each of these.
+**{holds} optimizers work**; {other} do not, or cannot be run here. The table gives the reason for each of these.
 
-For each step of each optimizer, [a test](../tests/test_conformance.py) computes the optimizer's own step with its decay
-off, adds the rule in float64, and compares. The wrapped result must be the same up to one rounding (up to four where
-the decay comes before the step).
+[A test](../tests/test_conformance.py) checks each step of each optimizer. It computes the optimizer's own step without
+decay, adds the cautious decay in float64, and compares. The wrapped result must be the same up to one rounding (up to
+four where the decay comes before the step).
 
 - **path**: [one_pass and direction](how_it_works.md#four-paths) need no memory, pieces needs 64 MiB or the largest
   tensor, snapshot needs a copy of the decaying weights.
-- The path is that of the default options on the CPU with numba. `fused=True` turns direction into one_pass for
+  The table has the path for the default options on the CPU with numba. `fused=True` turns direction into one_pass for
   torch's AdamW, Adam and SGD. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's optimizers turn
-  direction into pieces. `opt.paths()` tells.
-- **eta** is the factor by which the optimizer multiplies its own decay, [measured](../tests/test_own_decay.py). Where
-  nothing is said it is `lr`. *given*: with the default options eta is not one number. The error says why and which
-  option changes it; or pass `step_size=`.
-- **fades**: each step obeys the rule, but the optimizer pulls weights back to a copy of its own, so decay acts weaker.
+  direction into pieces. `opt.paths()` shows yours.
+- **works**: whether the test above passes.
+- **eta** is the factor by which the optimizer multiplies its own decay, [measured](../tests/test_own_decay.py). It is
+  `lr` unless the remarks name another one. *given*: with the default options eta is not one number, and the wrapper
+  raises an error. The error says why and which option changes that. Or pass `step_size=`.
+- **fades**: each step follows the rule, but the optimizer pulls weights back to a copy of its own, so decay is weaker.
 - Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
   prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.
 
@@ -39,7 +40,7 @@ the decay comes before the step).
 
 ## The table
 
-| optimizer | path | holds | remarks |
+| optimizer | path | works | remarks |
 |---|---|---|---|
 """
 
