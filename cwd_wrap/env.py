@@ -38,7 +38,7 @@ PATHS = ("one_pass", "direction", "pieces", "snapshot", "refused")
 def report(*, optimizers: bool = False) -> str:
     """Versions, devices, backends and paths as plain text; with ``optimizers``, also the path of each class.
 
-    Example:
+    Examples:
         >>> from cwd_wrap import env
         >>> env.report().startswith("python 3.")
         True

@@ -66,19 +66,17 @@ class MaskMonitor:
 
     Set it as a wrapper's ``observer``. `rows` gives a dict for each recorded step (a "look") and param group:
 
-    ============================  ====================================================================================
-    ``step``, ``group``           the number of the group's step since the monitor was attached; the group's index
-    ``name``                      the group's key ``name``, or ``group 0``; see ``per_parameter``
-    ``path``                      the path that the group took; several are joined by +
-    ``weights``                   how many weights the method acted on, on this rank
-    ``eta_lam``                   eta*lam, the share that one step takes off a weight where the mask is 1
-    ``share_decayed``             the share of weights that decayed: the mean of the mask. A weight that the step leaves
-                                  in place counts, unless the wrapper is ``strict``
-    ``share_towards``             the share with ``u*x > 0``, which is what the paper's figure shows
-    ``decay_norm``                ``||eta*lam * mask * x||``: the size of what the decay took away
-    ``update_norm``               ``||eta*u||``: the size of the optimizer's own update
-    ``weight_norm``               ``||x||`` after the step; of 16-bit weights, on some paths before they are rounded
-    ============================  ====================================================================================
+    - ``step``, ``group``: the number of the group's step since the monitor was attached; the group's index
+    - ``name``: the group's key ``name``, or ``group 0``; see ``per_parameter``
+    - ``path``: the path that the group took; several are joined by +
+    - ``weights``: how many weights the method acted on, on this rank
+    - ``eta_lam``: eta*lam, the share that one step takes off a weight where the mask is 1
+    - ``share_decayed``: the share of weights that decayed: the mean of the mask. A weight that the step leaves in place
+      counts, unless the wrapper is ``strict``
+    - ``share_towards``: the share with ``u*x > 0``, which is what the paper's figure shows
+    - ``decay_norm``: ``||eta*lam * mask * x||``, the size of what the decay took away
+    - ``update_norm``: ``||eta*u||``, the size of the optimizer's own update
+    - ``weight_norm``: ``||x||`` after the step; of 16-bit weights, on some paths before they are rounded
 
     Norms are Euclidean. What a method does not have is NaN: for `CautiousUpdate` and `PNormDecay` ``share_towards`` and
     ``decay_norm``. Their ``share_decayed`` is the share of weights that keep their update (`CautiousUpdate`) or 1
@@ -98,7 +96,7 @@ class MaskMonitor:
     Raises:
         ValueError: ``every`` or ``keep`` is not a whole number above 0.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cwd_wrap import CautiousDecay, MaskMonitor
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))

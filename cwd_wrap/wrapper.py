@@ -75,7 +75,7 @@ class OptimizerWrapper(Contract):
         and the options can. Raises TypeError for anything but a class of optimizers or a function, and for unknown or
         unhashable options.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from cwd_wrap import CautiousDecay
             >>> CautiousAdamW = CautiousDecay.over(torch.optim.AdamW, strict=True)

@@ -71,7 +71,7 @@ class CautiousDecay(OptimizerWrapper):
             why), or a group has ``differentiable=True``; its learning rate is unknown; it cannot take the path; the
             backend cannot run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cwd_wrap import CautiousDecay
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
@@ -189,9 +189,9 @@ class CautiousUpdate(OptimizerWrapper):
 
     The base's update ``u`` is kept only where it goes down the current gradient ``g``. The part that is kept is scaled
     up by ``alpha``, one number for each parameter. The base's state is not masked. The base's own decay is switched off
-    and applied decoupled, after the masked update. This method always copies the weights. Where the
-    update always has the gradient's sign (SGD without momentum, Adagrad, RMSprop) all of it is kept; gradients of 0
-    still count as masked in alpha.
+    and applied decoupled, after the masked update. This method always copies the weights. Where the update always has
+    the gradient's sign (SGD without momentum, Adagrad, RMSprop) all of it is kept, and only zeros in the gradient,
+    which count as masked, make alpha differ from 1.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
@@ -208,7 +208,7 @@ class CautiousUpdate(OptimizerWrapper):
             (put that one around this one instead); the base computes several gradients in a step (LBFGS, SAM); what
             `CautiousDecay` raises for the base and its groups. At a step: a gradient is sparse.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cwd_wrap import CautiousUpdate
         >>> w = torch.nn.Parameter(torch.zeros(4))
@@ -288,7 +288,7 @@ class PNormDecay(OptimizerWrapper):
         TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or p is not a number.
         ValueError: p is not above 0 and at most 2; what `CautiousDecay` raises.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from cwd_wrap import PNormDecay
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.01]))
