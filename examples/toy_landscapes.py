@@ -1,4 +1,4 @@
-"""Adam, AdamW and CautiousDecay(Adam) on functions whose minimisers form a curve.
+"""Adam, AdamW and CautiousDecay(Adam) on functions with a curve of minimisers.
 
 Two functions, those of the paper's Figure 3 (arXiv 2510.12402), are 0 on a curve. A third, of one variable, is 0 at 5:
 
@@ -271,7 +271,7 @@ def parse(parser: argparse.ArgumentParser, smoke: dict, arguments: Sequence[str]
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Adam, AdamW and CautiousDecay(Adam) on functions whose minimisers form a curve.",
+        description="Adam, AdamW and CautiousDecay(Adam) on functions with a curve of minimisers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -97,7 +97,7 @@ def difference(first: Arm, second: Arm, *, same_row: bool = False) -> Difference
 
 
 def flat(arm: Arm) -> tuple[float, float]:
-    """The smallest and the largest lam next to the best one whose test loss is within one standard error of it."""
+    """The smallest and the largest lam of the range around the best one with test losses within one standard error."""
     test = arm.of("test")
     best = int(test.mean(-1).nan_to_num(nan=math.inf).argmin())
     behind = test - test[best]

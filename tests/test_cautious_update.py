@@ -101,7 +101,7 @@ def test_one_of_many(scale: str | None, alpha: float) -> None:
 
 @all_scales
 def test_all_masked_is_no_step(scale: str | None) -> None:
-    """A parameter whose whole update goes up the gradient only decays."""
+    """If the whole update of a parameter goes up the gradient, the parameter only decays."""
     p, q = weight(1, 2, grad=[-1, -1]), weight(1, 2, grad=[-1, -1])
     CautiousUpdate(Moves([p], torch.ones(2)), scale=scale).step()
     CautiousUpdate(Moves([q], torch.ones(2), weight_decay=0.25), scale=scale).step()
@@ -502,7 +502,7 @@ def test_the_error_for_an_unknown_learning_rate_names_no_missing_argument() -> N
 
 @pytest.mark.parametrize("scale", ["sum", "", 1.0, False])
 def test_unknown_scales(scale: object) -> None:
-    """An unknown scale is refused, and the known ones are listed."""
+    """The error for an unknown scale lists the known ones."""
     with pytest.raises(ValueError, match=r"unknown scale .*'mean', 'numel', None"):
         CautiousUpdate(SGD([weight(1.0)], lr=0.1), scale=scale)  # type: ignore[arg-type]
 

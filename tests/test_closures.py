@@ -77,7 +77,7 @@ def test_the_closure_may_make_the_first_gradients(every_path: PathOptions) -> No
 
 
 def test_the_closure_may_remove_gradients(every_path: PathOptions) -> None:
-    """A parameter whose gradient the closure sets to None keeps its value."""
+    """If the closure sets the gradient of a parameter to None, the parameter keeps its value."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", None) or 0.0)

@@ -64,7 +64,7 @@ def test_the_comparison_can_fail() -> None:
     assert pytest.approx(weights, rel=1e-3) != others
 
 
-# ------------------------------------------------------------------------------------ a base whose own step is compiled
+# ------------------------------------------------------------------------------------ a base with a compiled step
 
 
 def compile_step(base: Optimizer) -> CompileCounter:

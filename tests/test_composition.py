@@ -48,7 +48,7 @@ LAYERS = {
 
 
 def by_hand(name: str, x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
-    """Both layers in float64: the outer's w is the result of the inner layer, whose decay is off."""
+    """Both layers in float64: the outer's w is the result of the inner layer, which has its decay off."""
     outer, scale = LAYERS[name]
     return outer(x, reference.update(scale)(x, w, g, 0.0), g, eta_lam)
 
@@ -128,7 +128,7 @@ def test_four_numbers() -> None:
 
 
 def test_strict_leaves_what_the_inner_layer_masked() -> None:
-    """With strict=True a weight whose update was masked stays as it is."""
+    """With strict=True a weight with a masked update does not decay."""
     p = weight(2, 2, grad=[4, 4], dtype=F64)
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale=None), strict=True)
     opt.step()

@@ -63,7 +63,7 @@ def test_the_discovery_finds_the_overrides() -> None:
 
 
 def test_the_signature_check_can_fail() -> None:
-    """The check finds a load_state_dict(sd), whose parameter has another name than torch's."""
+    """The check finds a load_state_dict(sd), in which the parameter has another name than in torch."""
 
     class Renamed(CautiousDecay):
         def load_state_dict(self, sd: dict[str, Any]) -> None: ...

@@ -152,7 +152,7 @@ def test_the_error_for_an_argument_of_the_optimizer_names_the_optimizer(keywords
 
 
 def test_a_subclass_may_take_any_keyword() -> None:
-    """A subclass whose constructor has **kwargs may take any keyword."""
+    """A subclass with **kwargs in its constructor may take any keyword."""
 
     class Logged(CautiousDecay):
         def __init__(self, base_optimizer: Optimizer, **kwargs: Any) -> None:

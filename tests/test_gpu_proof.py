@@ -143,7 +143,7 @@ def test_the_row_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_that_does_nothing_is_not_timed() -> None:
-    """A benchmark whose steps do not change the weights is a failed row."""
+    """If a step does not change the weights, its benchmark raises an error."""
     parameters = [torch.nn.Parameter(torch.ones(64))]
     parameters[0].grad = torch.ones(64)
     opt = torch.optim.SGD(parameters, lr=0.1)

@@ -108,7 +108,7 @@ def test_all_is_the_optimizers_own_decoupled_decay(build: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgdw", "nadamw"])
 def test_all_is_timms_own_decoupled_decay(name: str) -> None:
-    """The same holds for timm's decoupled optimizers whose update does not read the decayed weight."""
+    """The same holds for timm's decoupled optimizers with an update that does not read the decayed weight."""
     timm = pytest.importorskip("timm.optim")
     start = torch.randn(6, 5, dtype=F64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -140,7 +140,7 @@ def test_all_is_muons_own_decay() -> None:
 
 
 def test_all_decouples_a_coupled_decay() -> None:
-    """mask="all" around Adam, whose own decay is coupled, equals AdamW."""
+    """mask="all" around Adam, which has a coupled decay of its own, equals AdamW."""
     a, b = net().double(), net().double()
     x = torch.randn(20, 17, dtype=F64)
     opts = (

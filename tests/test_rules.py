@@ -71,7 +71,7 @@ def test_nan_is_not_aligned() -> None:
 @given(x=numbers, w=numbers)
 @settings(max_examples=300, deadline=None)
 def test_both_masks_agree(strict: bool, x: float, w: float) -> None:
-    """The mask from a snapshot equals the mask of the update x - w, whose sign float64 gives exactly."""
+    """The mask from a snapshot equals the mask of the update x - w, computed in float64 so that its sign is exact."""
     x32, w32 = torch.tensor([x]), torch.tensor([w])
     u = x32.double() - w32.double()
 

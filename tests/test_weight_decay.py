@@ -559,7 +559,7 @@ def test_lam_may_be_a_plain_number_of_any_kind() -> None:
 
 
 def without_decay(p: torch.nn.Parameter) -> dict[str, Optimizer]:
-    """Bases whose groups have no weight_decay."""
+    """Bases without a weight_decay in their groups."""
     return {"LBFGS": LBFGS([p], lr=0.1), "SparseAdam": SparseAdam([p], lr=0.1)}
 
 
