@@ -1,7 +1,7 @@
-"""Builds sdist and wheel into dist/, checks what is in them, and runs the README's example on the wheel alone.
+"""Builds sdist and wheel into dist/, checks their contents, and runs the README's example with the wheel alone.
 
-Run by `make wheel`, with the Python of an environment that has torch and build. The example runs in an environment of
-its own, which has the wheel and borrows torch from here.
+`make wheel` runs it with the Python of an environment that has torch and build. The example runs in a second
+environment, which has the wheel and uses torch from the first.
 """
 
 import re
@@ -28,7 +28,7 @@ def run(*words: object, cwd: Path = ROOT) -> str:
 
 
 def check_wheel(wheel: Path) -> None:
-    """The modules, py.typed and the metadata with the licence; nothing else."""
+    """The wheel holds the modules, py.typed and the metadata with the licence, and nothing else."""
     names = set(zipfile.ZipFile(wheel).namelist())
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - info == MODULES | {"cwd_wrap/py.typed"}, sorted((names - info) ^ MODULES)
@@ -36,7 +36,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_sdist(sdist: Path) -> None:
-    """All that builds and tests the package; nothing that a checkout collects."""
+    """The sdist holds what is needed to build and test the package, and no environment, cache or build output."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     missing = (MODULES | NEEDED) - names
@@ -46,12 +46,12 @@ def check_sdist(sdist: Path) -> None:
 
 
 def run_example(wheel: Path, folder: Path) -> None:
-    """The README's first python block, where nothing of this checkout can be imported but the wheel."""
+    """Run the README's first python block where only the wheel can be imported, and not this checkout."""
     run(sys.executable, "-m", "venv", folder / "venv")
     bin_folder = "Scripts" if sys.platform == "win32" else "bin"
     python = folder / "venv" / bin_folder / "python"
-    # Paths in a .pth file come after the environment's own, and .pth files that lie in them are not read: the editable
-    # install of this checkout stays out.
+    # Paths in a .pth file come after the environment's own, and .pth files in those folders are not read, so the
+    # editable install of this checkout stays out.
     own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(own) / "torch_of_the_builder.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)

@@ -1,4 +1,4 @@
-"""GPT-2-small's parameter shapes, interleaved timing, and the line that says where a figure was measured."""
+"""The parameter shapes of GPT-2 small, interleaved timing, and the line that says where a figure was measured."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def _parameter(shape: tuple[int, ...]) -> torch.nn.Parameter:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns so that a slow moment of the machine hits all alike; two rounds warm up."""
+    """Seconds of each call. The calls take turns, so that a slow moment of the machine hits all; two rounds warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(rounds + 2):
         for name, call in candidates.items():
@@ -45,7 +45,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int) -> 
 
 
 def interleaved_steps(optimizers: Mapping[str, torch.optim.Optimizer], rounds: int) -> dict[str, list[float]]:
-    """`interleaved` for the steps of optimizers. Raises unless each of them has moved its weights."""
+    """`interleaved` for the steps of optimizers. Exits unless each optimizer has moved its weights."""
     before = {name: _sample(optimizer) for name, optimizer in optimizers.items()}
     seconds = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, rounds)
     for name, optimizer in optimizers.items():
@@ -70,7 +70,7 @@ def print_ratios(seconds: Mapping[str, list[float]], baseline: str) -> None:
 
 
 def where() -> str:
-    """Machine, versions and date, to stand beside every figure."""
+    """Machine, versions and date, to be given with every figure."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -1,4 +1,4 @@
-"""What the compilers make of the Triton kernels, for targets that may be absent, and the host's time for a launch.
+"""The compiled code of the Triton kernels, for targets that may be absent, and the host's time for a launch.
 
 python benchmarks/compiled_kernels.py
 
@@ -41,11 +41,10 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 
 @dataclass(frozen=True)
 class Kernel:
-    """A rule, the types of the columns that it is compiled for, and whether addresses are promised aligned.
+    """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
-    ``update``: whether it makes the optimizer's update. ``write``: whether it writes, or only counts. ``stochastic``:
-    whether what it writes is rounded at random. ``per_tensor``: whether it reads a number for each tensor. ``sums``:
-    how many of `rules.sums` it adds up.
+    ``update``: does it make the optimizer's update? ``write``: does it write, or only count? ``stochastic``: does it
+    round at random? ``per_tensor``: does it read a number for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
@@ -74,10 +73,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Code:
-    """``loads`` and ``stores`` of one round of the main path, as {bits: number}; ``stack`` in bytes a thread.
+    """``loads`` and ``stores`` of one round of the main path, as {bits: number}; ``stack`` in bytes per thread.
 
-    ``inexact``: the kinds of instructions, in the whole of a CUDA kernel, that fuse in float32, approximate or take
-    denormals for 0.
+    ``inexact``: the kinds of instructions in a CUDA kernel that fuse in float32, approximate or take denormals for 0.
     """
 
     loads: Counter[int]
@@ -187,7 +185,7 @@ def _read_amd(assembly: str) -> Code:
 
 
 def _main_path(assembly: str, label: str) -> str:
-    """The first loop that loads, from its label to the last branch back there. (The tail after it may jump.)"""
+    """The first loop that loads, from its label to the last branch back to it. (The tail after it may jump.)"""
     for head in re.finditer(rf"^({label}\w+):", assembly, flags=re.MULTILINE):
         below = assembly[head.end() :]
         back = [branch.end() for branch in re.finditer(rf"bra[\w.]*\s+{re.escape(head[1])}\b", below)]
@@ -239,9 +237,9 @@ def stubbed() -> Iterator[dict[str, int]]:
 
 
 def host_microseconds(tensors: int, calls: int, *, schedule: bool, whole: bool = False) -> float:
-    """Time of the fastest call on so many tensors with tables that are warm; nothing is launched.
+    """Time of the fastest call on ``tensors`` tensors with warm tables; nothing is launched.
 
-    It is a call of `decay_along`, or of `step_whole` with Adam if ``whole``, without what increases the counters.
+    The call is `decay_along`, or `step_whole` with Adam if ``whole``, without the increase of the counters.
     """
     w, g, m, v, steps = ([torch.zeros(8) for _ in range(tensors)] for _ in range(5))
     adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)

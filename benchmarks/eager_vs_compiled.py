@@ -1,4 +1,4 @@
-"""The blocked eager kernels against torch.compile of the three-line rule, on the same data: GPT-2-small, float32.
+"""The blocked eager kernels against torch.compile of the three-line rule, on the same data: GPT-2 small, float32.
 
 python benchmarks/eager_vs_compiled.py            (needs a C++ compiler for inductor)
 """
@@ -9,6 +9,7 @@ import torch
 from common import gpt2_small, interleaved, print_ratios, where
 from torch import Tensor
 
+from cwd_wrap.buckets import Coming, Stepped
 from cwd_wrap.kernels import _eager
 
 ETA_LAM, BETA = 1e-5, 0.9
@@ -34,21 +35,22 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     x = [p.data for p in gpt2_small()]
     m, g = [torch.randn_like(t) for t in x], [torch.randn_like(t) for t in x]
-    n = len(x)
     compiled_along, compiled_snapshot = torch.compile(along, dynamic=True), torch.compile(from_snapshot, dynamic=True)
     print(where())
     print("\nmask from the direction")
     candidates = {
         "torch.compile of the rule": lambda: [compiled_along(*row) for row in zip(x, m, g, strict=True)],
         "blocked eager": lambda: _eager.decay_along(
-            x, m, g, [BETA] * n, [1 - BETA] * n, [ETA_LAM] * n, strict=False, count=False
+            [Coming(x, g, m, BETA, 1 - BETA, ETA_LAM)], strict=False, count=False
         ),
     }
     print_ratios(interleaved(candidates, rounds), "torch.compile of the rule")
     print("\nmask from a snapshot")
     candidates = {
         "torch.compile of the rule": lambda: [compiled_snapshot(*row) for row in zip(x, m, strict=True)],
-        "blocked eager": lambda: _eager.decay_from_snapshot(x, m, [ETA_LAM] * n, strict=False, count=False),
+        "blocked eager": lambda: _eager.decay_from_snapshot(
+            [Stepped(x, x, m, None, ETA_LAM)], strict=False, count=False
+        ),
     }
     print_ratios(interleaved(candidates, rounds), "torch.compile of the rule")
 

@@ -1,9 +1,9 @@
-"""How much time does numba add to the first steps, in which it is imported and compiles? Fresh processes.
+"""How much time does numba add to the first steps, in which it is imported and compiles? Each run is a new process.
 
 python benchmarks/first_step.py
 
-AdamW's first step goes along a direction, since it makes the state; the second is one pass. Each kernel is compiled
-once for each combination of types and then kept on disk, beside the package or in the user's cache folder.
+AdamW's first step takes the direction, in which the base makes its state; the second step is one pass. Each kernel is
+compiled once for each combination of types and kept on disk, beside the package or in the user's cache folder.
 """
 
 import os

@@ -2,9 +2,9 @@
 
 PYTHONPATH=. python benchmarks/gpu_proof.py [--no-tests] [--only kernels steps] [--out gpu_proof]
 
-It needs torch, triton and pytest, and no network. The tests for cards run first and have ten minutes of their own. Each
-part of the proof is a process of its own, so a crash ends that part only. Rows are independent: one that raises is
-printed as failed, and the next one is tried. Rows are printed as they come, and written to rows.csv and page.md.
+It needs torch, triton and pytest, and no network. The tests for cards run first, in at most ten further minutes. Each
+part of the proof runs in its own process, so a crash ends that part only. Rows are independent: one that raises is
+printed as failed, and the next one runs. Rows are printed at once, and written to rows.csv and page.md.
 
 --dry: no card. The kernels are interpreted on the CPU, on small tensors, to show that the rows themselves work.
 """
@@ -54,7 +54,7 @@ WEIGHTS = 100 if DRY else 1 << 26  # in all, for the speeds of the kernels
 TENSORS = 1 if DRY else 8
 TRIALS = 1 if DRY else 15
 Trial = tuple[str, Callable[[], object]]
-"""What a row is called, and a function that returns its value, or (value, unit, ratio, remark) or the first of them."""
+"""A row's name, and a function that returns its value, or the tuple (value, unit, ratio, remark) or its beginning."""
 
 
 class Skipped(Exception):  # noqa: N818 - no error
@@ -97,7 +97,7 @@ def rows_of(part: str, trials: Iterable[Trial | Row]) -> Iterator[Row]:
 
 
 def output(*command: str, seconds: float = 60, **options: object) -> str:
-    """What a program prints; raises Skipped if it is not there, RuntimeError with its last lines if it fails."""
+    """What a program prints. Raises Skipped if it is not installed, RuntimeError with its last lines if it fails."""
     if shutil.which(command[0]) is None:
         raise Skipped(f"{command[0]} is not installed")
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, **options)
@@ -147,7 +147,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def tensors(dtype: torch.dtype, odd: int) -> list[Tensor]:
-    """Random ones; each tensor whose number is a multiple of ``odd`` begins at an odd address, none if it is 0."""
+    """Random tensors. With ``odd``, every ``odd``-th of them begins at an odd address."""
     each = WEIGHTS // TENSORS
     flat = [torch.randn(each + 8, device=DEVICE).to(dtype) for _ in range(TENSORS)]
     return [t[1 : each + 1] if odd and i % odd == 0 else t[:each] for i, t in enumerate(flat)]
@@ -188,7 +188,7 @@ def launch(kernel: object, *, sums: int = 0, odd: int = 0) -> Callable[[], objec
 
 
 def kernels() -> Iterator[Trial]:
-    """GB/s, counting the bytes that have to move, and the share of the speed of torch's copy in the same type."""
+    """GB/s, counting the bytes that must be moved, and the ratio to torch's copy in the same type."""
     import compiled_kernels
     from compiled_kernels import KERNELS
 
@@ -246,11 +246,11 @@ def step_times() -> Iterator[Row]:
         yield from steps("steps", name, small, 2 if DRY else 10)
 
 
-# ---- what a graph, a stream and a checker say
+# ---- graphs, streams and memory checks
 
 
 def small_net(dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Some small weights with gradients, the same at each call; one is larger than a chunk."""
+    """Some small weights with gradients, the same at each call; on a card one is larger than a chunk."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5), (64,), (33, 3), ()] if DRY else [(300, 100), (1000,), (64, 64), (3,), ()]
     parameters = []
@@ -264,7 +264,7 @@ def small_net(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 def wrapped(
     path: str, parameters: list[torch.nn.Parameter], lr: float | Tensor, **options: object
 ) -> torch.optim.Optimizer:
-    """The optimizer of a row: AdamW in CautiousDecay on that path, or in another wrapper of that name."""
+    """The optimizer of a row: AdamW in CautiousDecay on ``path``, or in the wrapper of that name."""
     import cwd_wrap
 
     base = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, fused=True, capturable=not DRY)
@@ -296,7 +296,7 @@ def replay_of(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def graphs() -> Iterator[Trial]:
-    """Replays under new learning rates and seeds equal steps outside of a graph, bit for bit."""
+    """Replays under new learning rates equal steps outside a graph, bit for bit."""
 
     def trained(path: str, dtype: torch.dtype, graphed: bool, **options: object) -> list[Tensor]:
         parameters = small_net(dtype)
@@ -333,7 +333,7 @@ def graphs() -> Iterator[Trial]:
         yield f"{path}, bfloat16, stochastic", lambda p=path: check(p, torch.bfloat16, rounding="stochastic", seed=3)
 
     def backward_inside() -> str:
-        """The gradients are the graph's own: their addresses are new to it."""
+        """The gradients are made in the graph, at addresses that warm-up did not use."""
         found = []
         for graphed in (False, True):
             torch.manual_seed(0)
@@ -357,7 +357,7 @@ def graphs() -> Iterator[Trial]:
 
 
 def streams() -> Iterator[Trial]:
-    """Two streams step with gradients that move, while no more than three tables are kept."""
+    """Two streams step with gradients at changing addresses, while at most three tables are kept."""
 
     def check(path: str, steps: int = 2 if DRY else 30) -> tuple[str, str, None, str]:
         from cwd_wrap.kernels import _tables
@@ -374,7 +374,7 @@ def streams() -> Iterator[Trial]:
                 for i in range(steps):
                     for net, opt, stream in zip(nets, optimizers, side, strict=True):
                         with torch.cuda.stream(stream) if stream else ExitStack():
-                            kept = [*kept[-3:], *(p.grad for p in net)]  # the next ones lie elsewhere
+                            kept = [*kept[-3:], *(p.grad for p in net)]  # so that the next ones have other addresses
                             for p in net:
                                 p.grad = p.grad * (1 - 2 * (i % 2))
                             opt.step()
@@ -416,7 +416,7 @@ def memcheck() -> Iterator[Trial]:
         tool = next((place for place in places if place and Path(place).exists()), None)
         if tool is None:
             raise Skipped("compute-sanitizer is not installed")
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that the end of each tensor is seen
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor
         command = (tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-W", "ignore", "-c", program)
         said = output(*command, seconds=150, env=environment)
         return "clean", "", None, next((line for line in said.splitlines() if "ERROR SUMMARY" in line), "")
@@ -476,7 +476,7 @@ for _ in range(3):
 
 
 def first_steps() -> Iterator[Trial]:
-    """In a process of its own: the first step imports and compiles, or finds what was compiled on disk."""
+    """In a new process, the first step imports and compiles, or finds the compiled kernels on disk."""
 
     def check(path: str, folder: str) -> tuple[float, str, None, str]:
         program = FIRST_STEPS.format(here=str(HERE.parent), dry=', "--dry"' if DRY else "", path=path)
@@ -549,7 +549,7 @@ def compiled() -> Iterator[Trial]:
         yield path, lambda path=path: check(path)
 
 
-# ---- carrying it out
+# ---- running the parts
 
 PARTS: dict[str, tuple[Callable[[], Iterable[Trial | Row]], int]] = {  # the most seconds of each
     "versions": (versions, 60),
@@ -567,12 +567,12 @@ PARTS: dict[str, tuple[Callable[[], Iterable[Trial | Row]], int]] = {  # the mos
 
 def in_this_process(part: str) -> Iterator[Row]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "eta.lam = ")  # lost in bfloat16, as it may be here
+        warnings.filterwarnings("ignore", "eta.lam = ")  # it is lost in bfloat16, which does not matter here
         yield from rows_of(part, PARTS[part][0]())
 
 
 def in_another_process(part: str, seconds: float, log: Path) -> Iterator[Row]:
-    """The rows of a part as they come; a crash or a timeout ends the part, with a row of its own."""
+    """The rows of a part, each at once; a crash or a timeout ends the part with a row of its own."""
     command = [sys.executable, str(HERE), "--child", part, *(["--dry"] if DRY else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     with log.open("a") as errors:
@@ -595,7 +595,7 @@ def in_another_process(part: str, seconds: float, log: Path) -> Iterator[Row]:
 
 
 def tests() -> Iterator[Row]:
-    """pytest's output passes through; its last line is the row."""
+    """Print pytest's output; its last line is the row."""
     if importlib.util.find_spec("pytest") is None:
         yield Row("tests", "pytest -m gpu", remark="pytest is not installed", outcome="skipped")
         return

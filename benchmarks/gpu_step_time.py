@@ -3,8 +3,8 @@
 python benchmarks/gpu_step_time.py [--scale 4]
 
 device: a CUDA graph of the step is replayed, so that no launch waits for Python. host: a step is launched while the
-card is still busy with something else, so that nothing waits for the card. wall: steps one after the other, and the
-card is waited for at the end. The candidates take turns, and step the same weights with the same state.
+card is busy with other work, so that nothing waits for the card. wall: steps one after the other, with one wait for the
+card at the end. The candidates take turns, and step the same weights with the same state.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def failed(part: str, what: str, error: BaseException) -> Row:
 
 
 def on_the_device(call: Callable[[], object]) -> float:
-    """Device time of what ``call`` launches, all enqueued before the card starts."""
+    """Device time of all that ``call`` launches, enqueued before the card starts."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(5 * MILLISECOND)
     start.record()
@@ -112,7 +112,7 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def moved(optimizer: torch.optim.Optimizer, call: Callable[[], object]) -> None:
-    """Raise unless ``call`` moves the optimizer's weights: the time of a step that does nothing means nothing."""
+    """Raise unless ``call`` moves the optimizer's weights, since the time of a step that does nothing means nothing."""
     before = _sample(optimizer)
     call()
     share = (_sample(optimizer) != before).float().mean().item()
@@ -130,7 +130,7 @@ def candidates(parameters: Sequence[torch.nn.Parameter]) -> tuple[torch.optim.Op
 
 
 def steps(part: str, name: str, parameters: Sequence[torch.nn.Parameter], rounds: int) -> Iterator[Row]:
-    """A row for each path and kind of time; without a card, of the wall time alone."""
+    """A row for each path and kind of time; without a card, only of the wall time."""
     base, calls = candidates(parameters)
     working = {}
     for path, call in calls.items():

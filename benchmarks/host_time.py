@@ -1,4 +1,4 @@
-"""How much Python does a step cost for each tensor? The kernels are stubbed, so only the host's work is left.
+"""How much time does a step spend in Python for each tensor? The kernels are stubbed, so only the host's work is left.
 
 python benchmarks/host_time.py
 """
@@ -20,7 +20,7 @@ def main() -> None:
     print(where())
     nothing = {name: lambda *_, **__: 0 for name in ("decay_along", "decay_from_snapshot", "step_whole", "copy")}
     stub = SimpleNamespace(**{**vars(_eager), **nothing})
-    print(f"\n{'microseconds a tensor and step':36}{'600':>8}{'3,000':>8}")
+    print(f"\n{'microseconds per tensor and step':36}{'600':>8}{'3,000':>8}")
     columns = {}
     for tensors in (600, 3000):
         settings = {"lr": 1e-9, "weight_decay": 0.1, "fused": True}

@@ -1,4 +1,4 @@
-"""How long does `import cwd_wrap` take once torch is there? Medians over fresh processes.
+"""How long does `import cwd_wrap` take once torch is imported? The median over new processes.
 
 python benchmarks/import_time.py
 """

@@ -1,4 +1,4 @@
-"""How much memory does a step need beyond the plain optimizer's? Peak resident memory, each case in a fresh process.
+"""How much memory does a step need beyond the plain optimizer's? Peak resident memory, each case in a new process.
 
 python benchmarks/memory.py
 """
@@ -18,7 +18,7 @@ MEBI = 2**20
 
 
 def matrices() -> list[torch.nn.Parameter]:
-    """Eight matrices of 16 MiB: two pieces, and quick for Muon."""
+    """Eight matrices of 16 MiB: two pieces, and small enough for Muon to be fast."""
     parameters = [torch.nn.Parameter(torch.randn(1024, 4096) * 0.02) for _ in range(8)]
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[[], Optimizer], str | None]] = {
 
 
 def resident(field: str) -> int:
-    """A line of this process's own memory account, in bytes: VmHWM is the peak, VmRSS is now."""
+    """A field of this process's memory status, in bytes: VmHWM is the peak, VmRSS the current size."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -58,7 +58,7 @@ def peak_of(optimizer: Optimizer) -> int:
 
 
 def measure(case: str) -> None:
-    """Print the peak of one step above that of the plain optimizer's step, what stays, and the bytes announced."""
+    """Print the peak of one step above that of the plain step, the memory left after it, and `snapshot_bytes`."""
     build, path = CASES[case]
     optimizer = build()
     lam = None if "weight_decay" in optimizer.param_groups[0] else 0.1
@@ -70,7 +70,7 @@ def measure(case: str) -> None:
     wrapped = CautiousDecay(optimizer, lam, path=path)
     small = torch.nn.Parameter(torch.ones(1000))
     small.grad = torch.ones(1000)
-    CautiousDecay(AdamW([small], fused=True), 0.1, path="direction").step()  # numba and its code are loaded
+    CautiousDecay(AdamW([small], fused=True), 0.1, path="direction").step()  # loads numba and its code
     before = resident("VmRSS")
     peak = peak_of(wrapped)
     if "dropped" in case:

@@ -2,7 +2,7 @@
 
 python benchmarks/monitor_cost.py
 
-At each step of one training run the monitor is there or not, by chance. Times are of the optimizer's step alone, on the
+Each step of one training run has a monitor or none, chosen at random. Times are of the optimizer's step alone, on the
 one thread that makes it, so that a busy machine adds little.
 """
 
@@ -29,7 +29,7 @@ PATHS = {"one_pass": BACKENDS[:1], "direction": BACKENDS, "snapshot": BACKENDS, 
 
 
 def seconds(path: str, backend: str, steps: int) -> dict[str, list[float]]:
-    """Of each step, with each kind of monitor and with none."""
+    """The seconds of each step, with each kind of monitor and with none."""
     torch.manual_seed(0)
     model, text = GPT(WIDTH, LAYERS, CONTEXT), load_text().train
     decayed = decayed_weights(model)

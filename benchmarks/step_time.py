@@ -4,8 +4,8 @@ python benchmarks/step_time.py            all tables, about five minutes
 python benchmarks/step_time.py --quick    shapes a quarter as wide
 python benchmarks/step_time.py --only small
 
-Each round steps every candidate once, in turns; the ratio is to the plain optimizer's step of the same round. A
-candidate whose weights do not move ends the run.
+Each round steps every candidate once; the ratio is to the plain optimizer's step in the same round. If a candidate does
+not move its weights, the run ends with an error.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BACKENDS = ("numba", "eager") if importlib.util.find_spec("numba") else ("eager"
 
 
 class ByHand(AdamW):
-    """The usual code by hand: clone everything, step, then three lines of the rule on whole tensors."""
+    """The usual code by hand: clone all weights, step, then apply the rule to whole tensors."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

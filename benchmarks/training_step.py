@@ -2,7 +2,7 @@
 
 python benchmarks/training_step.py
 
-A ratio to the same step with the plain optimizer, of interleaved rounds; all models see the same batches.
+It prints ratios to the same step with the plain optimizer, in interleaved rounds. All models train on the same batches.
 """
 
 import sys

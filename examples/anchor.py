@@ -2,15 +2,15 @@
 
 An MLP is pre-trained on scikit-learn's handwritten digits (1797 images of 8 x 8 that come with the package: nothing to
 download). Then it is fine-tuned on a few other digits, each moved to the right by one or two pixels. All arms start
-from the same pre-trained weights and see the same batches. A lam is chosen by accuracy on moved digits that are neither
-trained on nor tested on; reported is accuracy on a third set, moved and as it was.
+from the same pre-trained weights and train on the same batches. Accuracy on moved digits for validation chooses lam;
+the table shows accuracy on a third set, moved and not moved.
 
     python examples/anchor.py                                  # under a minute, two cores
     python examples/anchor.py --images 50 --seeds 10           # fewer images to fine-tune on
     python examples/anchor.py --smoke                          # a few seconds
 
-It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row a
-run) and anchor.png. Needs scikit-learn (pip install scikit-learn) beside what the other examples need.
+It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
+per run) and anchor.png. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fold(model: nn.Module) -> None:
 
 @functools.cache
 def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images for pre-training, fine-tuning and validation with their labels, then those for the test."""
+    """Images and labels for pre-training, fine-tuning and validation, then those for the test."""
     images, labels, held_out, of_held_out = sparsity.load_images()
     return images.squeeze(1), labels, held_out.squeeze(1), of_held_out
 
@@ -126,7 +126,7 @@ class Settings:
 
     @property
     def first_of_validation(self) -> int:
-        """The images before it are for pre-training, but for the last ones of them."""
+        """The index of the first validation image. Before it come those for fine-tuning, and first pre-training."""
         return len(load_digits()[0]) - VALIDATION
 
     @property
@@ -147,12 +147,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run leaves behind."""
+    """The result of one run."""
 
     run: Run
     validation: float  # accuracy, on moved digits
     test: float  # accuracy, on moved digits
-    unmoved: float  # accuracy, on the digits of the test as they were
+    unmoved: float  # accuracy, on the same digits, not moved
     distance: float  # of the weights from their start
     norm: float  # of the weights
 
@@ -179,12 +179,12 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, lam: float, epochs: in
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share that the model gets right."""
+    """The share of images that the model classifies correctly."""
     return (model(images).argmax(1) == labels).double().mean().item()
 
 
 def train(run: Run, settings: Settings) -> Outcome:
-    """Pre-train, fine-tune, measure. Runs of one seed pre-train alike."""
+    """Pre-train, fine-tune, measure. Runs of one seed have the same pre-training."""
     torch.set_num_threads(1)
     images, labels, test, of_test = load_digits()
     torch.manual_seed(run.seed)
@@ -211,7 +211,7 @@ def train(run: Run, settings: Settings) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: table, sentences, picture
+# Results: table, sentences, picture
 # ------------------------------------------------------------------------------------------------
 
 Cells = dict[tuple[str, float], list[Outcome]]  # by arm and lam, each in the order of seeds
@@ -231,7 +231,7 @@ def mean(group: Sequence[Outcome], name: str) -> float:
 
 
 def best(grouped: Cells, towards: str) -> float:
-    """The lam with the highest mean accuracy in validation; the smallest of several."""
+    """The lam with the highest mean validation accuracy; of several the smallest."""
     lams = sorted(lam for arm, lam in grouped if arm == towards)
     return max(lams, key=lambda lam: mean(grouped[towards, lam], "validation"))
 
@@ -281,7 +281,7 @@ COLOURS = {NONE: "0.4", ZERO: "#d55e00", START: "#009e73"}
 
 
 def draw(path: Path, grouped: Cells) -> None:
-    """Accuracy against lam on moved and on unmoved digits: a line through the means, a point a seed."""
+    """Accuracy against lam on moved and unmoved digits: a line through the means and one point per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -317,7 +317,7 @@ def draw(path: Path, grouped: Cells) -> None:
 
 
 def images_to_tune(text: str) -> int:
-    """An argparse type: so many that as many again are left for pre-training."""
+    """An argparse type: a number of images, at most 400, so that enough are left for pre-training."""
     number = lm.count(1)(text)
     if number > 400:
         raise argparse.ArgumentTypeError(f"got {text!r}; wanted a number from 1 to 400")
@@ -341,7 +341,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=lm.count(2), default=5, help="runs of each kind, with seeds 0, 1, ...")
     add("--images", type=images_to_tune, default=200, help="moved digits to fine-tune on, up to 400")
     add("--lr", type=lm.positive, default=1e-3, help="peak learning rate of the fine-tuning")
-    add("--pretraining", type=lm.count(1), default=30, help="passes over the digits before it")
+    add("--pretraining", type=lm.count(1), default=30, help="passes over the digits in pre-training")
     add("--epochs", type=lm.count(1), default=100, help="passes over the moved digits")
     add("--jobs", type=lm.count(1), default=lm.usable_cpus(), help="runs at a time, a process of one thread each")
     add("--out", type=Path, default=Path("demo/anchor"), help="folder for the results")
@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(options.images, options.lr, options.pretraining, options.epochs)
     kinds = [(NONE, 0.0), *((towards, lam) for towards in (ZERO, START) for lam in options.lam)]
     runs = [Run(towards, lam, seed) for towards, lam in kinds for seed in range(options.seeds)]
-    steps = settings.steps  # reads the digits before any process is started: scikit-learn may be missing
+    steps = settings.steps  # reads the digits, and so fails before any process starts if scikit-learn is missing
     options.out.mkdir(parents=True, exist_ok=True)
     outcomes = lm.in_processes(train, runs, settings, min(options.jobs, len(runs)), steps, say)
 

@@ -1,27 +1,27 @@
-"""How fast? Loss against steps without decay, with plain and with cautious decay, after Figure 4 of arXiv 2510.12402.
+"""Loss against steps without decay, with plain and with cautious decay, as in Figure 4 of arXiv 2510.12402.
 
     none        no decay
     plain       decoupled decay of every weight, x <- x - eta*(u + lam*x)
     cautious    CautiousDecay, x <- x - eta*(u + lam*1[u*x >= 0]*x)
 
-Task, model, schedule and the meaning of a dose (lam * lr * steps) are lambda_sweep.py's. All runs of one seed share
-the training set, the initial weights and the batches. Tune the two doses first, each for its own arm, with
-lambda_sweep.py and on other seeds: two arms at doses that do not suit them say nothing about each other.
+Task, model, schedule and dose (lam * lr * steps) are those of lambda_sweep.py. All runs of one seed share the training
+set, the initial weights and the batches. Tune the two doses first, each for its own arm, with lambda_sweep.py and on
+other seeds: arms at untuned doses cannot be compared.
 
-"Steps to a loss" inside one run says little. The schedule lowers the learning rate towards the end of the run, the
-loss falls fastest there, and a run that is meant to be short would have been planned with a schedule of its own. What
-counts is the loss at the end of runs of several lengths, each with its own full schedule. --lengths trains those. The
-dose is the same at each length, so lam is smaller in a longer run.
+"Steps to a loss" within one run means little. The schedule lowers the learning rate towards the end of the run, where
+the loss falls fastest, and a shorter run would have its own schedule. Compare the losses at the end of runs of several
+lengths, each with its own full schedule: --lengths trains those. The dose is the same at each length, so lam is smaller
+in a longer run.
 
     python examples/convergence.py                                   # one length, a minute, two cores
-    python examples/convergence.py --lengths 600 1200 2400           # the honest comparison
+    python examples/convergence.py --lengths 600 1200 2400           # the fair comparison
     python examples/convergence.py --plain-dose 1 --cautious-dose 2 --losses 2 1.9
     python examples/convergence.py --device cuda --scale 8 --lengths 2000 4000 8000 --jobs 1    # a larger model
     python examples/convergence.py --smoke                           # a few seconds
 
 With --scale above 1 the text is that of all Python files in site-packages, hundreds of MB beside torch and
-transformers. It can be stopped at any time: finished runs stand in --out/curves.csv, a row for each (run, step), and
-are not repeated. It prints its tables and writes summary.txt and loss.png too. Needs: pip install cwd-wrap[results]
+transformers. It can be stopped at any time: finished runs are in --out/curves.csv, one row per (run, step), and are not
+repeated. It prints its tables and also writes summary.txt and loss.png. Needs: pip install cwd-wrap[results]
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Curve = dict[int, float]  # validation loss by step, or by length
 
 @dataclass(frozen=True)
 class Run(ls.Cell):
-    """All that names a run: the first columns of the file. ``steps`` is its length."""
+    """What identifies a run: the first columns of the file. ``steps`` is the run's length."""
 
     steps: int
     every: int
@@ -66,12 +66,12 @@ class Run(ls.Cell):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """As the file has it."""
+        """The values in the file."""
         return tuple(map(str, astuple(self)))
 
 
 def train(run: Run, device: str) -> tuple[Run, Curve]:
-    """Train one model, and measure it every so many steps and after the last one."""
+    """Train one model, and measure it every ``run.every`` steps and after the last one."""
     model, make_step = ls.start(run, run.lam, run.steps, run.scale, device, None)
     held_out = ls.TASKS[run.task].held_out("validation")
     curve = {}
@@ -84,7 +84,7 @@ def train(run: Run, device: str) -> tuple[Run, Curve]:
 
 
 # ------------------------------------------------------------------------------------------------
-# Many runs: finished ones stand in a file
+# Many runs: finished ones are in a file
 # ------------------------------------------------------------------------------------------------
 
 COLUMNS = [field.name for field in fields(Run)]
@@ -92,7 +92,7 @@ HEADER = ",".join([*COLUMNS, "step", "validation"]) + "\n"
 
 
 def read(path: Path) -> dict[tuple[str, ...], Curve]:
-    """The curves of finished runs. What a run that was cut off left at the end of the file is removed from it."""
+    """The curves of finished runs. Rows of a run that was cut off are removed from the end of the file."""
     if not path.exists():
         return {}
     header, *lines = path.read_bytes().decode().splitlines(keepends=True) or [""]
@@ -114,14 +114,14 @@ def read(path: Path) -> dict[tuple[str, ...], Curve]:
 
 
 def append(path: Path, run: Run, curve: Curve) -> None:
-    """Add the rows of one run at once; those of the first one make the file."""
+    """Add the rows of one run at once; the first run makes the file."""
     rows = [",".join([*run.key, str(step), f"{loss:.6g}"]) + "\n" for step, loss in curve.items()]
     with path.open("a", newline="") as file:
         file.write("".join(rows) if file.tell() else HEADER + "".join(rows))
 
 
 def carry_out(runs: Sequence[Run], path: Path, device: str, jobs: int) -> dict[Run, Curve]:
-    """Train what does not stand in the file yet, one length after the other. The curves of all runs."""
+    """Train the runs that are not in the file yet, one length after the other; return the curves of all runs."""
     finished = read(path)
 
     def record(outcome: tuple[Run, Curve]) -> str:
@@ -138,7 +138,7 @@ def carry_out(runs: Sequence[Run], path: Path, device: str, jobs: int) -> dict[R
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: tables and a picture
+# Results: tables and a picture
 # ------------------------------------------------------------------------------------------------
 
 ByArm = dict[str, list[Curve]]  # each list in the order of seeds
@@ -150,7 +150,7 @@ def inside(curves: dict[Run, Curve], length: int) -> ByArm:
 
 
 def ends(curves: dict[Run, Curve], lengths: Sequence[int]) -> ByArm:
-    """Each run's loss at its end, by length: as if the lengths were the steps of one curve."""
+    """Each run's final loss by length, as curves in which the lengths are the steps."""
     by_length = [inside(curves, length) for length in lengths]
     last = {arm: [[curve[max(curve)] for curve in arms[arm]] for arms in by_length] for arm in ARMS}
     return {arm: [dict(zip(lengths, losses, strict=True)) for losses in zip(*last[arm], strict=True)] for arm in ARMS}
@@ -162,9 +162,9 @@ def mean_curve(some: Sequence[Curve]) -> Curve:
 
 
 def crossing(curve: Curve, loss: float) -> float | None:
-    """The step at which the curve first comes down to ``loss``, on a straight line between its points; None if never.
+    """The step at which the curve first reaches ``loss``, on a straight line between its points; None if never.
 
-    A curve that begins below ``loss`` gives its first step: it came down to it there or before.
+    A curve that begins at or below ``loss`` gives its first step: it reached the loss there or before.
     """
     before = None
     for step, value in curve.items():
@@ -206,7 +206,7 @@ def final_table(curves: dict[Run, Curve], lengths: Sequence[int]) -> str:
 
 
 def speed_table(title: str, by_arm: ByArm, losses: Sequence[float]) -> str:
-    """A line for each loss and arm: when the mean over seeds comes down to it, and when each seed does."""
+    """A line for each loss and arm: when the mean over seeds reaches the loss, and when each seed does."""
     head = f"{'val loss':>8}  {'arm':<9}{title:>12}{'of plain':>10}  by seed"
     lines = [head, "-" * (len(head) + 16)]
     means = {arm: mean_curve(some) for arm, some in by_arm.items()}
@@ -251,7 +251,7 @@ def draw(path: Path, title: str, curves: dict[Run, Curve], lengths: Sequence[int
         ax.set(xlabel=label, ylabel="validation loss (nats)")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    # The first steps fall far: show the part where the arms differ.
+    # The loss falls far in the first steps: show the part where the arms differ.
     late = [loss for some in panels["step"].values() for curve in some for loss in [*curve.values()][len(curve) // 4 :]]
     late = [loss for loss in late if math.isfinite(loss)]
     if late:
@@ -279,18 +279,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=ls.OPTIMIZERS, default="AdamW")
     add("--lr", type=lm.positive, help="peak learning rate; by default one that suits small models")
     add("--plain-dose", type=lm.positive, default=1.0, help="lam * lr * steps of the plain arm")
-    add("--cautious-dose", type=lm.positive, default=1.0, help="and of the cautious arm")
-    add("--lengths", type=lm.count(1), nargs="+", help="steps of the runs; by default the task's own, once")
+    add("--cautious-dose", type=lm.positive, default=1.0, help="lam * lr * steps of the cautious arm")
+    add("--lengths", type=lm.count(1), nargs="+", help="steps of the runs; by default one length, the task's own")
     add(
         "--losses",
         type=lm.positive,
         nargs="+",
-        help="steps to these; by default plain decay's last one, and two above it",
+        help="losses for the steps to a loss; by default plain decay's final one and two above it",
     )
     add("--seeds", type=lm.count(1), default=3)
     add("--every", type=lm.count(1), default=50, help="steps between two validations")
     add("--device", default="cpu")
-    add("--scale", type=lm.count(1), default=1, help="how many times as wide, for a card")
+    add("--scale", type=lm.count(1), default=1, help="factor on the model's width, for a card")
     add("--jobs", type=lm.count(1), default=lm.usable_cpus(), help="runs at a time, one thread each")
     add("--out", type=Path, default=Path("demo/convergence"))
     options = parse(parser, SMOKE, arguments)

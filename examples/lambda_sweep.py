@@ -3,11 +3,11 @@
     plain      decoupled decay of every weight, x <- x - eta*(u + lam*x)
     cautious   CautiousDecay, x <- x - eta*(u + lam*1[u*x >= 0]*x)
     control    plain decay with lam times the mean mask ratio of the cautious run of the same lam and seed:
-               on average as many weights' worth of lam, spread over every weight
+               the same decay on average, spread over all weights
 
-All runs of one seed share the training set, the initial weights and the batches. A lam is written as its *dose*
-lam * lr * steps, so that one grid fits every optimizer. At a dose of 1, plain decay at the peak learning rate would
-take a weight without updates to 1/e of its size within the run.
+All runs of one seed share the training set, the initial weights and the batches. A lam is given as its *dose*
+lam * lr * steps, so that one grid fits every optimizer. With a dose of 1, plain decay at the peak learning rate would
+shrink a weight without updates to 1/e of its size within the run.
 
     mnist1d      40 numbers to 10 classes, 4,000 samples, 60 passes: an MLP, which overfits (package mnist1d)
     digits       8 x 8 images to 10 classes, 600 images, 40 passes: a small vision transformer of timm
@@ -18,7 +18,7 @@ take a weight without updates to 1/e of its size within the run.
     python examples/lambda_sweep.py --task bytes-many --optimizer Muon --seeds 3
     python examples/lambda_sweep.py --task bytes-once --device cuda --scale 4 --jobs 1    # a larger model on a card
 
-It can be stopped at any time: finished runs stand in --out/runs.csv and are not repeated. It prints a table and draws
+It can be stopped at any time: finished runs are in --out/runs.csv and are not repeated. It prints a table and draws
 --out/<task>_<optimizer>.png. Needs: pip install cwd-wrap[results]
 """
 
@@ -53,17 +53,17 @@ Batch = tuple[Tensor, Tensor]
 
 
 # ------------------------------------------------------------------------------------------------
-# Tasks: what a seed draws for training is its own; validation and test are the same for all
+# Tasks: each seed draws its own training data; validation and test are the same for all
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to learn. A larger ``scale`` makes the model wider and the batch larger, for a card."""
+    """A task. A larger ``scale`` makes the model wider and the batch larger, for a card."""
 
     steps: int
     make_model: Callable[[int], nn.Module]
-    batches: Callable[[int, int, int], Iterator[Batch]]  # of a seed, so many steps, a scale
+    batches: Callable[[int, int, int], Iterator[Batch]]  # from a seed, a number of steps and a scale
     held_out: Callable[[str], list[Batch]]  # "validation" or "test"
 
 
@@ -75,7 +75,7 @@ def in_passes(x: Tensor, y: Tensor, size: int, generator: torch.Generator) -> It
 
 
 def drawn(pool: Batch, samples: int, size: int, seed: int) -> Iterator[Batch]:
-    """Batches from a training set of ``samples`` that the seed draws from the pool."""
+    """Batches from a training set of ``samples`` samples that the seed draws from the pool."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(pool[0]), generator=generator)[:samples]
     return in_passes(pool[0][rows], pool[1][rows], size, generator)
@@ -128,7 +128,7 @@ CONTEXT, WINDOWS, LITTLE = 32, 16, 100_000
 
 @functools.cache
 def text(name: str) -> Tensor:
-    """Python sources to train on: of the standard ``"library"``, as in the demo, or of the installed ``"packages"``."""
+    """Python sources to train on: the standard ``"library"``, as in the demo, or the installed ``"packages"``."""
     if name == "library":
         return lm.load_text().train
     files = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
@@ -136,14 +136,14 @@ def text(name: str) -> Tensor:
 
 
 def windows_of(name: str) -> list[Batch]:
-    """Of 1,024 windows, spread evenly over the files that the demo holds out, every second one is for the test."""
+    """Windows of the files that the demo holds out: of 1,024, spread evenly, every second one is for the test."""
     held_out = lm.load_text().validation
     starts = torch.linspace(0, len(held_out) - CONTEXT - 1, 1024).long()[name == "test" :: 2]
     return [lm.windows(held_out, some, CONTEXT) for some in starts.split(64)]
 
 
 def many_passes(seed: int, steps: int, scale: int) -> Iterator[Batch]:
-    """Random windows of a little text, from a place that the seed draws."""
+    """Random windows of 100 KB of text, which begin at a place that the seed draws."""
     generator = torch.Generator().manual_seed(seed)
     first = int(torch.randint(len(text("library")) - LITTLE, (1,), generator=generator))
     little = text("library")[first : first + LITTLE]
@@ -153,7 +153,7 @@ def many_passes(seed: int, steps: int, scale: int) -> Iterator[Batch]:
 
 
 def one_pass(seed: int, steps: int, scale: int) -> Iterator[Batch]:
-    """Windows that share no byte to predict, from all over the text."""
+    """Windows from all parts of the text, no two of which predict the same byte."""
     generator = torch.Generator().manual_seed(seed)
     much = text("library" if scale == 1 else "packages")
     places = torch.randperm((len(much) - 1) // CONTEXT, generator=generator)
@@ -188,7 +188,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What names a run in the file."""
+    """What identifies a run in the file."""
 
     task: str
     optimizer: str
@@ -199,13 +199,13 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """As the file has it."""
+        """The values in the file."""
         return tuple(str(getattr(self, field.name)) for field in fields(Cell))
 
 
 @dataclass(frozen=True)
 class Run(Cell):
-    """What differs between runs. ``share``: what the control multiplies lam by, else 1; it follows from the rest."""
+    """What differs between runs. ``share``: the control's factor on lam, otherwise 1; it follows from the rest."""
 
     share: float = 1.0
 
@@ -221,7 +221,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Outcome(Cell):
-    """What one run leaves behind: one row of the file."""
+    """The result of one run: one row of the file."""
 
     lam: float
     train: float
@@ -239,9 +239,9 @@ def decayed_weights(model: nn.Module) -> list[Tensor]:
 
 
 def make_optimizers(run: Cell, model: nn.Module, lam: float, monitor: MaskMonitor | None) -> list[Optimizer]:
-    """The base optimizer with its own decay, or the same in CautiousDecay. Muon has a companion for what is no matrix.
+    """The base optimizer with its own decay, or the same in CautiousDecay. With Muon, AdamW takes the other tensors.
 
-    The decay of torch's SGD is not decoupled: plain decay is CautiousDecay with a mask that lets everything through.
+    The decay of torch's SGD is not decoupled, so plain decay of SGD is CautiousDecay with mask="all".
     """
     decayed = decayed_weights(model)
     chosen = set(map(id, decayed))
@@ -291,7 +291,7 @@ def evaluate(model: nn.Module, batches: list[Batch], device: str) -> tuple[float
 def start(
     run: Cell, lam: float, steps: int, scale: int, device: str, monitor: MaskMonitor | None
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model, and a function that makes its next training step and returns the loss."""
+    """A model, and a function that takes its next training step and returns the loss."""
     torch.set_num_threads(1)
     task = TASKS[run.task]
     torch.manual_seed(run.seed)
@@ -325,7 +325,7 @@ def train(run: Run, place: Place) -> Outcome:
     validation, _ = evaluate(model, task.held_out("validation"), place.device)
     test, accuracy = evaluate(model, task.held_out("test"), place.device)
     norm = math.hypot(*(w.norm().item() for w in decayed_weights(model)))
-    ratio = round(monitor.read(), 4) if run.arm == "cautious" else 1.0  # as the file has it
+    ratio = round(monitor.read(), 4) if run.arm == "cautious" else 1.0  # rounded as in the file
     return Outcome(
         run.task, run.optimizer, run.lr, run.arm, run.dose, run.seed, lam, torch.stack(late).mean().item(), validation,
         test, accuracy, ratio, norm, seconds,
@@ -333,7 +333,7 @@ def train(run: Run, place: Place) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------
-# Many runs: finished ones stand in a file
+# Many runs: finished ones are in a file
 # ------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +352,7 @@ def read(path: Path) -> list[Outcome]:
 
 
 def append(path: Path, outcome: Outcome) -> None:
-    """Add one row; the first one makes the file. A last line that was cut off stays a line of its own."""
+    """Add one row; the first one makes the file. A last line that was cut off stays a separate line."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     cut_off = not new and not path.read_bytes().endswith(b"\n")
@@ -365,7 +365,7 @@ def append(path: Path, outcome: Outcome) -> None:
 
 
 def sweep(task: str, optimizer: str, lr: float, doses: Iterable[float], seeds: Iterable[int]) -> list[Run]:
-    """The runs of a sweep but the controls, which need the mask ratio of a cautious run first."""
+    """The runs of a sweep without the controls, which need the mask ratio of a cautious run."""
     seeds = list(seeds)
     runs = [
         Run(task, optimizer, lr, arm, dose, seed) for dose in doses for seed in seeds for arm in ("cautious", "plain")
@@ -381,7 +381,7 @@ def control_of(outcome: Outcome) -> Run:
 
 
 def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls: bool = True) -> list[Outcome]:
-    """Run what does not stand in the file yet, ``jobs`` at a time; with the controls of cautious runs. All outcomes."""
+    """Make the runs that are not in the file yet, ``jobs`` at a time, and their controls; return all outcomes."""
     finished = {outcome.key: outcome for outcome in read(path)}
     wanted = {run.key: run for run in runs}
     cautious = [run for run in runs if run.arm == "cautious"] if controls else []
@@ -405,7 +405,7 @@ def carry_out(runs: Sequence[Run], path: Path, place: Place, jobs: int, controls
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out
+# Results
 # ------------------------------------------------------------------------------------------------
 
 Cells = dict[tuple[str, float], list[Outcome]]
@@ -444,7 +444,7 @@ COLOURS = {"plain": "#0072b2", "cautious": "#d55e00", "control": "#009e73", NONE
 
 
 def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
-    """The loss over lam: a line an arm, with a band of one standard error over the seeds."""
+    """The loss over lam: one line per arm, with a band of one standard error over the seeds."""
     grouped = cells(outcomes)
     for arm in ARMS:
         rows = [(mean(some, "lam"), some) for (name, _), some in grouped.items() if name == arm]
@@ -463,7 +463,7 @@ def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
 
 
 def six_digits(text: str) -> float:
-    """A number as the file holds it."""
+    """A number with six digits, as in the file."""
     return float(f"{float(text):.6g}")
 
 
@@ -476,13 +476,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="by default the task's own")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--scale", type=int, default=1, help="how many times as wide, for a card")
+    parser.add_argument("--scale", type=int, default=1, help="factor on the model's width, for a card")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("demo/lambda_sweep"))
     args = parser.parse_args()
     lr = args.lr or OPTIMIZERS[args.optimizer]
     runs = sweep(args.task, args.optimizer, lr, args.doses, range(args.seeds))
-    # Runs of other lengths and sizes are other runs.
+    # Runs of other lengths and sizes go into other files.
     other = f"_steps{args.steps}" * (args.steps is not None) + f"_scale{args.scale}" * (args.scale > 1)
     path = args.out / f"runs{other}.csv"
     outcomes = carry_out(runs, path, Place(args.device, args.scale, args.steps), args.jobs)

@@ -13,7 +13,7 @@ initial weights, the batches, the schedule and the optimizer; only the decay dif
     python examples/language_model.py --steps 5 --seeds 1 --width 32 --layers 1   # a smoke test
 
 It prints a table with the spread between seeds, and writes into --out: summary.txt (the table),
-results.csv (one row a run), curves.csv (losses and mask ratios) and loss_and_mask.png.
+results.csv (one row per run), curves.csv (losses and mask ratios) and loss_and_mask.png.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,12 @@ from tqdm import tqdm
 import cwd_wrap
 from cwd_wrap import CautiousDecay, MaskMonitor
 
-VOCABULARY = 256  # one token a byte
+VOCABULARY = 256  # one token per byte
 HEAD_WIDTH = 32
 EVALUATIONS = 10  # validations in one run, the last one after the last step
 VALIDATION_WINDOWS = 256
 MASK_READINGS = 100  # times in one run that the mask is counted
-DECOUPLED = ("AdamW", "Adafactor", "Muon")  # in torch.optim: decay applied beside the update
+DECOUPLED = ("AdamW", "Adafactor", "Muon")  # in torch.optim: decay is not part of the gradient
 OUTPUTS = ["summary.txt", "results.csv", "curves.csv", "loss_and_mask.png"]
 
 
@@ -125,7 +124,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, a score for every possible next byte out."""
+    """Takes bytes and gives a score for every possible next byte."""
 
     def __init__(self, width: int, layers: int, context: int) -> None:
         super().__init__()
@@ -218,7 +217,7 @@ def make_optimizer(model: nn.Module, settings: Settings, lam: float, cautious: b
 
 
 def schedule(step: int, steps: int) -> float:
-    """The factor on lr: up over the first tenth of the steps, then a cosine down to a tenth."""
+    """The factor on lr: a linear rise over the first tenth of the steps, then a cosine down to a tenth."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
@@ -249,8 +248,8 @@ def train(run: Run, settings: Settings) -> Outcome:
     look_every = max(2, settings.steps // MASK_READINGS)
 
     for step in range(1, settings.steps + 1):
-        # Counting the mask costs time that training without a monitor does not pay: attach the
-        # monitor at some steps only, and keep those out of the timings (for both methods).
+        # Counting the mask costs time: attach the monitor at some steps only, and leave these
+        # out of the timings (for both methods).
         look = step % look_every == 0
         if isinstance(optimizer, CautiousDecay):
             optimizer.observer = monitor if look else None
@@ -288,12 +287,12 @@ def train(run: Run, settings: Settings) -> Outcome:
 # All runs: some at a time, each in its own process with its own thread(s)
 # ------------------------------------------------------------------------------------------------
 
-# In a worker: the count of steps that all workers share with the progress bar.
+# In a worker: the count of steps of all workers, for the progress bar.
 _steps_done: Synchronized[int] | None = None
 
 
 def start_worker(counter: Synchronized[int]) -> None:
-    """Remember the shared counter; called once in each new process."""
+    """Keep the shared counter; called once in each new process."""
     global _steps_done
     _steps_done = counter
 
@@ -330,9 +329,9 @@ def in_processes(
     ticks: int,
     say: Callable[[Any], str],
 ) -> list[Any]:
-    """task(run, settings) of every run, `jobs` at a time, in the order of runs, under one progress bar.
+    """Call task(run, settings) for every run, `jobs` at a time; return the results in the order of runs.
 
-    A task ticks `ticks` times with report_progress; say(outcome) is printed when it is done.
+    A task calls report_progress `ticks` times, for the progress bar; say(outcome) is printed when it is done.
     """
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     bar = tqdm(total=len(runs) * ticks, unit="step", smoothing=0.05)
@@ -361,7 +360,7 @@ def train_all(runs: Sequence[Run], settings: Settings, jobs: int) -> list[Outcom
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: table, sentences, files, picture
+# Results: table, sentences, files, picture
 # ------------------------------------------------------------------------------------------------
 
 
@@ -439,18 +438,10 @@ def findings(outcomes: Sequence[Outcome], settings: Settings) -> list[str]:
         )
     if settings.optimizer not in DECOUPLED:
         sentences.append(
-            f"{settings.optimizer}'s own decay is a term added to the gradient, CautiousDecay's is "
-            "not: the pair differs in that too, not in caution alone."
+            f"{settings.optimizer} adds its own decay to the gradient, and CautiousDecay does not, so "
+            "the two differ in more than the mask."
         )
     return sentences
-
-
-def library_version() -> str:
-    """The version of cwd_wrap; a checkout on PYTHONPATH has none."""
-    try:
-        return cwd_wrap.__version__
-    except PackageNotFoundError:
-        return "(a checkout, not installed)"
 
 
 def processor() -> str:
@@ -476,7 +467,7 @@ def conditions(settings: Settings, seeds: int, jobs: int, seconds: float) -> str
             f"peak lr {settings.lr:g}; {seeds} seed(s), counted from 0",
             f"machine  {processor()}, {os.cpu_count()} CPUs, {platform.system()}; "
             f"{jobs} run(s) at a time, {settings.threads} thread(s) each",
-            f"versions torch {torch.__version__}, cwd_wrap {library_version()}; "
+            f"versions torch {torch.__version__}, cwd_wrap {cwd_wrap.__version__}; "
             f"{datetime.date.today()}; {seconds:.0f} s in all",
         ]
     )
@@ -498,7 +489,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 def write_results(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """One row a run."""
+    """One row per run."""
     header = ["method", "lam", "seed", "val_loss", "weight_norm", "mask_ratio"]
     header += ["step_ms", "optimizer_ms", "snapshot_bytes"]
     rows = [
@@ -519,7 +510,7 @@ def write_results(path: Path, outcomes: Sequence[Outcome], settings: Settings) -
 
 
 def write_curves(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """One row a step."""
+    """One row per step."""
     rows = [
         [
             method_name(o.run.cautious, settings),
@@ -549,7 +540,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """Loss curves above, mask ratio below; one colour a lam, one line style a method."""
+    """Loss curves above, mask ratio below; one colour per lam, one line style per method."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes a file, needs no display
@@ -578,7 +569,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
         if cautious:
             steps, values = mean_curve([o.mask for o in group])
             masks.plot(steps, values, **style, label=label)
-    # The first steps fall from 5.5: show the part where the runs differ.
+    # The loss falls from 5.5 in the first steps: show the part where the runs differ.
     late = [loss for o in outcomes for loss in list(o.validation.values())[1:] or [o.loss]]
     late = [loss for loss in late if math.isfinite(loss)]
     if late:
@@ -641,7 +632,7 @@ def optimizers() -> list[str]:
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use; containers often grant fewer than the machine has."""
+    """The CPUs that this process may use; in containers these are often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -666,7 +657,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--context", type=count(1), default=64, help="bytes in a window")
     add("--width", type=count(HEAD_WIDTH, HEAD_WIDTH), default=64, help="features in the model")
     add("--layers", type=count(1), default=2, help="blocks in the model")
-    add("--jobs", type=count(1), default=usable_cpus(), help="runs at a time, a process each")
+    add("--jobs", type=count(1), default=usable_cpus(), help="runs at a time, each in its own process")
     add("--threads", type=count(1), default=1, help="threads of each run")
     add("--out", type=Path, default=Path("demo"), help="folder for the results")
     options = parser.parse_args(arguments)
@@ -684,13 +675,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     began = time.perf_counter()
     settings = Settings(**{name: getattr(options, name) for name in Settings.__annotations__})
-    # The two runs of a pair are neighbours in the list, so they run together, and other work on
-    # the machine slows both alike.
+    # The two runs of a pair are neighbours in the list, so they run at the same time, and other
+    # work on the machine slows both.
     runs = [
         Run(cautious, lam, seed) for lam in options.lam for seed in range(options.seeds) for cautious in (False, True)
     ]
     jobs = min(options.jobs, len(runs))
-    try:  # some optimizers refuse the model's parameters: fail here, not in eight processes
+    try:  # some optimizers do not take the model's parameters: fail before any process starts
         make_optimizer(GPT(settings.width, 1, 1), settings, options.lam[0], cautious=False)
     except ValueError as error:
         message = f"torch.optim.{settings.optimizer} does not take this model: {error}"

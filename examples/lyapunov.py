@@ -1,10 +1,10 @@
 """The energy H that falls under CautiousDecay, for each optimizer along its path.
 
-Where an optimizer takes steps so small that it follows a differential equation, cautious decay has an energy H that
-can only fall (arXiv 2510.12402, Table 1): the loss f itself for SGD, f and terms of the momentum for the others. Here
-the real optimizers, in CautiousDecay, minimise a function of six variables from several starts, twice, with step h and
-with h/10, and H is computed at every step. A step of finite size can raise H a little where a mask changes; if the
-theorem and the code are right, the total rise goes to 0 with h. In two controls, outside the theorem, H should rise:
+In the limit of small steps an optimizer follows a differential equation, and cautious decay has an energy H that can
+only fall (arXiv 2510.12402, Table 1): the loss f itself for SGD, f and terms of the momentum for the others. Here the
+real optimizers, in CautiousDecay, minimise a function of six variables from several starts, twice, with step h and with
+h/10, and H is computed at every step. A step of finite size can raise H a little where a mask changes; if the theorem
+and the code are right, the total rise goes to 0 with h. In two controls, outside the theorem, H should rise:
 
     plain      decay of all weights, mask="all"
     inverted   decay where the step makes the weight larger: the rule with its sign wrong
@@ -96,13 +96,13 @@ def slope_of_k(m: Tensor, soft: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# The energies. State after t: the time, x, the optimizer's own state; each returns one H for each row
+# The energies: each takes f, x, the optimizer's state and lam, and returns one H for each row
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class System:
-    """An optimizer whose step of size h is one of an equation, and its energy."""
+    """An optimizer that takes steps of size h along a differential equation, and its energy."""
 
     name: str
     formula: str
@@ -122,7 +122,7 @@ def energy_of_sgdm(f: Tensor, x: Tensor, state: dict, lam: float) -> Tensor:
 
 def energy_of_lion(soft: float) -> Callable[[Tensor, Tensor, dict, float], Tensor]:
     def energy(f: Tensor, x: Tensor, state: dict, lam: float) -> Tensor:
-        m = state["m"]  # minus the paper's m: that one is added to x
+        m = state["m"]  # minus the paper's m, which is added to x
         return ALPHA * f + k(m, soft).sum(-1) + lam * rising_part(m, x)
 
     return energy
@@ -164,7 +164,7 @@ SYSTEMS = (
 def walk(
     system: System, decay: str, *, h: float, lam: float, time: float, starts: int, seed: int, bar: tqdm | None = None
 ) -> Tensor:
-    """H after each step, (steps, starts). All starts are rows of one tensor: the optimizers work number by number."""
+    """H after each step, (steps, starts). All starts are rows of one tensor, since the optimizers are elementwise."""
     valley = make_valley(seed)
     random = torch.Generator().manual_seed(seed + 1)
     x = (3 * torch.randn(starts, SIZE, generator=random, dtype=torch.float64)).requires_grad_()
@@ -213,7 +213,7 @@ def change(energies: Tensor) -> Change:
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: table and picture
+# Results: table and picture
 # ------------------------------------------------------------------------------------------------
 
 Results = dict[tuple[str, str, float], Tensor]

@@ -1,21 +1,21 @@
 """Which weights should decay? The masks of CautiousDecay, side by side, on the demo's language model.
 
     update      where the step makes the weight smaller: cautious weight decay
-    gradient    where the gradient alone would, 1[g*x >= 0]
+    gradient    where a step along the gradient alone would make it smaller, 1[g*x >= 0]
     random      as many weights of each tensor as "update" picks, but drawn at random
     all         every weight: AdamW's own decay
     no decay    none
 
-Model, data, schedule and optimizer (AdamW) are language_model.py's. All runs of one seed share the initial weights and
-the batches; they differ in what decays. lam is the same for all masks, so those that pick half of the weights decay
-half as much: compare "update" with "random", and --lam takes several values for the others.
+Model, data, schedule and optimizer (AdamW) are those of language_model.py. All runs of one seed share the initial
+weights and the batches; they differ in which weights decay. lam is the same for all masks, so a mask that picks half of
+the weights decays half as much: compare "update" with "random", and give several values of --lam for the others.
 
     python examples/mask_ablation.py                                 # under three minutes, two cores
     python examples/mask_ablation.py --lam 0.3 1 3 --seeds 10        # a longer look
     python examples/mask_ablation.py --smoke                         # a few seconds
 
-It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row a
-run) and losses.png.
+It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
+per run) and losses.png.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train(run: Run, settings: lm.Settings) -> Outcome:
     text = lm.load_text()
     torch.manual_seed(run.seed)
     model = lm.GPT(settings.width, settings.layers, settings.context)
-    batches = torch.Generator().manual_seed(run.seed)  # its own: the random mask draws from torch's default
+    batches = torch.Generator().manual_seed(run.seed)
     optimizer = lm.make_optimizer(model, settings, run.lam, cautious=False)
     if run.mask != NONE:
         optimizer = CautiousDecay(optimizer, mask=run.mask)
@@ -87,11 +87,7 @@ def train(run: Run, settings: lm.Settings) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------
-# All runs: some at a time, each in its own process
-# ------------------------------------------------------------------------------------------------
-
-# ------------------------------------------------------------------------------------------------
-# What came out: table, sentences, picture
+# Results: table, sentences, picture
 # ------------------------------------------------------------------------------------------------
 
 Cells = dict[tuple[str, float], list[Outcome]]  # by mask and lam, each in the order of seeds
@@ -156,7 +152,7 @@ COLOURS = {NONE: "0.4", "update": "#009e73", "gradient": "#cc79a7", "random": "#
 
 
 def draw(path: Path, grouped: Cells) -> None:
-    """The loss minus that without decay, one point a seed, and a bar at the mean."""
+    """The loss minus that without decay: one point per seed, and a bar at the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +203,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--context", type=lm.count(1), default=32, help="bytes in a window")
     add("--width", type=lm.count(lm.HEAD_WIDTH, lm.HEAD_WIDTH), default=64, help="features in the model")
     add("--layers", type=lm.count(1), default=1, help="blocks in the model")
-    add("--jobs", type=lm.count(1), default=lm.usable_cpus(), help="runs at a time, a process each")
+    add("--jobs", type=lm.count(1), default=lm.usable_cpus(), help="runs at a time, each in its own process")
     add("--threads", type=lm.count(1), default=1, help="threads of each run")
     add("--out", type=Path, default=Path("demo/mask_ablation"), help="folder for the results")
     options = parse(parser, SMOKE, arguments)
@@ -227,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     same = {"optimizer": "AdamW"} | vars(options)
     settings = lm.Settings(**{name: same[name] for name in lm.Settings.__annotations__})
-    # The runs of a seed are neighbours in the list, so they run under the same load.
+    # The runs of a seed are neighbours in the list, so they run at about the same time.
     runs = [
         run
         for seed in range(options.seeds)

@@ -2,15 +2,15 @@
 
 Each run trains a small convolutional net on scikit-learn's handwritten digits (1797 images of 8 x 8 that come with
 the package: nothing to download) with PNormDecay(AdamW), for each p and each strength lam, from the same seeds. For
-p below 2 the decay pulls small weights harder than large ones. What is reported: accuracy on held-out digits, the share
-of weights under a threshold and under 1e-3, and the accuracy once those under 1e-3 are set to 0.
+p below 2 small weights lose a larger share of themselves than large ones. The table shows accuracy on held-out digits,
+the share of weights under a threshold and under 1e-3, and the accuracy with the weights under 1e-3 set to 0.
 
     python examples/sparsity.py                                      # under three minutes, two cores
     python examples/sparsity.py --p 0.8 --lam 0.001 0.003 0.01 0.03 --seeds 5
     python examples/sparsity.py --smoke                              # a few seconds
 
-It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row a
-run) and sparsity.png. Needs scikit-learn (pip install scikit-learn) beside what the other examples need.
+It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
+per run) and sparsity.png. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Of one run."""
+        """The steps of one run."""
         return self.epochs * math.ceil(len(load_images()[0]) / BATCH)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What differs between runs; both are 0 without decay."""
+    """What differs between runs; p and lam are 0 without decay."""
 
     p: float
     lam: float
@@ -118,7 +118,7 @@ class Outcome:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """On the held-out images."""
+    """Accuracy on the held-out images."""
     _, _, images, labels = load_images()
     return (model(images).argmax(1) == labels).double().mean().item()
 
@@ -144,7 +144,7 @@ def train(run: Run, settings: Settings) -> Outcome:
             scheduler.step()
             lm.report_progress()
 
-    # Runs without decay have no wrapper, so this PNormDecay only measures sparsity(), and never steps.
+    # Runs without decay have no wrapper; here a PNormDecay measures their sparsity() and never steps.
     counter = optimizer if isinstance(optimizer, PNormDecay) else PNormDecay(base, lam=1.0)
     reached, sparse, small = accuracy(model), counter.sparsity(settings.threshold)[0], counter.sparsity(SMALL)[0]
     with torch.no_grad():
@@ -154,7 +154,7 @@ def train(run: Run, settings: Settings) -> Outcome:
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: table and picture
+# Results: table and picture
 # ------------------------------------------------------------------------------------------------
 
 Cells = dict[tuple[float, float], list[Outcome]]  # by p and lam, each in the order of seeds
@@ -197,7 +197,7 @@ def legend(threshold: float) -> str:
 
 
 def draw(path: Path, grouped: Cells, threshold: float) -> None:
-    """Accuracy against sparsity, one colour a p, a line through its lams; and sparsity against lam."""
+    """Accuracy against sparsity, with one line per p through its lams, and sparsity against lam."""
     import matplotlib
 
     matplotlib.use("Agg")

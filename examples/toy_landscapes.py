@@ -1,6 +1,6 @@
-"""Adam, AdamW and CautiousDecay(Adam) on functions whose minimisers form a curve.
+"""Adam, AdamW and CautiousDecay(Adam) on functions with a curve of minimisers.
 
-The two functions of the paper's Figure 3 (arXiv 2510.12402) are 0 on a curve, and one in a single variable at a point:
+Two functions, those of the paper's Figure 3 (arXiv 2510.12402), are 0 on a curve. A third, of one variable, is 0 at 5:
 
     ring       f = ((x-3)^2 + (y-3)^2 - 1)^2
     parabola   f = (y - 3 - (x-3)^2)^2
@@ -47,7 +47,7 @@ Results = dict[str, dict[str, tuple[Tensor, Tensor]]]  # by method, then by func
 
 
 # ------------------------------------------------------------------------------------------------
-# The functions: each is a square c(x, y)^2, so that c = 0 is where its minimisers are
+# The functions: each is a square c(x, y)^2, so its minimisers are where c = 0
 # ------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +85,7 @@ def slope(landscape: Landscape, points: Tensor) -> Tensor:
 
 
 def distance(landscape: Landscape, points: Tensor) -> Tensor:
-    """How far from the curve, to first order: |c| / |grad c|."""
+    """The distance from the curve, to first order: |c| / |grad c|."""
     return value(landscape, points).sqrt() / slope(landscape, points).norm(dim=-1)
 
 
@@ -112,10 +112,10 @@ METHODS = {
 
 
 def run(method: str, *, lr: float, lam: float, steps: int, bar: tqdm | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """All starts on all functions at once, as rows of one tensor, since the optimizers are elementwise.
+    """Run all starts on all functions at once, as rows of one tensor, since the optimizers are elementwise.
 
-    Returns, by function, the trajectories, (readings, starts, 2) with the end last, and for each start the mean of f
-    over the last steps.
+    Returns for each function the trajectories, (readings, starts, 2) with the end last, and for each start the mean of
+    f over the last steps.
     """
     sizes = [len(landscape.starts) for landscape in LANDSCAPES]
     starts = [start for landscape in LANDSCAPES for start in landscape.starts]
@@ -140,12 +140,12 @@ def run(method: str, *, lr: float, lam: float, steps: int, bar: tqdm | None = No
 
 
 # ------------------------------------------------------------------------------------------------
-# What came out: table and picture
+# Results: table and picture
 # ------------------------------------------------------------------------------------------------
 
 
 def machine_and_versions(seconds: float) -> str:
-    """Two lines that say where, with what and when. The other experiments print them too."""
+    """Two lines with the machine, the versions, the date and the run time. The other experiments print them too."""
     try:
         library = version("cwd-wrap")
     except PackageNotFoundError:
@@ -167,7 +167,7 @@ def verdict(landscape: Landscape, point: Tensor) -> str:
 
 
 def table(results: Results) -> str:
-    """One line a run."""
+    """One line per run."""
     head = f"{'function':<10}{'start':<12}{'method':<21}{'end':<17}{'f, late mean':>13}   the end is"
     lines = [head, "-" * (len(head) + 6)]
     for landscape in LANDSCAPES:
@@ -188,7 +188,7 @@ STYLES = {"Adam": ("#0072b2", ":", 3.0), "AdamW": ("#d55e00", "--", 1.6), "Cauti
 
 
 def draw(path: Path, results: Results, *, lr: float, lam: float) -> None:
-    """The ring, the parabola and the line; one colour a method."""
+    """The ring, the parabola and the line, with one colour per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,8 +261,8 @@ def draw_line(axes, results, lr: float, lam: float) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, smoke: dict, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; with --smoke, the values of `smoke` take the place of the defaults."""
-    parser.add_argument("--smoke", action="store_true", help="a few seconds: shows that it runs, not what comes out")
+    """Read the command line; with --smoke, the values of `smoke` replace the defaults."""
+    parser.add_argument("--smoke", action="store_true", help="a few seconds, to check that it runs; no real results")
     if parser.parse_known_args(arguments)[0].smoke:
         parser.set_defaults(**smoke)
     return parser.parse_args(arguments)
@@ -271,7 +271,7 @@ def parse(parser: argparse.ArgumentParser, smoke: dict, arguments: Sequence[str]
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
-        description="Adam, AdamW and CautiousDecay(Adam) on functions whose minimisers form a curve.",
+        description="Adam, AdamW and CautiousDecay(Adam) on functions with a curve of minimisers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""accelerate with CautiousDecay: wrap first, then prepare. Seconds on a CPU, no download.
+"""accelerate with CautiousDecay: wrap first, then prepare. It takes seconds on a CPU and downloads nothing.
 
     python examples/with_accelerate.py
     torchrun --standalone --nproc-per-node 2 examples/with_accelerate.py   # FSDP2 on GPUs, DDP on the CPU

@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO with CautiousDecay, on two CPU ranks: seconds, no download.
+"""DeepSpeed's ZeRO with CautiousDecay, on two CPU ranks. It takes seconds and downloads nothing.
 
     torchrun --standalone --nproc-per-node 2 examples/with_deepspeed.py --stage 2
 
-DeepSpeed refuses optimizers that it does not know, unless ``zero_allow_untested_optimizer`` is set. ZeRO steps flat
-pieces of master weights, and each weight in them decays as it does alone. CautiousUpdate needs ``scale=None`` there.
+DeepSpeed refuses optimizers that are not on its list, unless ``zero_allow_untested_optimizer`` is set. ZeRO steps flat
+pieces of master weights, in which each weight decays as usual. CautiousUpdate needs ``scale=None`` there.
 
 Needs: pip install cwd-wrap deepspeed
 """
@@ -44,7 +44,7 @@ def main() -> None:
         },
     )
     inner = engine.optimizer
-    while not isinstance(inner, CautiousDecay):  # DeepSpeed's own is around ours
+    while not isinstance(inner, CautiousDecay):  # DeepSpeed's optimizer is around ours
         inner = inner.optimizer
     assert inner is optimizer
     if rank == 0:
@@ -56,7 +56,7 @@ def main() -> None:
         engine.backward(loss)
         engine.step()
         if (step + 1) % 10 == 0:
-            mask = monitor.read(over_ranks=True)  # of all calls since the last reading: ZeRO makes one for each group
+            mask = monitor.read(over_ranks=True)  # over all calls since the last reading; ZeRO calls once per group
             if rank == 0:
                 print(f"step {step + 1}: loss {loss.item():.4f}, mask {mask:.4f}", flush=True)
     dist.barrier()

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py
     torchrun --standalone --nproc-per-node 2 examples/with_fsdp.py   # resumes from the newest checkpoint
 
-The checkpoint is that of plain AdamW: any number of ranks can resume from it, with the wrapper or without.
+The checkpoint is that of plain AdamW. Any number of ranks can resume from it, with the wrapper or without.
 
 Needs: pip install cwd-wrap[cpu] tqdm
 """
@@ -55,7 +55,7 @@ def load_newest(model: nn.Module, optimizer: CautiousDecay, folder: Path) -> int
     steps = [int(each.parent.name) for each in folder.glob("*/.metadata")]
     if not steps:
         return 0
-    weights, state = get_state_dict(model, optimizer)  # to be filled
+    weights, state = get_state_dict(model, optimizer)  # load() fills these
     checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=folder / str(max(steps)))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return max(steps)

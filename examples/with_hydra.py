@@ -1,4 +1,4 @@
-"""Hydra with CautiousDecay: the optimizer is built from names in a config. Seconds on a CPU, no download.
+"""Hydra with CautiousDecay: the optimizer is built from names in a config, in seconds on a CPU, without a download.
 
     python examples/with_hydra.py
     python examples/with_hydra.py optimizer.base_optimizer._target_=torch.optim.NAdam optimizer.strict=true

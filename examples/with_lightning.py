@@ -1,4 +1,4 @@
-"""Lightning with CautiousDecay: in `configure_optimizers`, or named in a config file. Seconds on a CPU, no download.
+"""Lightning with CautiousDecay, in `configure_optimizers` or in a config file: seconds on a CPU, no download.
 
     python examples/with_lightning.py
     torchrun --standalone --nproc-per-node 2 examples/with_lightning.py    # DDP

@@ -1,7 +1,7 @@
 """Image classification through timm's own API: `--opt adamw` against `--opt cautious_adamw`.
 
 Trains a small ConvNeXt of timm on scikit-learn's handwritten digits (no download), each optimizer from the
-same seeds, and prints accuracies with their spread, whatever they are. The flags are those of timm's train.py:
+same seeds, and prints accuracies with their spread. The flags are those of timm's train.py:
 
     python examples/with_timm.py                                                  # both, about a minute on two cores
     python examples/with_timm.py --opt cautious_lion --lr 1e-4 --weight-decay 1.0 --epochs 20 --sched cosine
@@ -23,7 +23,7 @@ from timm.utils import AverageMeter, ParseKwargs, accuracy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cwd_wrap.timm  # noqa: F401  the one line: timm knows cautious_<name> from here on
+import cwd_wrap.timm  # noqa: F401  this one line adds cautious_<name> to timm's names
 
 Data = tuple[Tensor, Tensor]
 

@@ -1,9 +1,9 @@
-"""torchtitan 0.3 with CautiousDecay: its container of optimizers, with one more name for each, on two CPU ranks.
+"""torchtitan 0.3 with CautiousDecay, on two CPU ranks: its container of optimizers, with a cautious name for each.
 
     torchrun --standalone --nproc-per-node 2 examples/with_torchtitan.py
 
 In your own config write ``CautiousOptimizers.Config(param_groups=[ParamGroupConfig(pattern=".*",
-optimizer_name="CautiousAdamW", optimizer_kwargs={...})])`` in the place of ``OptimizersContainer.Config``.
+optimizer_name="CautiousAdamW", optimizer_kwargs={...})])`` instead of ``OptimizersContainer.Config``.
 
 Needs: pip install cwd-wrap torchtitan==0.3.0
 """
@@ -73,7 +73,7 @@ def main() -> None:
         optimizers.step()
         if rank == 0 and (step + 1) % 10 == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
-    optimizers.load_state_dict(optimizers.state_dict())  # by parameter name, as torchtitan's checkpoints have it
+    optimizers.load_state_dict(optimizers.state_dict())  # by parameter name, as in torchtitan's checkpoints
     dist.barrier()
     os._exit(0)  # on the CPU gloo's threads can abort an orderly exit, also without this library
 

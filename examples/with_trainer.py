@@ -37,7 +37,7 @@ def main() -> None:
             max_steps=20,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
-            weight_decay=0.1,  # goes into the groups that decay, and the wrapper takes it from there
+            weight_decay=0.1,  # the Trainer writes it into the groups that decay, from which the wrapper takes it
             logging_steps=10,
             report_to=[],
             use_cpu=True,
@@ -49,7 +49,7 @@ def main() -> None:
             optimizer_cls_and_kwargs=(CautiousDecay.over(AdamW), {"lr": args.learning_rate}),
         )
         trainer.train()
-        inner = trainer.optimizer.optimizer  # accelerate's own is around ours
+        inner = trainer.optimizer.optimizer  # accelerate's optimizer is around ours
         assert isinstance(inner, CautiousDecay)
         if trainer.is_world_process_zero():
             print(f"type(optimizer): {type(trainer.optimizer)} around {type(inner)}", flush=True)

@@ -1,4 +1,4 @@
-"""Makes docs/results.md and its pictures from runs.csv, chosen.csv and the words in page.md.
+"""Makes docs/results.md and its pictures from runs.csv, chosen.csv and the text in page.md.
 
 python results/report.py
 """
@@ -26,13 +26,13 @@ RESAMPLES = 10_000
 
 
 # ------------------------------------------------------------------------------------------------
-# Statistics: what docs/protocol.md says
+# Statistics, as in docs/protocol.md
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of a setting: a row a lam (the first without decay), a column a seed."""
+    """One arm of a setting, with one row per lam (the first without decay) and one column per seed."""
 
     lams: list[float]
     cells: list[list[ls.Outcome]]
@@ -52,7 +52,7 @@ class Arm:
 
 
 def chosen(validation: Tensor) -> Tensor:
-    """The row of the lowest mean over the last dimension; a mean that is not finite loses."""
+    """The row of the lowest mean over the last dimension; NaN counts as infinite."""
     return validation.mean(-1).nan_to_num(nan=math.inf).argmin(0)
 
 
@@ -97,7 +97,7 @@ def difference(first: Arm, second: Arm, *, same_row: bool = False) -> Difference
 
 
 def flat(arm: Arm) -> tuple[float, float]:
-    """The smallest and the largest lam next to the best one whose test loss is within one standard error of it."""
+    """The smallest and the largest lam of the range around the best one with test losses within one standard error."""
     test = arm.of("test")
     best = int(test.mean(-1).nan_to_num(nan=math.inf).argmin())
     behind = test - test[best]
@@ -146,7 +146,7 @@ def lam_text(lam: float) -> str:
 
 
 def comparisons(settings: Settings) -> list[list[Difference]]:
-    """For each setting: against plain, against the control of the same lam, against plain on the finer grid."""
+    """For each setting, CWD against plain, against the control of the same lam, and against plain on the finer grid."""
     return [
         [
             difference(arms["cautious"], arms["plain"]),
@@ -167,7 +167,7 @@ def comparison_table(settings: Settings) -> str:
 
 
 def verdicts(settings: Settings) -> str:
-    """One sentence a question, counted."""
+    """One sentence for each comparison, with the number of settings."""
     sentences = []
     texts = ("plain decay, each at its best lam", "the control of the same lam", "plain decay on the finer grid")
     for column, text in zip(zip(*comparisons(settings), strict=True), texts, strict=True):
@@ -180,7 +180,7 @@ def verdicts(settings: Settings) -> str:
 
 
 def beside(arm: Arm, rows: int) -> str:
-    """What another lam costs in mean test loss: so many rows of the grid from the best one."""
+    """How much higher the mean test loss is at the lam ``rows`` rows after the best one."""
     row = arm.best + rows
     test = arm.of("test").mean(-1)
     return f"{test[row] - test[arm.best]:+.4f}" if 0 < arm.best and 0 < row < len(test) else "-"
@@ -218,7 +218,7 @@ def detail_table(arms: dict[str, Arm]) -> str:
 
 
 def details(settings: Settings, rates: dict[tuple[str, str], float]) -> str:
-    """For each task its picture and a table for each optimizer."""
+    """For each task a picture, and a table for each optimizer."""
     parts = []
     for task in dict.fromkeys(task for task, _ in settings):
         parts.append(f"### {task}\n\n![Test loss over lam on {task}](results_{task}.png)")
@@ -240,7 +240,7 @@ def hours(settings: Settings) -> str:
 
 
 def fill(template: str, parts: dict[str, Callable[[], str]]) -> str:
-    """``{{name}}`` is replaced by what the part of that name gives."""
+    """The template with each ``{{name}}`` replaced by the result of the part of that name."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]](), template)
 
 
@@ -258,7 +258,7 @@ def page(folder: Path) -> str:
 
 
 def pictures(folder: Path, to: Path) -> None:
-    """One picture a task: the test loss over lam, a panel an optimizer."""
+    """One picture for each task: the test loss over lam, with one panel per optimizer."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The study of docs/protocol.md: carries its runs out, as far as they are not in runs.csv yet.
+"""The study of docs/protocol.md: makes all runs that are not in runs.csv yet.
 
     python results/study.py                 # about 70 minutes on two cores; stop and start it as you like
     python results/study.py --smoke DIR     # a few seconds: one short run of each kind, into DIR
@@ -37,7 +37,7 @@ DOSES, SEEDS = ls.DOSES, tuple(range(1000, 1008))
 
 
 class Plan(NamedTuple):
-    """What is run: the doses to begin with, how far they may be extended, the seeds, and how many rates at most."""
+    """The first doses, the limits to which they may be extended, the seeds, and the most learning rates to try."""
 
     doses: tuple[float, ...] = DOSES
     ends: tuple[float, float] = (0.125, 256.0)
@@ -54,7 +54,7 @@ def best_rate(outcomes: list[ls.Outcome]) -> float:
 
 
 def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> float:
-    """The learning rate, chosen once, on the plain arm; neither the smallest nor the largest of those tried."""
+    """The learning rate, chosen once on the plain arm. Rates are added until the best one is not at an end."""
     rates = list(RATES[optimizer])
     while True:
         cells = product(rates, TUNING_DOSES, TUNING_SEEDS)
@@ -66,7 +66,7 @@ def tune(task: str, optimizer: str, folder: Path, place: ls.Place, jobs: int, pl
 
 
 def compare(task: str, optimizer: str, lr: float, folder: Path, place: ls.Place, jobs: int, plan: Plan) -> None:
-    """All arms; with doses down to and up to one that is best for none of them."""
+    """Run all arms. Doses are added until neither the smallest nor the largest is best for an arm."""
     doses = list(plan.doses)
     while True:
         outcomes = ls.carry_out(ls.sweep(task, optimizer, lr, doses, plan.seeds), folder / "runs.csv", place, jobs)

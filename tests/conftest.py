@@ -27,9 +27,9 @@ def _version(name: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes ``every_path``, ``every_base`` or ``every_method`` for each of them.
+    """Run a test that takes ``every_path``, ``every_base`` or ``every_method`` once for each of them.
 
-    ``every_rule``: the methods that have a reference, since they draw no random numbers.
+    ``every_rule``: the methods that have a reference, because they draw no random numbers.
     """
     if "every_base" in metafunc.fixturenames:
         metafunc.parametrize(("every_base", "every_path"), BASES_ON_PATHS)

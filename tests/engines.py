@@ -59,7 +59,7 @@ def flat(tensors: Iterator[Tensor]) -> Tensor:
     return torch.cat([whole(t).flatten() for t in tensors])
 
 
-# ---- engines: the module to call, and how many ranks see other data
+# ---- engines: the module to call, and into how many parts the ranks split a batch
 
 
 def ddp() -> tuple[nn.Module, int]:
@@ -76,7 +76,7 @@ def fsdp2(make: Callable[[], nn.Sequential] = net, **options: Any) -> tuple[nn.M
 
 
 def columns() -> tuple[nn.Module, int]:
-    """Shard matrices along their columns."""
+    """Shard each weight along its last dimension."""
     from torch.distributed.tensor import Shard
 
     return fsdp2(block, shard_placement_fn=lambda p: Shard(p.ndim - 1))
@@ -164,7 +164,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def trained(rank: int, engine: Callable[[], tuple[nn.Module, int]], build: Any, piece: int) -> Any:
-    """Train; return all weights at the end, the gradients of each step, and what kind of optimizer it was."""
+    """Train; return all weights at the end, the gradients of each step, and the optimizer's class name."""
     model, parts = engine()
     paths.PIECE, before = piece, paths.PIECE
     optimizer = build(model.parameters())

@@ -1,4 +1,4 @@
-"""Starts real processes, one rank each, joined by gloo over a file. They end cleanly and are kept for the next test."""
+"""Starts real processes, one rank each, that gloo joins over a file. They stay for the next test and end cleanly."""
 
 import atexit
 import multiprocessing
@@ -20,7 +20,7 @@ _kept: dict[int, "Ranks"] = {}
 def spawn(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run ``function(rank, *arguments)`` in ``ranks`` processes that form one group; return what each returned.
 
-    Raises if any of them fails. The processes are kept: starting them takes far longer than what most functions do.
+    Raises if any of them fails. The processes are kept, because starting them takes far longer than most functions.
     """
     if ranks not in _kept:
         _kept[ranks] = Ranks(ranks)
@@ -88,7 +88,7 @@ class Ranks:
         self.kill()
 
     def kill(self) -> None:
-        """Kill the processes that are left, as a failing machine does."""
+        """Kill the processes that are left, as if the machine failed."""
         for process in self.processes:
             process.kill()
             process.join()

@@ -1,7 +1,7 @@
-"""Every method on one tensor, in float64, written from the papers: nothing of `cwd_wrap.rules` is used.
+"""Every method on one tensor, in float64, written from the papers without `cwd_wrap.rules`.
 
-A reference is given the weights ``x`` from before a step, the weights ``w`` to which the plain base takes them, the
-gradient ``g`` that it goes down, and eta*lam. It returns the weights to which the wrapped base takes them.
+A reference takes the weights ``x`` before a step, the weights ``w`` after a step of the plain base, the gradient ``g``
+that the base descends, and eta*lam. It returns the weights after a step of the wrapped base.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Reference = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
-    """1[u*x >= 0], or > for ``strict``. By signs, because the product may underflow."""
+    """1[u*x >= 0], or > if ``strict``. It compares signs, because the product may underflow."""
     product = torch.sign(u) * torch.sign(x)
     return product > 0 if strict else product >= 0
 
@@ -57,5 +57,5 @@ def p_norm(p: float = 0.8) -> Reference:
 
 
 def ruled(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
-    """The weights after the paper's rule, for a step from ``x`` to ``w``, in the type of ``w``."""
+    """The weights that the paper's rule gives for a step from ``x`` to ``w``."""
     return decay()(x, w, x, eta_lam)

@@ -28,7 +28,7 @@ class PathOptions(dict[str, Any]):
 
     @property
     def copies(self) -> bool:
-        """Does it compute the update from a copy of the weights? Then it misses steps that are lost in rounding."""
+        """Does the path compare with a copy of the weights? Then it takes a step that is lost in rounding for 0."""
         return self["path"] in ("snapshot", "pieces")
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class Method:
         return f"{self.name}-{self.path}"
 
 
-# None: the method draws random numbers, and test_masks.py says which.
+# None: the method draws random numbers; test_masks.py tests it.
 METHODS: dict[str, tuple[Any, reference.Reference | None, dict[str, Any]]] = {
     "decay": (CautiousDecay, reference.decay(), {}),
     "strict": (CautiousDecay, reference.decay(strict=True), {"strict": True}),
@@ -179,7 +179,7 @@ def values(model: nn.Module) -> Tensor:
 
 
 def same(a: object, b: object, roundings: float = 0) -> bool:
-    """Are two nested structures equal, tensors bit for bit or, for their values, up to ``roundings``?"""
+    """Are two nested structures equal? The values of tensors may differ by ``roundings``, relative and absolute."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = (a.dtype, a.shape) == (b.dtype, b.shape)
         return alike and torch.allclose(a, b, rtol=roundings, atol=roundings)

@@ -11,7 +11,7 @@ from cwd_wrap import CautiousDecay
 
 
 def scaler() -> GradScaler:
-    """A scale that is a power of two: unscaling is exact."""
+    """A scaler with a power of two, so that unscaling is exact."""
     return GradScaler("cpu", init_scale=1024.0)
 
 
@@ -35,7 +35,7 @@ def plain_step(model: torch.nn.Module, opt: Any, step: int, *, clip: bool = Fals
 
 @all_bases
 def test_the_wrapper_does_not_claim_to_unscale(build: Any) -> None:
-    """Fused bases unscale themselves and have a flag that says so; the wrapper never has this flag."""
+    """Fused bases have a flag that says that they unscale gradients; the wrapper never has this flag."""
     opt = CautiousDecay(build(net().parameters()))
 
     assert not getattr(opt, "_step_supports_amp_scaling", False)
@@ -74,7 +74,7 @@ def test_an_overflow_changes_nothing(every_method: Method, bad: float) -> None:
 
 
 def test_training_goes_on_after_an_overflow(every_method: Method) -> None:
-    """The step after a skipped one is as if the skipped one had never been tried."""
+    """The step after a skipped step is the same as without the skipped step."""
     ours, plain = net(), net()
     opt, other = (every_method.wrap(BASES["AdamW"](m.parameters(), **every_method.base)) for m in (ours, plain))
     scale = scaler()

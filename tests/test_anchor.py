@@ -1,4 +1,4 @@
-"""The recipe of docs/anchor.md, taken from that page: it is the formula on every path, resumes and folds back."""
+"""The recipe of docs/anchor.md, run from the page: it follows the formula on every path, resumes and folds back."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ decay_towards_start, fold = RECIPE["decay_towards_start"], RECIPE["fold"]
 
 
 def net() -> nn.Sequential:
-    """A small net whose biases, too, are not 0."""
+    """A small net. Its biases are not 0."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
 def wrapped(model: nn.Module, path: PathOptions) -> CautiousDecay:
-    """CautiousDecay(AdamW) that decays what has more than one dimension."""
+    """CautiousDecay(AdamW) that decays tensors of two or more dimensions."""
     weights, others = [], []
     for p in model.parameters():
         (weights if p.ndim > 1 else others).append(p)
@@ -74,7 +74,7 @@ OPTIMIZERS = {
 
 
 def gradients() -> Iterator[Tensor]:
-    """Of both signs; the first weight never has one but 0, and the last one's is NaN from the tenth step on."""
+    """Gradients of both signs. The first weight's is always 0; the last weight's is NaN after the tenth step."""
     draws = torch.Generator().manual_seed(0)
     for step in range(STEPS):
         g = torch.randn(3, 4, dtype=F64, generator=draws)
@@ -107,7 +107,7 @@ def test_it_is_the_formula(name: str, every_path: PathOptions) -> None:
 
 
 def test_by_hand(every_path: PathOptions) -> None:
-    """With start 2, lr 1/8, lam 1/2, gradient 1: 2.5 goes back and decays by 1/16 of 0.5; 1.5 and 2 only step."""
+    """With start 2, lr 1/8, lam 1/2, gradient 1: 2.5 moves to the start and decays by 0.5/16; 1.5 and 2 only step."""
     model = nn.Linear(3, 1, bias=False, dtype=F64)
     nn.init.constant_(model.weight, 2)
     decay_towards_start(model)
@@ -120,8 +120,8 @@ def test_by_hand(every_path: PathOptions) -> None:
     assert [[2.5 - 1 / 8 - 0.5 / 16, 1.5 - 1 / 8, 2 - 1 / 8]] == model.weight.tolist()
 
 
-def test_without_a_gradient_it_goes_to_the_start(every_path: PathOptions) -> None:
-    """With gradients 0 a weight that has left its start goes back to it, and not to 0."""
+def test_with_gradient_0_the_weight_decays_to_its_start(every_path: PathOptions) -> None:
+    """With gradient 0, a weight away from its start decays to the start and not to 0."""
     model = nn.Linear(1, 1, bias=False, dtype=F64)
     nn.init.constant_(model.weight, 2)
     decay_towards_start(model)
@@ -139,7 +139,7 @@ def test_without_a_gradient_it_goes_to_the_start(every_path: PathOptions) -> Non
 
 
 def test_nothing_changes_at_first() -> None:
-    """The model computes what it did, bit for bit; differences are 0, and biases are not touched."""
+    """The recipe changes no output of the model and no bias, bit for bit, and all differences start at 0."""
     plain, model = net(), net()
     decay_towards_start(model)
     x = torch.randn(5, 3)
@@ -154,7 +154,7 @@ def test_nothing_changes_at_first() -> None:
 
 
 def test_fold_gives_plain_weights_back(every_path: PathOptions) -> None:
-    """After training the folded model computes the same and loads where the plain one does."""
+    """After training, the folded model gives the same outputs, and its state dict loads into a plain model."""
     model, plain = net(), net()
     decay_towards_start(model)
     train(model, wrapped(model, every_path), range(3))
@@ -168,7 +168,7 @@ def test_fold_gives_plain_weights_back(every_path: PathOptions) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weights are those of the head, too."""
+    """An embedding and a head that share their weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_resumes_bit_for_bit(every_path: PathOptions) -> None:
-    """Six steps at once, and six with state dicts between, loaded into a model that began elsewhere."""
+    """Six steps give the same bits as three steps, state dicts loaded into a model of another start, and three more."""
     whole = net()
     decay_towards_start(whole)
     train(whole, wrapped(whole, every_path), range(6))
@@ -219,7 +219,7 @@ def test_resumes_bit_for_bit(every_path: PathOptions) -> None:
 
 
 def test_a_second_start_is_refused() -> None:
-    """Called twice, the recipe says so: otherwise `fold` would leave weights of 0."""
+    """A second call raises an error, because `fold` would otherwise leave weights of 0."""
     model = nn.Sequential(nn.Linear(2, 2))
     RECIPE["decay_towards_start"](model)
     with pytest.raises(ValueError, match="has a start or another parametrization already: fold it first"):

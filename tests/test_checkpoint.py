@@ -1,4 +1,4 @@
-"""A run that stops and resumes gives the same weights: in a new process, another format, from another optimizer."""
+"""A resumed run gives the same weights: in a new process, in another format, or with another optimizer."""
 
 import itertools
 import os
@@ -70,8 +70,8 @@ def test_a_fresh_process_goes_on_bit_for_bit(
     assert torch.equal(values(model), resumed[str(every_base), str(every_path)])
 
 
-def test_a_plain_run_is_continued_cautiously(every_path: PathOptions) -> None:
-    """A plain AdamW checkpoint resumed in the wrapper trains as if that AdamW had been wrapped in place."""
+def test_a_plain_run_resumes_in_the_wrapper(every_path: PathOptions) -> None:
+    """A plain AdamW checkpoint resumed in the wrapper trains the same as that AdamW wrapped in place."""
     model, twin = net(), net()
     base, plain = (BASES["AdamW"](m.parameters(), **every_path.base) for m in (twin, model))
     train(twin, base, range(3))
@@ -84,7 +84,7 @@ def test_a_plain_run_is_continued_cautiously(every_path: PathOptions) -> None:
     assert torch.equal(values(twin), values(model))
 
 
-def test_a_cautious_run_is_continued_plainly(every_path: PathOptions) -> None:
+def test_a_wrapped_run_resumes_in_the_plain_optimizer(every_path: PathOptions) -> None:
     """A checkpoint of the wrapper resumes in plain AdamW, with AdamW's own decay."""
     model, twin = net(), net()
     opt, other = (CautiousDecay(BASES["AdamW"](m.parameters(), **every_path.base), **every_path) for m in (model, twin))

@@ -1,7 +1,6 @@
-"""The clients that build, drive, save and load optimizers, each in its own library.
+"""The clients that build, step, save and load optimizers, each in its own library.
 
-Each is held to the same thing: trained through the client, the wrapper gives what it gives in a plain loop or in an
-uninterrupted run, bit for bit.
+Training through a client gives the weights of a plain loop, or of an uninterrupted run, bit for bit.
 """
 
 import copy
@@ -22,7 +21,7 @@ from cwd_wrap import CautiousDecay, MaskMonitor
 
 ROOT = Path(__file__).parents[1]
 CautiousAdamW = CautiousDecay.over(AdamW)
-CHOSEN = PathOptions()  # the library chooses
+CHOSEN = PathOptions()  # the library chooses the path
 
 
 def adamw(model: nn.Module, path: PathOptions) -> CautiousDecay:
@@ -45,7 +44,7 @@ def language_model() -> nn.Module:
 
 
 def trainer(model: nn.Module, folder: Path, optimizer: Any = None, **kwargs: Any) -> Any:
-    """A Trainer of six steps that saves after the third; more arguments go to TrainingArguments."""
+    """A Trainer of six steps that saves after the third; further arguments go to TrainingArguments."""
     import transformers
 
     ids = [(torch.arange(8) * k) % 16 for k in range(24)]
@@ -272,7 +271,7 @@ def test_accelerate_trains_as_a_plain_loop(tmp_path: Path, every_path: PathOptio
 
 
 def test_accelerate_saves_and_loads(tmp_path: Path, every_path: PathOptions) -> None:
-    """`save_state` and `load_state` half way change nothing."""
+    """With `save_state` and `load_state` after four of six batches, the weights are those of the plain loop."""
     accelerated(tmp_path, range(4), every_path, save=True)
     resumed, _ = accelerated(tmp_path, range(4, 6), every_path, load=True)
 
@@ -284,7 +283,7 @@ def test_accelerate_saves_and_loads(tmp_path: Path, every_path: PathOptions) -> 
 
 @pytest.mark.parametrize(("library", "name"), [("torch_optimizer", "Yogi"), ("pytorch_optimizer", "AdaBelief")])
 def test_optimizers_of_other_libraries_in_one_line(library: str, name: str) -> None:
-    """An optimizer of another library is wrapped as torch's are, and keeps its own checkpoint format."""
+    """An optimizer of another library is wrapped like one of torch, and its checkpoint format stays the same."""
     cls = getattr(pytest.importorskip(library), name)
     models = net(), net()
     wrapped = CautiousDecay(cls(models[0].parameters(), lr=0.01, weight_decay=0.5))
@@ -298,7 +297,7 @@ def test_optimizers_of_other_libraries_in_one_line(library: str, name: str) -> N
 
 
 def test_pytorch_optimizers_factory() -> None:
-    """`create_optimizer` builds the groups; the wrapper takes the strength from them."""
+    """`create_optimizer` builds the groups, and the wrapper takes lam from them."""
     library = pytest.importorskip("pytorch_optimizer")
     optimizer = CautiousDecay(library.create_optimizer(net(), "adamw", lr=0.01, weight_decay=0.5))
 
@@ -324,7 +323,7 @@ def test_hydra_builds_it_from_dotted_names() -> None:
 
 
 def test_hydra_builds_the_class() -> None:
-    """Hydra finds `.over` by a dotted name; `_partial_` leaves the parameters for later."""
+    """Hydra finds `.over` and its base class by dotted names."""
     pytest.importorskip("hydra")
     from hydra.utils import instantiate
 

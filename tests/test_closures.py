@@ -67,8 +67,8 @@ def test_a_closure_changes_nothing_else_for_any_method(every_method: Method) -> 
     assert torch.equal(values(plain), values(ours))
 
 
-def test_gradients_may_come_with_the_first_closure(every_path: PathOptions) -> None:
-    """Lightning runs backward inside step: the first step decays like the second, 1 - 0.1*0.5."""
+def test_the_closure_may_make_the_first_gradients(every_path: PathOptions) -> None:
+    """If the closure makes the first gradients, as in Lightning, the first step decays too: 1 - 0.1*0.5."""
     p = weight(1.0)
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", torch.zeros(1)) or 0.0)
@@ -76,8 +76,8 @@ def test_gradients_may_come_with_the_first_closure(every_path: PathOptions) -> N
     assert pytest.approx(0.95) == p.item()
 
 
-def test_gradients_may_go_with_the_closure(every_path: PathOptions) -> None:
-    """A parameter whose gradient the closure sets to None keeps its value."""
+def test_the_closure_may_remove_gradients(every_path: PathOptions) -> None:
+    """If the closure sets the gradient of a parameter to None, the parameter keeps its value."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p, q], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.step(lambda: setattr(p, "grad", None) or 0.0)
@@ -98,7 +98,7 @@ def lbfgs(model: torch.nn.Module, **options: Any) -> LBFGS:
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_lbfgs_evaluates_its_closure_as_often_as_alone(search: str | None) -> None:
+def test_wrapped_lbfgs_calls_its_closure_as_often_as_plain_lbfgs(search: str | None) -> None:
     """A wrapped LBFGS calls the closure as often as a plain one, at the same weights."""
     seen: list[list[Tensor]] = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, lam=0.5)):
@@ -127,12 +127,10 @@ class NoEnableGrad(Optimizer):
     """Calls its closure under no_grad, as Prodigy and D-Adaptation do."""
 
     def __init__(self, params: Any) -> None:
-        """Like SGD's."""
         super().__init__(params, {"lr": 0.1, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """As in SGD, but the closure runs under no_grad."""
         loss = None if closure is None else closure()
         for p in self.param_groups[0]["params"]:
             p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
@@ -168,8 +166,8 @@ def test_prodigy_can_backward_in_its_closure() -> None:
     assert not torch.equal(before, values(model))
 
 
-def test_a_closure_reaches_a_base_that_needs_it_though_nothing_decays() -> None:
-    """With lam 0 LBFGS still gets its closure, which it needs to step."""
+def test_the_base_gets_its_closure_with_lam_0() -> None:
+    """With lam 0, LBFGS still gets its closure, without which it cannot step."""
     p = weight(1.0, -1.0)
     opt = CautiousDecay(torch.optim.LBFGS([p], lr=0.1), lam=0.0)
 

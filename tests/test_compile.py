@@ -1,4 +1,4 @@
-"""A step inside torch.compile does what it does outside."""
+"""A step inside torch.compile gives the same weights as outside it."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def compiled(opt: CautiousDecay, compiler: str) -> Callable[[], object]:
 
 
 def run(base: Base, path: PathOptions, compiler: str | None) -> tuple[list[float], float]:
-    """Four weights after four steps under a schedule, and the strength that the group has then."""
+    """Four weights after four steps under a schedule, and the group's weight_decay afterwards."""
     p = weight(1, -1, 2, 3)
     opt = CautiousDecay(base([p], **path.base), **path)
     step = opt.step if compiler is None else compiled(opt, compiler)
@@ -64,11 +64,11 @@ def test_the_comparison_can_fail() -> None:
     assert pytest.approx(weights, rel=1e-3) != others
 
 
-# ------------------------------------------------------------------------------------ a base whose own step is compiled
+# ------------------------------------------------------------------------------------ a base with a compiled step
 
 
 def compile_step(base: Optimizer) -> CompileCounter:
-    """``base.step = torch.compile(base.step)``; the counter tells how often that compiled."""
+    """``base.step = torch.compile(base.step)``; the counter counts its compilations."""
     torch._dynamo.reset()
     counter = CompileCounter()
     base.step = torch.compile(base.step, backend=counter)  # type: ignore[method-assign]
@@ -93,12 +93,12 @@ def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool)
 
     torch.testing.assert_close(*(p.detach() for p in params), rtol=1e-5, atol=1e-6)
     assert [0.5, 0.5] == [opt.param_groups[0]["weight_decay"] for opt in optimizers]
-    if tensor or torch.__version__ >= "2.6":  # older ones compile for each float
+    if tensor or torch.__version__ >= "2.6":  # older versions compile again for each float
         assert counter.frame_count <= 2
 
 
 def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
-    """A compiled base takes a snapshot: its groups are set up for compiled code, and pieces call the plain step."""
+    """A compiled base takes a snapshot, because pieces would call the plain step on groups set up for compiled code."""
     params = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)]
     base, plain = (RMSprop([p], lr=0.1, momentum=0.9, weight_decay=0.5) for p in params)
     compile_step(base)

@@ -22,7 +22,7 @@ LR, LAM, P = 0.05, 0.5, 0.8
 
 
 def nested(outer: Any, inner: dict[str, Any], **options: Any) -> Callable[..., Any]:
-    """Wraps a base twice; ``on`` holds the options of both layers, the outer's and the inner's."""
+    """A function that wraps a base twice; its ``on`` holds further options, the outer's and the inner's."""
     return lambda base, on=({}, {}): outer(CautiousUpdate(base, **inner, **on[1]), **options, **on[0])
 
 
@@ -48,7 +48,7 @@ LAYERS = {
 
 
 def by_hand(name: str, x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
-    """Both layers in float64: the outer's w is the result of the inner layer, whose decay is off."""
+    """Both layers in float64: the outer's w is the result of the inner layer, which has its decay off."""
     outer, scale = LAYERS[name]
     return outer(x, reference.update(scale)(x, w, g, 0.0), g, eta_lam)
 
@@ -77,7 +77,7 @@ INNER = [param(path, path=path) for path in (*BACKENDS, *(PathOptions(path="snap
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("name", NESTED)
 @bases
-def test_each_layer_sees_what_the_inner_one_made(build: Any, name: str, inner: PathOptions) -> None:
+def test_each_layer_uses_the_result_of_the_inner_one(build: Any, name: str, inner: PathOptions) -> None:
     """The outer's u is the inner's masked update, and its x the weight before both: ten steps, by hand in float64."""
     p = nn.Parameter(torch.randn(6, 5, dtype=F64))
     q = nn.Parameter(p.detach().clone())
@@ -115,7 +115,7 @@ def test_a_lookahead_between_the_two(outer: Any, rule: Any) -> None:
 
 
 def test_four_numbers() -> None:
-    """SGD with momentum 4, gradients -1, 1 under weights 2, -2: the masked weights did not move, so they decay."""
+    """With momenta 4, -4 and gradients of 1 and -1, the weights with a masked update stay in place, so they decay."""
     p = weight(2, 2, -2, -2, grad=[4, 4, -4, -4], dtype=F64)
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale="mean"))
     opt.step()  # all are kept and move towards zero: 2 - 0.5 - 0.125
@@ -127,8 +127,8 @@ def test_four_numbers() -> None:
     assert pytest.approx([1.375 * 0.9375, 1.375 * 0.9375 - 1.25, -1.375 * 0.9375, -1.375 * 0.9375 + 1.25]) == p.tolist()
 
 
-def test_strict_spares_what_the_inner_one_masked() -> None:
-    """With strict=True a weight whose update was masked stays as it is."""
+def test_strict_leaves_what_the_inner_layer_masked() -> None:
+    """With strict=True a weight with a masked update does not decay."""
     p = weight(2, 2, grad=[4, 4], dtype=F64)
     opt = CautiousDecay(CautiousUpdate(SGD([p], lr=0.125, momentum=1.0, weight_decay=0.5), scale=None), strict=True)
     opt.step()
@@ -138,7 +138,7 @@ def test_strict_spares_what_the_inner_one_masked() -> None:
     assert [1.375, 1.375 * 0.9375 - 0.625] == p.tolist()
 
 
-# ------------------------------------------------------------------------------------ who decays
+# ------------------------------------------------------------------------------------ which layer decays
 
 
 class Spy(SGD):
@@ -150,7 +150,7 @@ class Spy(SGD):
     def step(self, closure: Any = None) -> Any:
         self.seen = [*getattr(self, "seen", []), *(group["weight_decay"] for group in self.param_groups)]
         if self.fails:
-            raise RuntimeError("no step today")
+            raise RuntimeError("raised by the base")
         return super().step(closure)
 
 
@@ -175,7 +175,7 @@ def test_an_error_inside_leaves_everything_in_place(wrap: Any) -> None:
     base = Spy([p], lr=LR, weight_decay=LAM)
     opt, other = wrap(base), wrap(Spy([q], lr=LR, weight_decay=LAM))
     base.fails = True
-    with pytest.raises(RuntimeError, match="no step today"):
+    with pytest.raises(RuntimeError, match="raised by the base"):
         opt.step()
 
     assert [1.0, -1.0] == p.tolist()
@@ -268,7 +268,7 @@ REFUSED: list[tuple[Any, Callable[[], Optimizer], list[str]]] = [
 
 @pytest.mark.parametrize(("outer", "inner", "pieces"), REFUSED)
 @pytest.mark.parametrize("between", ["nothing", "Lookahead"])
-def test_nesting_that_makes_no_sense_is_refused(outer: Any, inner: Any, pieces: list[str], between: str) -> None:
+def test_other_pairs_are_refused(outer: Any, inner: Any, pieces: list[str], between: str) -> None:
     """The error says what is inside, why it is refused and what to do, also with a Lookahead between the two."""
     base = lookahead(inner()) if between == "Lookahead" else inner()
     with pytest.raises(ValueError, match=f"^{outer.__name__} cannot wrap ") as caught:
@@ -288,7 +288,7 @@ def test_a_third_layer_is_refused_as_well(outer: Any, innermost: Any) -> None:
 
 
 @nestings
-def test_what_makes_sense_is_not_refused(wrap: Any) -> None:
+def test_the_allowed_pairs_are_accepted(wrap: Any) -> None:
     """The allowed pairs build without a warning, and repr names both layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -359,7 +359,7 @@ def test_checkpoints_go_both_ways(wrap: Any) -> None:
 
 @nestings
 def test_a_resumed_run_is_the_uninterrupted_one(wrap: Any) -> None:
-    """Model and optimizer saved and loaded into new ones train on bit for bit."""
+    """Training resumed in a new model and optimizer gives the bits of the uninterrupted run."""
     model, opt = trained(wrap)
     saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
     train(model, opt, range(3, 6))
@@ -376,8 +376,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(wrap: Any) -> None:
     "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
 )
 @nestings
-def test_copies_train_on_alike(wrap: Any, copied: Any) -> None:
-    """A deep copy and a pickle of model and optimizer have every setting of both layers, and train on bit for bit."""
+def test_copies_train_on_like_the_original(wrap: Any, copied: Any) -> None:
+    """A deep copy and a pickle of model and optimizer keep both layers and scale, and train on bit for bit."""
     model, opt = trained(wrap)
     twin, other = copied((model, opt))
     train(model, opt, range(3, 6))
@@ -426,7 +426,7 @@ def test_over_names_every_layer() -> None:
     assert cls is CautiousDecay.over(CautiousUpdate.over(AdamW))
 
 
-# ------------------------------------------------------------------------------------ an optimizer like any
+# ------------------------------------------------------------------------------------ used like any optimizer
 
 
 @nestings
@@ -438,7 +438,7 @@ def test_a_schedule_reaches_all_layers(wrap: Any) -> None:
     other = net()
     by_hand = wrap(AdamW(other.parameters(), lr=0.01, weight_decay=LAM))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch warns if it sees no steps
+        warnings.simplefilter("error")  # torch warns if the scheduler steps before the optimizer
         for step in range(4):
             train(model, opt, [step])
             schedule.step()
@@ -559,7 +559,7 @@ def test_observers_of_both_layers_get_their_own_reports() -> None:
     p.data.copy_(torch.tensor([1.0, -1.0, 1.0, -1.0]))
     outer, inner = [], []
     opt.observer, opt.base_optimizer.observer = outer.append, inner.append
-    opt.step()  # kept: the first two; of these the first shrinks, and the masked two stay in place, so decay
+    opt.step()  # the first two are kept, and the first of them shrinks; the masked two stay in place, so they decay
 
     assert [(2, 4)] == [(int(r.active), r.total) for r in inner]
     assert [(3, 4)] == [(int(r.active), r.total) for r in outer]
@@ -567,7 +567,7 @@ def test_observers_of_both_layers_get_their_own_reports() -> None:
 
 @nestings
 def test_gradients_changed_by_the_base_reach_no_layer(wrap: Any) -> None:
-    """Every layer uses the gradient from before the step."""
+    """If the base changes gradients in place, every layer still uses those from before the step."""
 
     class Spoils(Optimizer):
         @torch.no_grad()
@@ -588,7 +588,7 @@ def test_gradients_changed_by_the_base_reach_no_layer(wrap: Any) -> None:
 
 
 @nestings
-def test_memory_is_counted_a_layer(wrap: Any) -> None:
+def test_memory_is_counted_per_layer(wrap: Any) -> None:
     """Each layer makes and reports its own copy; dropping the copies does not change training."""
     model, opt = trained(wrap)
     size = 4 * sum(p.numel() for p in model.parameters())
@@ -600,8 +600,8 @@ def test_memory_is_counted_a_layer(wrap: Any) -> None:
 
 
 @nestings
-def test_training_goes_down(wrap: Any) -> None:
-    """Sixty steps of a nested wrapper over AdamW bring the loss of a small net to less than a third."""
+def test_training_lowers_the_loss(wrap: Any) -> None:
+    """Sixty steps of a nested wrapper around AdamW bring the loss of a small net below a third."""
     model = net()
     opt = wrap(AdamW(model.parameters(), lr=0.02, weight_decay=0.001))
     before = sum(loss_of(model, step).item() for step in range(10))

@@ -1,7 +1,7 @@
 """The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and four others obeys the rule.
 
-At each step the wrapped result must be the base's own step with its decay off (a second instance, built without decay
-and given the same weights, gradients and random numbers), plus the rule.
+After each step the wrapped weights must be those of the base without decay, plus the rule. A second instance, built
+without decay, takes the base's step with the same weights, gradients and random numbers.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ SPECIAL = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e4])
 
 
 def make_groups(case: Case, lam: float) -> Groups:
-    """Three groups, the last without decay; the last parameter of the first never gets a gradient."""
+    """Three groups, the last without decay. The last parameter of the first group never gets a gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = {1: (11,), 2: (6, 5), 4: (4, 3, 3, 2)}
     groups: Groups = []
@@ -42,7 +42,7 @@ def parameters(groups: Groups) -> list[torch.nn.Parameter]:
 
 
 def seed(number: int) -> None:
-    """Start torch's generator, and numpy's: Kron of pytorch_optimizer draws from that, and rebalances now and then."""
+    """Seed torch's generator, and numpy's, from which Kron of pytorch_optimizer draws whether it rebalances."""
     torch.manual_seed(number)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(number)
@@ -66,7 +66,7 @@ def set_gradients(case: Case, groups: Groups, step: int) -> None:
 
 
 def eta(case: Case, group: dict[str, Any]) -> float:
-    """eta, by the formula that the zoo notes for this library."""
+    """eta, by the formula in the zoo's note for this optimizer."""
     names = {"sqrt": math.sqrt, "t": group.get("step", 0) + 1, **group}
     return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, names))
 
@@ -138,14 +138,14 @@ def has_gradient(p: Tensor) -> Tensor:
 
 
 def tolerance(x: Tensor, w: Tensor, roundings: int) -> Tensor:
-    """That many float32 roundings at the size of the largest term."""
+    """``roundings`` float32 roundings of the largest term."""
     size = torch.maximum(x.abs(), w.abs()).double()
     return roundings * torch.finfo(torch.float32).eps * size + 1e-45
 
 
 @pytest.mark.parametrize("case", HOLDING, ids=str)
 def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
-    """With a snapshot, each step gives w - eta*lam*1[u*x>=0]*x, with the plain optimizer's w, to one rounding."""
+    """With a snapshot, each step gives w - eta*lam*1[u*x>=0]*x to one rounding, where w is the plain optimizer's."""
     pair = Pair(case, path="snapshot")
     decayed = 0
     for number in range(STEPS):
@@ -155,7 +155,7 @@ def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
             off = (wrapped.double() - expected).abs() - tolerance(x, plain, 1)
 
             assert off.max() <= 0, (number, off.max())
-            visible = eta_lam > torch.finfo(torch.float32).eps  # D-Adaptation starts with steps of 1e-6
+            visible = eta_lam > torch.finfo(torch.float32).eps  # not in D-Adaptation, which starts with steps of 1e-6
             decayed += int((wrapped != plain).sum()) if visible else 1
     assert decayed > 0
     if case.decay_key:
@@ -179,7 +179,7 @@ def test_default_path_obeys_the_rule_where_the_weight_moved(case: Case) -> None:
 
 
 def test_the_table_covers_more_than_230_optimizers() -> None:
-    """The table is discovered from the libraries, and every refused case has a reason."""
+    """More than 230 optimizers are discovered, every refused one has a reason, and every note is of a case."""
     missing = [name for name in ("timm", *LIBRARIES) if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -190,7 +190,7 @@ def test_the_table_covers_more_than_230_optimizers() -> None:
 
 
 def test_both_optimizers_of_a_pair_draw_the_same_numbers_from_numpy() -> None:
-    """Kron of pytorch_optimizer rebalances at one of 100 draws: if only one did, the two would differ by roundings."""
+    """Both draw the same: if only one Kron of a pair rebalanced (1 draw of 100), they would differ by roundings."""
     numpy = pytest.importorskip("numpy")
     pytest.importorskip("pytorch_optimizer")
     pair = Pair(next(case for case in CASES if case.name == "pytorch_optimizer.Kron"), path="snapshot")
@@ -203,7 +203,7 @@ def test_both_optimizers_of_a_pair_draw_the_same_numbers_from_numpy() -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.refused and "recompute" in c.refused], ids=str)
-def test_what_recomputes_its_weights_is_refused(case: Case) -> None:
+def test_optimizers_that_recompute_their_weights_are_refused(case: Case) -> None:
     """An optimizer that computes the weights from its own copy would lose the decay, so it is refused by name."""
     base = case.build(make_groups(case, LAM))
     with pytest.raises(ValueError, match=f"{type(base).__name__}: each step computes the weights from a copy"):
@@ -211,7 +211,7 @@ def test_what_recomputes_its_weights_is_refused(case: Case) -> None:
 
 
 def test_the_check_can_fail() -> None:
-    """A base whose own decay stays on does not pass."""
+    """A base with its own decay on does not pass."""
     case = next(case for case in CASES if case.name == "torch.AdamW")
     pair = Pair(case, path="snapshot")
     pair.wrapped.base_optimizer.register_step_pre_hook(lambda opt, *_: opt.param_groups[0].update(weight_decay=LAM))

@@ -63,7 +63,7 @@ def test_the_discovery_finds_the_overrides() -> None:
 
 
 def test_the_signature_check_can_fail() -> None:
-    """The check finds a load_state_dict(sd), whose parameter has another name than torch's."""
+    """The check finds a load_state_dict(sd), in which the parameter has another name than in torch."""
 
     class Renamed(CautiousDecay):
         def load_state_dict(self, sd: dict[str, Any]) -> None: ...
@@ -73,12 +73,12 @@ def test_the_signature_check_can_fail() -> None:
 
 
 def test_is_an_optimizer() -> None:
-    """Schedulers, accelerate and Lightning ask for an Optimizer, and the wrapper is one."""
+    """Schedulers, accelerate and Lightning require an Optimizer, and the wrapper is one."""
     assert isinstance(wrapped(), Optimizer)
     assert issubclass(CautiousDecay.over(SGD), Optimizer)
 
 
-def test_objects_are_the_bases_own_and_fresh() -> None:
+def test_groups_state_and_defaults_are_the_bases_own() -> None:
     """param_groups, state and defaults are the base's objects even after load_state_dict has replaced them."""
     opt = wrapped()
     opt.load_state_dict(opt.state_dict())
@@ -106,7 +106,7 @@ def test_has_no_attribute_that_the_base_lacks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["train", "eval", "sync_lookahead"])
 def test_forwards_the_modes_of_the_base(name: str) -> None:
-    """If the base has train() and eval(), so has the wrapper."""
+    """If the base has train(), eval() or sync_lookahead(), the wrapper has it too and calls it."""
     called: list[str] = []
     base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
     setattr(base, name, lambda: called.append(name))
@@ -118,7 +118,7 @@ def test_forwards_the_modes_of_the_base(name: str) -> None:
 # ------------------------------------------------------------------------------------ copies
 
 
-def goes_on_alike(model: torch.nn.Module, opt: Optimizer, duplicate: Any) -> bool:
+def copy_trains_alike(model: torch.nn.Module, opt: Optimizer, duplicate: Any) -> bool:
     """Do a net with its optimizer and a copy of both train to the same bits?"""
     train(model, opt, range(2))
     twins = (model, opt), duplicate((model, opt))
@@ -134,15 +134,16 @@ def test_a_copy_trains_on_like_the_original(every_base: Base, every_path: PathOp
     """A deep copy or pickle of a net with its optimizer trains on like the original."""
     model = net()
 
-    assert goes_on_alike(model, CautiousDecay(every_base(model.parameters()), **every_path), duplicate)
+    assert copy_trains_alike(model, CautiousDecay(every_base(model.parameters()), **every_path), duplicate)
 
 
 @duplicates
 def test_a_copy_of_every_method_trains_on_like_the_original(every_method: Method, duplicate: Any) -> None:
     """The same holds for every method: its class and arguments are copied."""
     model = net()
+    opt = every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base))
 
-    assert goes_on_alike(model, every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base)), duplicate)
+    assert copy_trains_alike(model, opt, duplicate)
 
 
 @duplicates
@@ -157,7 +158,7 @@ def test_a_class_from_over_trains_like_the_wrapper(every_method: Method, duplica
         train(one, optimizer, range(2))
 
     assert torch.equal(values(model), values(other))
-    assert goes_on_alike(other, built, duplicate)
+    assert copy_trains_alike(other, built, duplicate)
     assert cls is duplicate(cls)
 
 
@@ -177,8 +178,8 @@ def test_a_copy_takes_hooks() -> None:
     assert ["post"] == calls
 
 
-def test_classes_from_over_bear_both_names() -> None:
-    """The class that over(AdamW) returns is named for the wrapper and the base."""
+def test_classes_from_over_have_both_names() -> None:
+    """The name of the class that over(AdamW) returns joins those of the wrapper and the base."""
     assert "CautiousDecayAdamW" == CautiousDecay.over(AdamW).__name__
 
 
@@ -233,7 +234,7 @@ def test_checkpoints_load_both_ways(build: Any) -> None:
 
 
 def test_checkpoint_is_read_with_weights_only() -> None:
-    """torch.save writes a state dict that torch.load takes with weights_only=True."""
+    """torch.load with weights_only=True reads the state dict that torch.save wrote."""
     opt, file = wrapped(), io.BytesIO()
     opt.step()
     torch.save(opt.state_dict(), file)
@@ -292,8 +293,8 @@ def test_a_state_hook_fires_once_with_the_wrapper(register: str) -> None:
     assert [opt] == seen
 
 
-def test_a_pre_hook_sees_what_torch_shows_it() -> None:
-    """The hook's args are (optimizer,) and its kwargs those of the call, as for any torch optimizer."""
+def test_a_pre_hook_gets_the_arguments_that_torch_passes() -> None:
+    """A hook's args are (optimizer,) and its kwargs those of the call, as for any torch optimizer."""
     seen: list[Any] = []
     for opt in (SGD([weight(1.0)], lr=0.1), wrapped()):
         opt.register_step_pre_hook(lambda optimizer, args, kwargs: seen.append((args == (optimizer,), kwargs)))
@@ -303,7 +304,7 @@ def test_a_pre_hook_sees_what_torch_shows_it() -> None:
 
 
 def test_a_pre_hook_may_change_the_arguments() -> None:
-    """What a pre hook returns is what the step is called with: here, a closure."""
+    """The step is called with the arguments that a pre hook returns: here, a closure."""
     opt = wrapped()
     opt.register_step_pre_hook(lambda optimizer, args, kwargs: ((optimizer, lambda: 7.0), kwargs))
 
@@ -329,7 +330,7 @@ def test_state_dict_hooks_may_replace_the_dict() -> None:
     assert 0.25 == opt.param_groups[0]["weight_decay"]
 
 
-def test_loading_leaves_the_callers_dict_alone() -> None:
+def test_loading_does_not_change_the_callers_dict() -> None:
     """A load pre hook that edits its dict does not change the caller's dict."""
     opt = wrapped()
     opt.register_load_state_dict_pre_hook(lambda _, state_dict: state_dict.update(note=1))
@@ -383,7 +384,7 @@ def test_a_step_leaves_no_hook_behind(every_method: Method) -> None:
 
 
 def test_a_base_hook_may_change_the_gradient(every_rule: Method) -> None:
-    """Every method uses the gradient that the step uses, here one negated by a hook of the base."""
+    """Every method uses the gradient that the base's step uses, here one that a hook of the base negated."""
     opt = every_rule.wrap(sgd(**every_rule.base))
     (p,) = opt.param_groups[0]["params"]
     opt.base_optimizer.register_step_pre_hook(lambda *_: setattr(p, "grad", -p.grad))
@@ -447,7 +448,7 @@ class ApexLike(SGD):
 
 
 def test_zero_grad_of_a_base_that_takes_no_option() -> None:
-    """Such a zero_grad is called without set_to_none; set_to_none=False raises the base's TypeError."""
+    """The base's zero_grad is called without set_to_none; with set_to_none=False it raises its TypeError."""
     p = weight(1.0, grad=[1.0])
     opt = CautiousDecay(ApexLike([p], weight_decay=0.5))
     with pytest.raises(TypeError, match="set_to_none"):
@@ -479,7 +480,7 @@ def test_replaced_parameters_are_stepped_and_decayed(every_rule: Method) -> None
 
 
 def test_groups_stepped_one_at_a_time_are_stepped_once(every_rule: Method) -> None:
-    """When one group is assigned and stepped at a time, as in DeepSpeed, every group takes one step."""
+    """If one group is assigned and stepped at a time, as in DeepSpeed, every group takes one step."""
     params = [weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])]
     base = SGD([{"params": [p]} for p in params], lr=0.1, weight_decay=0.5, **every_rule.base)
     opt, expected = every_rule.wrap(base), [every_rule.after_sgd(p, p.grad) for p in params]
@@ -507,7 +508,7 @@ def test_profiler_ranges(every_method: Method) -> None:
     assert ["Optimizer.zero_grad#SGD.zero_grad"] == names[2:]
 
 
-def test_repr_tells_the_path_and_its_cost() -> None:
+def test_repr_shows_the_path_and_its_cost() -> None:
     """repr names the base, lam, the path and the bytes of the snapshot: 8 for two float32 weights."""
     assert "CautiousDecay(SGD, lam=0.5, path='snapshot', backend='eager', snapshot_bytes=8)" == repr(
         wrapped(path="snapshot", backend="eager")

@@ -1,4 +1,4 @@
-"""Comparisons with a dose for each arm: examples/lambda_sweep.py and examples/convergence.py, small."""
+"""examples/lambda_sweep.py and examples/convergence.py, run at a small size."""
 
 import csv
 import math
@@ -49,7 +49,7 @@ SWEEP = ["--task", "digits", "--steps", 3, "--seeds", 2, "--doses", 0.1, 0.8, "-
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sweep in it."""
+    """A folder with the results of a small sweep."""
     needs_digits()
     folder = tmp_path_factory.mktemp("sweep")
     run("lambda_sweep", *SWEEP, "--out", folder)
@@ -57,7 +57,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sweep_runs_each_arm(swept: Path) -> None:
-    """Three arms at two doses, and no decay, each with two seeds; and a picture."""
+    """The sweep runs three arms at two doses, and no decay, each with two seeds, and draws a picture."""
     cells = [(row["arm"], float(row["dose"]), int(row["seed"])) for row in rows(swept / "runs_steps3.csv")]
     arms = {(arm, dose, seed) for arm in ls.ARMS for dose in (0.1, 0.8) for seed in (0, 1)}
 
@@ -67,7 +67,7 @@ def test_sweep_runs_each_arm(swept: Path) -> None:
 
 
 def test_control_decays_as_much_in_total(swept: Path) -> None:
-    """Its lam is that of the cautious run of the same dose and seed, times that run's mask ratio."""
+    """The control's lam is that of the cautious run of the same dose and seed, times that run's mask ratio."""
     of = {(row["arm"], row["dose"], row["seed"]): row for row in rows(swept / "runs_steps3.csv")}
     pairs = [(row, of["cautious", dose, seed]) for (arm, dose, seed), row in of.items() if arm == "control"]
 
@@ -78,7 +78,7 @@ def test_control_decays_as_much_in_total(swept: Path) -> None:
 
 
 def test_sweep_repeats_nothing(swept: Path) -> None:
-    """A second call leaves the file as it is and prints the same table."""
+    """A second call does not change the file, and still prints the table."""
     before = (swept / "runs_steps3.csv").read_bytes()
     done = run("lambda_sweep", *SWEEP, "--out", swept)
 
@@ -122,22 +122,22 @@ def test_runs_of_a_seed_share_all_but_the_decay(task: str, package: str, monkeyp
     ("loss", "step"), [(4.0, 10), (3.0, 15), (2.0, 20), (1.5, 35), (1.0, 40), (0.9, None), (5.0, 10)]
 )
 def test_crossing(loss: float, step: float | None) -> None:
-    """On straight lines between the points, the first time; a curve that begins below gives its first step."""
+    """`crossing` interpolates between the points; a curve that begins at or below the loss gives its first step."""
     assert convergence.crossing({10: 4.0, 20: 2.0, 30: 2.0, 40: 1.0}, loss) == step
 
 
 def test_crossing_is_the_first() -> None:
-    """A loss that rises again is crossed once on the way down."""
+    """If the curve comes down to the loss twice, `crossing` gives the first time."""
     assert convergence.crossing({10: 4.0, 20: 2.0, 30: 4.0, 40: 0.0}, 3.0) == 15
 
 
 def test_crossing_of_a_run_that_diverged() -> None:
-    """A loss that is no number crosses nothing."""
+    """A curve that turns NaN does not reach a loss."""
     assert convergence.crossing({10: 4.0, 20: math.nan}, 3.0) is None
 
 
 def test_speed_table() -> None:
-    """Cautious needs 15 steps where plain needs 30; no decay never comes so far, and has no ratio."""
+    """Cautious needs 15 steps and plain 30, so the ratio is 0.5; no decay does not reach the loss and has no ratio."""
     by_arm = {"none": [{10: 4.0, 40: 3.5}], "plain": [{10: 4.0, 40: 1.0}], "cautious": [{10: 4.0, 20: 0.0}]}
     lines = convergence.speed_table("steps", by_arm, [2.0, 5.0]).splitlines()[2:]
     found = [re.split(r"\s{2,}", line.strip()) for line in lines]
@@ -172,12 +172,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def results(text: str) -> str:
-    """What was printed, without the time that it took."""
+    """The printed text from the first table on, without the run time above it."""
     return text[text.index(" steps arm") :]
 
 
 def test_a_row_for_each_step(trained: tuple[Path, str]) -> None:
-    """Every so many steps and after the last one, for each length, seed and arm."""
+    """The file has a row at every second step and after the last one, for each length, seed and arm."""
     path, _ = trained
     points = [("3", "2"), ("3", "3"), ("5", "2"), ("5", "4"), ("5", "5")]
     wanted = {(steps, seed, arm, step) for steps, step in points for seed in "01" for arm in convergence.ARMS}
@@ -187,7 +187,10 @@ def test_a_row_for_each_step(trained: tuple[Path, str]) -> None:
 
 
 def test_tables(trained: tuple[Path, str]) -> None:
-    """One for the ends, one inside the longest runs, one over the lengths; a loss out of reach is called that."""
+    """It prints a table of the final losses, one within the longest runs, and one over the lengths.
+
+    A loss that no run reaches is "not reached".
+    """
     _, text = trained
     inside, over = text.split("Inside the runs of 5 steps")[1].split("Over runs of 3, 5 steps")
 
@@ -199,7 +202,7 @@ def test_tables(trained: tuple[Path, str]) -> None:
 
 
 def test_nothing_is_repeated(trained: tuple[Path, str]) -> None:
-    """A second call leaves the file as it is and prints the same numbers."""
+    """A second call does not change the file, and prints the same numbers."""
     path, first = trained
     before = path.read_bytes()
     again = run("convergence", *SMALL, *LENGTHS, "--out", path.parent)
@@ -210,7 +213,7 @@ def test_nothing_is_repeated(trained: tuple[Path, str]) -> None:
 
 
 def cut_off(path: Path, to: Path, kept: int) -> str:
-    """Copy a file without its last line but for its first ``kept`` characters. What the file had."""
+    """Copy a file, of its last line only the first ``kept`` characters; return the whole text."""
     text = path.read_text()
     last = text.splitlines(keepends=True)[-1]
     to.write_text(text[: len(text) - len(last) + kept])
@@ -218,7 +221,7 @@ def cut_off(path: Path, to: Path, kept: int) -> str:
 
 
 def test_a_file_that_was_cut_off_is_mended(trained: tuple[Path, str], tmp_path: Path) -> None:
-    """The run that lacks its last line is repeated, and no other; then the file is what it was."""
+    """Only the run that lacks its last line is repeated, and the file is the same as before."""
     path, first = trained
     text = cut_off(path, tmp_path / "curves.csv", kept=0)
     again = run("convergence", *SMALL, *LENGTHS, "--out", tmp_path)
@@ -230,7 +233,7 @@ def test_a_file_that_was_cut_off_is_mended(trained: tuple[Path, str], tmp_path: 
 
 @pytest.mark.parametrize("kept", [0, 9, -2], ids=["between lines", "within a key", "within a number"])
 def test_reading_a_file_that_was_cut_off(trained: tuple[Path, str], tmp_path: Path, kept: int) -> None:
-    """Wherever it ends, the last run is missing, and the file ends where the run before it does."""
+    """Wherever the file is cut off in its last run, `read` leaves that run out and removes its lines from the file."""
     path, _ = trained
     whole = convergence.read(path)
     short = tmp_path / "curves.csv"
@@ -240,8 +243,8 @@ def test_reading_a_file_that_was_cut_off(trained: tuple[Path, str], tmp_path: Pa
     assert short.read_text() == "".join(text.splitlines(keepends=True)[:-3])
 
 
-def test_another_file_is_left_alone(tmp_path: Path) -> None:
-    """A curves.csv with other columns is named, with a way out, and not touched."""
+def test_a_file_with_other_columns_is_not_changed(tmp_path: Path) -> None:
+    """For a curves.csv with other columns, the error names it and says what to do; the file does not change."""
     (tmp_path / "curves.csv").write_text("method,lam\nAdamW,0.1\n")
     done = run("convergence", *SMALL, "--out", tmp_path, code=1)
 

@@ -15,7 +15,7 @@ SIZE, STEPS = 4000, 6
 BETAS = {"betas": (0.8, 0.9)}
 PLAIN, FOREACH, FUSED = {}, {"foreach": True}, {"fused": True}
 
-# (class, or its path where the library may be missing; options). Each class in all forms that torch has for it.
+# (class, or its path where the library may be missing; options). Each class in all its forms in torch.
 ROWS: list[tuple[type[Optimizer] | str, dict[str, object]]] = [
     *((o.SGD, flags) for flags in (PLAIN, FOREACH, FUSED, {"maximize": True})),
     *((o.SGD, {"momentum": 0.9, **flags}) for flags in (PLAIN, FOREACH, FUSED, {"maximize": True}, {"dampening": 0.5})),
@@ -46,7 +46,7 @@ IDS = [f"{c if isinstance(c, str) else c.__name__}-{'-'.join(f'{k}={v}' for k, v
 
 BACKENDS = [PathOptions(backend=backend) for backend in ("eager", "numba")]
 
-# The sign of their update does not follow from gradient and state, so they take a copy.
+# Gradient and state do not give the sign of their update, so they take a copy.
 UNKNOWN = [
     (o.Rprop, {}, "Rprop"),
     (o.ASGD, {}, "ASGD"),
@@ -121,7 +121,7 @@ def test_direction_and_snapshot_agree_where_the_weight_moved(
 
 @pytest.mark.parametrize(("cls", "flags", "reason"), UNKNOWN)
 def test_unknown_direction_gives_its_reason(cls: type[Optimizer] | str, flags: dict[str, object], reason: str) -> None:
-    """If gradient and state do not give the sign of the update, `find` returns the reason and a copy is taken."""
+    """If gradient and state do not give the sign of the update, `find` returns the reason, and a copy is made."""
     p = torch.nn.Parameter(torch.ones(3))
     opt = make(cls, p, flags)
 
@@ -140,8 +140,8 @@ def test_a_subclass_is_not_its_parent() -> None:
     assert "Mine" in str(directions.find(opt, opt.param_groups[0]))
 
 
-def test_bf16_direction_sees_what_rounds_away() -> None:
-    """At lr 1e-4 most bfloat16 weights do not move: a snapshot sees u = 0, but the direction has the sign."""
+def test_bf16_direction_has_the_sign_of_steps_that_round_away() -> None:
+    """At lr 1e-4 most bfloat16 weights do not move: a snapshot gives u = 0, but the direction has the sign."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(SIZE).bfloat16())
     opt = o.AdamW([p], lr=1e-4)

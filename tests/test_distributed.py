@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.5}
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
+    """A process group with this process as its only member."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -30,7 +30,7 @@ def zero(params: Any, cls: Any, **options: Any) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch uses its own deprecated functions in it
+        warnings.simplefilter("ignore")  # torch calls deprecated functions of its own
         return ZeroRedundancyOptimizer(params, optimizer_class=cls, **OPTIONS, **options)
 
 
@@ -106,7 +106,7 @@ def test_steps_within_gradient_hooks(every_path: PathOptions) -> None:
 
 
 def test_over_takes_positional_parameters_and_groups() -> None:
-    """A class from over() is built as the base is: parameters or groups first, then its own keywords."""
+    """A class from over() takes the base's arguments: parameters or groups first, then the others."""
     model = net()
     cls = CautiousDecay.over(SGD, lam=0.25)
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Every snippet in the documentation runs, every link works, and statements about the project are true."""
+"""Every snippet of the documentation runs, every link works, and the README's badges and the file tree are right."""
 
 import contextlib
 import doctest
@@ -30,7 +30,7 @@ def snippets(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python blocks of a page run one after the other, in one namespace, as a reader would paste them."""
+    """The python blocks of a page run one after the other in one namespace."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     namespace: dict[str, object] = {"__name__": "__main__"}
@@ -57,7 +57,7 @@ def test_the_diff_of_the_readme_runs(sign: str) -> None:
 
 @pytest.mark.parametrize("name", ["cwd_wrap", *MODULES])
 def test_docstrings_run(name: str) -> None:
-    """The examples in the docstrings print what they say."""
+    """The examples in the docstrings print the output that is shown."""
     for package in ("numba", "triton"):
         if package in name:
             pytest.importorskip(package)
@@ -68,12 +68,12 @@ def test_docstrings_run(name: str) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/clients.md", "docs/how_it_works.md"])
 def test_pages_have_snippets(page: str) -> None:
-    """The check of snippets finds snippets."""
+    """`snippets` finds blocks on these pages, so the check of snippets is not empty."""
     assert snippets(ROOT / page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_name_files_that_exist(page: Path) -> None:
     """Every relative link of a page names a file of the repository."""
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
@@ -170,7 +170,7 @@ def test_the_site_has_no_broken_link(site: Path) -> None:
     assert broken(site) == []
 
 
-def test_the_site_asks_no_other_host(site: Path) -> None:
+def test_the_site_loads_nothing_from_another_host(site: Path) -> None:
     """Pictures, scripts, styles and fonts come with the site."""
     loaded = re.compile(r"<(?:script|img|link)\b[^>]*?\b(?:src|href)=[\"']?(https?://[^\"'\s>]+)")
     for page in site.rglob("*.html"):
@@ -178,7 +178,7 @@ def test_the_site_asks_no_other_host(site: Path) -> None:
 
 
 def test_formulas_keep_their_stars(site: Path) -> None:
-    """Markdown reads no formula as emphasis: `eta*lam*x` without ticks would lose its stars."""
+    """No formula is turned into emphasis: `eta*lam*x` without backticks would lose its stars."""
     for page in site.glob("*.html"):
         assert not re.findall(r".*\w<em>.*|.*</em>\w.*", page.read_text()), page.name
 

@@ -1,4 +1,4 @@
-"""Ranks draw the random numbers of one process, for any seeds of the ranks and any layout of the weights."""
+"""Several ranks draw the same random numbers as one process, whatever their seeds and the layout of the weights."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def trained(path: PathOptions, method: dict[str, str], place: object = None) -> 
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in params]
 
 
-def work(rank: int) -> None:
+def check_draws(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -56,10 +56,10 @@ def test_ranks_draw_what_one_process_draws() -> None:
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
     if torch.__version__ < "2.6":
         pytest.skip("distribute_tensor of older torch communicates")
-    spawn(2, work)
+    spawn(2, check_draws)
 
 
-def places(rank: int, shape: tuple[int, ...]) -> None:
+def check_places(rank: int, shape: tuple[int, ...]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -80,13 +80,13 @@ def places(rank: int, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 6, 2)], ids=str)
 def test_places_of_a_shard(shape: tuple[int, ...]) -> None:
-    """On a mesh of four ranks, `shard` gives the right places for one, two or no sharded dimensions."""
+    """On a mesh of four ranks, `shard` gives the right places for no, one or two sharded dimensions."""
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
-    spawn(4, places, shape)
+    spawn(4, check_places, shape)
 
 
 def test_a_plain_tensor_holds_all_places() -> None:
-    """A plain tensor is one run of places; a complex number has two."""
+    """A plain tensor is one run of places; a complex number takes two places."""
     assert shard(torch.zeros(3, 4)) == Shard(0, 12, 12, 12)
     assert shard(torch.zeros(3, dtype=torch.complex64)) == Shard(0, 6, 6, 6)
 

@@ -1,4 +1,4 @@
-"""`python -m cwd_wrap env`: what a bug report says of a machine."""
+"""`python -m cwd_wrap env`: the description of a machine for a bug report."""
 
 import os
 import subprocess
@@ -150,7 +150,7 @@ def test_numba_can_run_where_there_is_no_fork() -> None:
     assert "  numba: can run" in told
 
 
-def test_import_does_not_load_it() -> None:
+def test_import_does_not_load_the_report() -> None:
     """`import cwd_wrap` loads neither the report nor the commands."""
     loaded = python("-c", "import sys, cwd_wrap; print({'cwd_wrap.env', 'cwd_wrap.__main__'} & {*sys.modules})").stdout
 

@@ -1,4 +1,4 @@
-"""Errors have the right type, a text with value, place and way out, and leave everything unchanged."""
+"""Errors have the right type, name the value, the place and a way out, and leave everything unchanged."""
 
 import copy
 import inspect
@@ -31,7 +31,6 @@ class LookaheadLike(Optimizer):
     """Keeps the inner optimizer under the attribute name that timm uses."""
 
     def __init__(self, base: Optimizer) -> None:
-        """Around ``base``."""
         super().__init__(base.param_groups, {})
         self._base_optimizer = base
 
@@ -132,7 +131,7 @@ def contents(base: object) -> object:
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=list(REFUSED))
 def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
-    """The error has the right type; its text names what came, where, and what to do; the base is unchanged."""
+    """The error has the right type and names what was given, where, and what to do; the base is unchanged."""
     base, options, error, pieces = case
     before = contents(base)
     with pytest.raises(error) as caught:
@@ -144,7 +143,7 @@ def test_what_cannot_be_wrapped_is_refused(case: Any) -> None:
 
 
 @pytest.mark.parametrize("keywords", [{"params": [], "lr": 0.1}, {"base_optimizer": sgd(), "weight_decay": 0.1}])
-def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) -> None:
+def test_the_error_for_an_argument_of_the_optimizer_names_the_optimizer(keywords: dict[str, Any]) -> None:
     """The error names the optimizer that takes the argument; it names lam= only if the method has lam."""
     owner = "SGD" if "base_optimizer" in keywords else "the optimizer"
     name = ", ".join(key for key in keywords if key != "base_optimizer")
@@ -153,7 +152,7 @@ def test_arguments_of_the_optimizer_are_pointed_to_it(keywords: dict[str, Any]) 
 
 
 def test_a_subclass_may_take_any_keyword() -> None:
-    """A subclass whose constructor has **kwargs may take any keyword."""
+    """A subclass with **kwargs in its constructor may take any keyword."""
 
     class Logged(CautiousDecay):
         def __init__(self, base_optimizer: Optimizer, **kwargs: Any) -> None:
@@ -182,8 +181,8 @@ def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
     assert isinstance(CautiousDecay(timm.Lookahead(sgd())), Optimizer)
 
 
-def test_nothing_to_decay_is_warned_of_once() -> None:
-    """A base in which no group decays gives one warning, which names both ways to give a decay."""
+def test_nothing_to_decay_gives_one_warning() -> None:
+    """A base in which no group decays gives one warning, which names both ways to set a decay."""
     with pytest.warns(UserWarning, match=r"nothing to decay.*lam=.*weight_decay=") as caught:
         CautiousDecay(SGD([weight(1.0)], lr=0.1))
 
@@ -230,7 +229,7 @@ def test_an_unfit_step_size_stops_the_step(value: float, every_path: PathOptions
 
 
 def broken(*_: object, **__: object) -> None:
-    msg = "out of luck"
+    msg = "raised on purpose"
     raise RuntimeError(msg)
 
 
@@ -240,14 +239,14 @@ def test_a_base_that_raises_gets_its_decay_back(every_method: Method, monkeypatc
     opt = every_method.wrap(base)
     before = contents(base)
     monkeypatch.setattr(SGD, "_init_group", broken)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="raised on purpose"):
         opt.step()
 
     assert before == contents(base)
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-def test_a_base_goes_on_after_it_has_raised(every_rule: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_after_an_error_is_right(every_rule: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step after a failed one applies the base and the method, with the group's own weight_decay."""
     base = sgd(**every_rule.base)
     opt = every_rule.wrap(base)
@@ -262,17 +261,17 @@ def test_a_base_goes_on_after_it_has_raised(every_rule: Method, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "where", ["closure", *(f"{whose} {which} hook" for whose in ("wrapper's", "base's") for which in ("pre", "post"))]
+    "where", ["closure", *(f"{owner} {which} hook" for owner in ("wrapper's", "base's") for which in ("pre", "post"))]
 )
-def test_what_a_user_raises_comes_through(where: str, every_method: Method) -> None:
+def test_an_error_in_a_closure_or_a_hook_reaches_the_caller(where: str, every_method: Method) -> None:
     """An error in a closure or a hook reaches the caller, and groups and the base's hooks are restored."""
     base = sgd(**every_method.base)
     opt = every_method.wrap(base)
     if where != "closure":
-        whose, which, _ = where.split()
-        handle = getattr(base if whose == "base's" else opt, f"register_step_{which}_hook")(broken)
+        owner, which, _ = where.split()
+        handle = getattr(base if owner == "base's" else opt, f"register_step_{which}_hook")(broken)
     before = contents(base)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="raised on purpose"):
         opt.step(broken if where == "closure" else None)
     if where != "closure":
         handle.remove()
@@ -296,7 +295,7 @@ def test_the_decay_is_off_while_the_base_steps(every_method: Method, monkeypatch
     base.register_step_post_hook(lambda *_: look(outside))
     opt.step()
 
-    assert 2 <= len(inside)  # SGD calls it once a group, and once more for each piece
+    assert 2 <= len(inside)  # one call for each group, and more in pieces
     assert [[(0.0, None), (0.0, True)]] * len(inside) == inside
     assert [[(0.5, None), (0.25, False)]] * 2 == outside
     assert [0.5, 0.25] == [group["weight_decay"] for group in base.param_groups]
@@ -310,7 +309,7 @@ def test_lamb_gets_always_adapt_back() -> None:
     opt = CautiousDecay(base)
     before = contents(base)
     base.register_step_pre_hook(broken)
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="raised on purpose"):
         opt.step()
 
     assert before == contents(base)
@@ -339,7 +338,7 @@ def test_an_unfit_group_is_not_added(group: dict[str, Any], pieces: list[str]) -
     assert before == contents(opt)
 
 
-def test_the_adaptive_bases_are_not_refused() -> None:
+def test_variants_of_adam_are_not_refused() -> None:
     """Plain, fused, amsgrad and maximize variants of Adam and AdamW are accepted."""
     for base in (Adam, AdamW):
         for options in ({}, {"fused": True}, {"amsgrad": True}, {"maximize": True}):

@@ -1,4 +1,4 @@
-"""The results of the experiments in examples/, as facts; each also runs at a small size from the command line."""
+"""Facts that the experiments in examples/ show. Each experiment also runs at a small size from the command line."""
 
 import csv
 import functools
@@ -24,7 +24,7 @@ LR, LAM, STEPS = 4e-3, 0.5, 6_000
 
 
 # ------------------------------------------------------------------------------------------------
-# Functions whose minimisers form a curve
+# Functions with a curve of minimisers
 # ------------------------------------------------------------------------------------------------
 
 
@@ -42,7 +42,7 @@ def ends(method: str) -> dict[tuple[str, toy.Point], tuple[Tensor, float]]:
 @pytest.mark.parametrize("start", LINE.starts)
 @pytest.mark.parametrize(("method", "x"), [("Adam", 5.0), ("AdamW", 2.0), ("CautiousDecay(Adam)", 5.0)])
 def test_one_variable(method: str, x: float, start: toy.Point) -> None:
-    """For f = (x-5)^2 with lam = 0.5, AdamW stops at the end of its box, 1/lam, and CautiousDecay where f is 0."""
+    """For f = (x-5)^2 with lam = 0.5, AdamW stops at 1/lam, and Adam and CautiousDecay(Adam) stop where f is 0."""
     end, _ = ends(method)["line", start]
     assert end[0].item() == pytest.approx(x, abs=0.1)
 
@@ -105,7 +105,7 @@ systems = pytest.mark.parametrize("system", lyapunov.SYSTEMS, ids=lambda s: s.na
 
 @functools.cache
 def rise(name: str, decay: str, h: float, time: float = 3.0) -> float:
-    """The sum of all upward steps of H, divided by that of all downward ones."""
+    """The sum of all upward steps of H, divided by the sum of all downward ones, of the start where it is largest."""
     system = next(s for s in lyapunov.SYSTEMS if s.name == name)
     return lyapunov.change(lyapunov.walk(system, decay, h=h, lam=1.0, time=time, starts=16, seed=0)).rise
 
@@ -129,7 +129,7 @@ def test_energy_falls_in_the_limit_of_small_steps(system: lyapunov.System) -> No
 @systems
 @pytest.mark.parametrize("decay", ["plain", "inverted"])
 def test_energy_rises_under_another_decay(system: lyapunov.System, decay: str) -> None:
-    """The two tests above can fail: if all weights decay, or the wrong ones, H rises at any step size."""
+    """The tests above can fail: if all weights decay, or the wrong ones, H rises at both step sizes."""
     coarse, fine = (rise(system.name, decay, h) for h in STEP_SIZES)
     assert fine > 0.01
     assert fine > 0.5 * coarse
@@ -181,7 +181,7 @@ def test_smoke(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3), ("anchor", 2 * 3)])
 def test_rows(name: str, rows: int, tmp_path: Path) -> None:
-    """There is a row for each run, and the runs of a seed differ."""
+    """There is a row for each run, and no two runs of the mask ablation have the same loss."""
     pytest.importorskip("matplotlib")
     pytest.importorskip(NEEDS.get(name, "torch"))
     assert run(f"examples/{name}.py", "--smoke", "--out", tmp_path).returncode == 0
@@ -207,7 +207,7 @@ def test_rows(name: str, rows: int, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
-    """A wrong argument is named with its value, without a traceback."""
+    """The error names a wrong argument and its value, without a traceback."""
     done = run(f"examples/{name}.py", *words)
 
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""What a step does while a CUDA graph is captured, with the capture stubbed: on the CPU everything runs at once."""
+"""What a step does while a CUDA graph is captured. The capture is stubbed: on the CPU everything runs at once."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ Capture = Callable[[], "contextmanager[None]"]
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
-    """A context in which torch says that it captures; memory is pinned by marking it."""
+    """A context in which torch reports a capture; pinned memory is a copy."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: t.clone())
     monkeypatch.setattr(_tables, "_of_device", {})
     monkeypatch.setattr(_tables, "_in_graphs", {})
@@ -43,7 +43,7 @@ def numbers(*parts: bytes) -> Tensor:
 
 
 def test_nothing_is_captured_without_cuda(capture: Capture) -> None:
-    """Before CUDA is initialised the answer is no, and torch is not asked; the stub says yes."""
+    """Before CUDA is initialised, `capturing` is False and does not call torch's check; in the stub it is True."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(torch.cuda, "is_initialized", lambda: False)
         m.setattr(torch.cuda, "is_current_stream_capturing", lambda: 1 / 0)
@@ -56,8 +56,8 @@ def test_nothing_is_captured_without_cuda(capture: Capture) -> None:
 # ---- tables
 
 
-def test_a_graph_reads_the_table_that_warm_up_has_sent(capture: Capture) -> None:
-    """A table from before the capture is used, whatever stream it was sent on, and nothing is pinned or sent."""
+def test_a_graph_reads_the_table_sent_in_warm_up(capture: Capture) -> None:
+    """A capture uses the table from before it, and pins and sends nothing."""
     warm = _tables.table(numbers, CPU, b"ab", b"cd")
     with capture(), pytest.MonkeyPatch.context() as m:
         m.setattr(Tensor, "pin_memory", lambda _: 1 / 0)
@@ -66,8 +66,8 @@ def test_a_graph_reads_the_table_that_warm_up_has_sent(capture: Capture) -> None
         assert _tables.table(numbers, CPU, b"ab", b"cd") is warm
 
 
-def test_what_a_graph_reads_is_never_released(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that a graph reads outlives its place among those that are kept; others go."""
+def test_a_table_that_a_graph_reads_is_never_released(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that a graph reads is held after it has left the cache; other tables are not."""
     monkeypatch.setattr(_tables, "SEVERAL", 2)
     monkeypatch.setattr(_tables, "BYTES", 0)
     of_graph, other = (_tables.table(numbers, CPU, part) for part in (b"1", b"2"))
@@ -93,7 +93,7 @@ def test_a_new_table_is_sent_by_the_graph(capture: Capture) -> None:
     assert table.tolist() == [5]
     assert [t.data_ptr() for t in _tables._in_graphs.values()] == [spare.data_ptr()]
     assert not tables._spares
-    assert tables.find((None, numbers, (bytes([5] + [0] * 7),))) is None  # no other call may read what is sent later
+    assert tables.find((None, numbers, (bytes([5] + [0] * 7),))) is None  # it is sent at the replay, so not cached
 
 
 def test_a_capture_without_warm_up(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_a_capture_without_warm_up(capture: Capture, monkeypatch: pytest.MonkeyP
 
 
 def test_few_spares_are_kept() -> None:
-    """Tables that are sent again and again leave a few pieces of pinned memory of their size, and in all 64."""
+    """At most 4 pieces of pinned memory of one size are kept, and at most 64 in all."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Tensor, "pin_memory", lambda t: t)
         tables = _tables._Tables()
@@ -129,8 +129,8 @@ def test_few_spares_are_kept() -> None:
 # ---- the cache
 
 
-def test_small_tables_are_kept_by_the_thousand(capture: Capture) -> None:
-    """Two thousand optimizers of one parameter each keep three tables each; another device has room of its own."""
+def test_thousands_of_small_tables_are_kept(capture: Capture) -> None:
+    """Three tables of each of 2,000 optimizers of one parameter are all kept; each device has a cache of its own."""
     built = []
 
     def build(*parts: bytes) -> Tensor:
@@ -146,8 +146,8 @@ def test_small_tables_are_kept_by_the_thousand(capture: Capture) -> None:
     assert len(built) == 6001
 
 
-def test_large_tables_are_let_go_of(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 64 tables the oldest go, as soon as all of them take more than 16 MiB."""
+def test_large_tables_are_released(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 64 tables, the oldest are released if all together take more than 16 MiB."""
     for i in range(100):
         _tables.table(numbers, CPU, bytes([i]) * (1 << 20))
     tables = _tables._of_device[CPU]
@@ -159,7 +159,7 @@ def test_large_tables_are_let_go_of(capture: Capture, monkeypatch: pytest.Monkey
 
 
 def test_each_stream_has_tables_of_its_own(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table is sent once for each stream, from pinned memory, so that none reads it before it has arrived."""
+    """A table is sent once for each stream, so that no stream reads it before it has arrived."""
     sent: list[bool] = []
     now = ["first"]
     monkeypatch.setattr(Tensor, "to", lambda t, _, non_blocking: sent.append(non_blocking) or t)
@@ -184,8 +184,8 @@ def copies(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("take", ["take", "take_piece"])
-def test_the_copies_of_a_graph_are_its_own(capture: Capture, take: str) -> None:
-    """Buffers that a capture writes to are made in it and not kept: no later step and no drop frees them."""
+def test_a_graph_has_its_own_copies(capture: Capture, take: str) -> None:
+    """A capture writes to buffers of its own, not to those of steps before or after it."""
     buffers = Buffers()
     w = [torch.ones(3), torch.ones(2, 2)]
 
@@ -205,8 +205,8 @@ def test_the_copies_of_a_graph_are_its_own(capture: Capture, take: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["snapshot", "pieces"])
-def test_dropping_the_snapshot_leaves_graphs_alone(capture: Capture, path: str) -> None:
-    """`drop_snapshot` frees only the memory of eager steps; a captured step keeps its own in the graph."""
+def test_dropping_the_snapshot_frees_only_the_memory_of_eager_steps(capture: Capture, path: str) -> None:
+    """A captured step puts nothing into the buffers; an eager step does, and `drop_snapshot` empties them."""
     p = weight(1.0, 2.0, grad=[1.0, 1.0])
     opt = CautiousDecay(SGD([p], lr=0.1, momentum=0.9), lam=0.5, path=path)
     with capture():
@@ -215,12 +215,15 @@ def test_dropping_the_snapshot_leaves_graphs_alone(capture: Capture, path: str) 
     assert not opt._buffers._whole
     assert not opt._buffers._piece
     opt.step()
+    assert opt._buffers._whole or opt._buffers._piece
     opt.drop_snapshot()
+    assert not opt._buffers._whole
+    assert not opt._buffers._piece
     assert p.tolist() != [1.0, 2.0]
 
 
-def test_a_capture_does_not_look_at_gradients(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A captured first step keeps copying gradients, because the check whether it must would wait."""
+def test_a_capture_does_not_read_gradients(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a captured first step gradients are still copied: to check whether that is needed would wait."""
     p = weight(1.0, grad=[1.0])
     opt = CautiousUpdate(SGD([p], lr=0.1))
     with capture(), monkeypatch.context() as m:
@@ -251,7 +254,7 @@ def test_gradients_are_compared_with_one_wait(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_counter_of_a_graph_stays_in_its_place() -> None:
-    """A loaded checkpoint sets the counter of random numbers where it is, so a graph goes on counting there."""
+    """A loaded checkpoint sets the counter of random numbers in place, so a graph still counts in it."""
     base = SGD([weight(1.0)], lr=0.1)
     stream = Stream(0)
     for _ in range(3):
@@ -266,13 +269,13 @@ def test_the_counter_of_a_graph_stays_in_its_place() -> None:
 
 
 def report(active: int) -> Report:
-    """Of one group of 1000 weights."""
+    """A report on one group of 1000 weights."""
     sums = torch.tensor([[float(active), 0.0, 0.0, 0.0, 0.0]])
     return Report([Part(0, "group 0", ["0.0"], [1000], 1, "direction", 0.1, sums)])
 
 
-def test_a_monitor_keeps_twenty_bytes_a_step() -> None:
-    """Sums on a device are put together, 256 in one tensor; the shares stay as they were."""
+def test_a_monitor_keeps_twenty_bytes_per_step() -> None:
+    """The sums of 256 steps are joined in one tensor, and the shares stay the same."""
     monitor = MaskMonitor()
     for i in range(1000):
         monitor(report(i))
@@ -284,8 +287,8 @@ def test_a_monitor_keeps_twenty_bytes_a_step() -> None:
     assert monitor.ratios == [i / 1000 for i in range(1000)]
 
 
-def test_a_monitor_leaves_earlier_sums_out_of_a_graph(capture: Capture) -> None:
-    """While a graph is captured nothing is put together: its numbers come at each replay."""
+def test_a_monitor_joins_no_sums_in_a_graph(capture: Capture) -> None:
+    """While a graph is captured, no sums are joined, because they are computed at the replay."""
     monitor = MaskMonitor()
     with capture():
         for i in range(300):
@@ -298,7 +301,7 @@ def test_a_monitor_leaves_earlier_sums_out_of_a_graph(capture: Capture) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs where launches are counted")
 def test_a_captured_launch_uses_the_tables_of_warm_up(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Triton launch under capture is given the tables of the step before, and nothing is built."""
+    """A captured Triton launch gets the tables of the step before it."""
     triton = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
     from cwd_wrap.buckets import Stepped
 

@@ -1,14 +1,14 @@
 """Every backend computes what rules.py defines, for all sizes, strides, types and values.
 
-Each backend takes part where it runs. For the Triton kernels that is a card, or a process of its own:
+A backend is tested where it can run. The Triton kernels need a card, or the interpreter in a process of its own:
 
 TRITON_INTERPRET=1 pytest tests/test_kernels.py -k triton
 
-What is expected is worked out on the CPU, wherever the kernels run: there torch rounds each operation by itself, as
-rules.py is written. The Triton kernels fuse nothing, so they are held to it bit for bit. The interpreter cannot show
-two things. The p-norm decay takes libdevice's logarithm, ex2.approx.ftz and div.full (2 units each; a power below
-2**-126 is 0). And a momentum's direction is fused, which the interpreter rounds twice. tests/test_triton_compiled.py
-holds that these are all.
+The expected values are computed on the CPU, wherever the kernels run: there torch rounds each operation separately, as
+rules.py is written. The Triton kernels must equal them bit for bit, with two exceptions. The p-norm decay uses
+libdevice's logarithm, ex2.approx.ftz and div.full (2 units each; a power below 2**-126 is 0). A momentum's direction is
+fused. The interpreter shows neither: it rounds the direction twice. tests/test_triton_compiled.py checks that there
+are no other exceptions.
 """
 
 import functools
@@ -38,7 +38,7 @@ MIXED = [
     (torch.float32, torch.bfloat16, torch.float16),
     (torch.float16, torch.float32, torch.float64),
 ]
-# Around the sizes at which a kernel packs, cuts into blocks or into chunks, or takes a masked rest.
+# Around the sizes at which a kernel packs tensors, cuts them into blocks or chunks, or has a masked rest.
 SIZES = [0, 1, 7, 1023, 1024, 1025, 1 << 14, (1 << 14) + 1, (1 << 15) + 1027]
 SHAPES = [(0,), (), (129, 3), *((n,) for n in SIZES[1:])]
 PAIRS = {"adam": (0.9, 1 - 0.9), "gan": (0.5, 0.5), "beta 0.3": (0.3, 0.7), "sgd": (0.9, 1.0), "maximize": (0.9, -0.1)}
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # nump
 
 @dataclass(frozen=True)
 class Place:
-    """A backend on a device; the tensors of a test are made there, and what is expected is worked out there."""
+    """A backend on a device. The tensors of a test are made on that device."""
 
     name: str
     device: str
@@ -81,10 +81,10 @@ class Place:
         ]
 
     def equal(self, one: Tensor, other: Tensor) -> bool:
-        """Bit for bit, NaN being NaN.
+        """Bit for bit; NaN equals NaN.
 
-        The interpreter truncates to 16-bit types, so there they are compared to a unit in the last place. torch on a
-        card fuses multiplications with additions: what eager makes there is within roundings of numbers of size 1.
+        The interpreter truncates to 16-bit types, so there one unit in the last place is allowed. On a card torch fuses
+        multiplications with additions, so eager may differ by some roundings of numbers of size 1.
         """
         one, other = one.cpu(), other.cpu()
         if self.name == "eager" and self.device == "cuda":
@@ -94,9 +94,9 @@ class Place:
         return torch.equal(one.nan_to_num(123.0), other.nan_to_num(123.0))
 
     def close(self, one: Tensor, other: Tensor, ulps: int = 16) -> bool:
-        """To so many units in the last place: of exp2(y * log2|x|) they are up to |y * log2|x||, here below 2 * 12.
+        """Within ``ulps`` units in the last place, or twice as many on a card, which approximates.
 
-        Twice as many on a card, which takes approximations.
+        exp2(y * log2|x|) has an error of up to |y * log2|x|| units, here below 2 * 12.
         """
         one, other = one.cpu(), other.cpu()
         on_card = self.device == "cuda"
@@ -111,10 +111,10 @@ class Place:
 
 
 def fused_apart(one: Tensor, other: Tensor) -> bool:
-    """Do they differ as fused and separate roundings do?
+    """Do they differ by no more than fused and separate roundings?
 
-    Within a few roundings of each number, but for one in a hundred at most, where the terms of a sum nearly cancel:
-    those are within as many of the terms, which are of size 8 or less.
+    Each number must be within 8 roundings, except at most one in a hundred, where the terms of a sum nearly cancel.
+    Those must be within 8 roundings of the terms, which are of size 8 or less.
     """
     eps = torch.finfo(one.dtype).eps
     one, other = one.double(), other.double()
@@ -139,11 +139,11 @@ def on(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
-# ---- what rules.py expects
+# ---- the values expected by rules.py
 
 
 def on_the_cpu(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``rule`` with its tensors taken to the CPU."""
+    """``rule`` with its tensors moved to the CPU."""
 
     @functools.wraps(rule)
     def there(*args: Any) -> Tensor:
@@ -194,7 +194,7 @@ def expected_shrink(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor) -> 
 
 
 def expected_whole(bucket: Whole, i: int, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """(the sums of tensor ``i``, what is written to it and its state), before a step; on the CPU."""
+    """(the sums of tensor ``i``, the values to be written to it and its state), computed before a step on the CPU."""
     update = bucket.update
     lr, eta_lam = (rate.cpu() if isinstance(rate, Tensor) else rate for rate in (bucket.lr, bucket.eta_lam))
     w, g, *state = (column[i].cpu() for column in bucket.columns)
@@ -216,7 +216,7 @@ def expected_whole(bucket: Whole, i: int, strict: bool = False) -> tuple[Tensor,
 
 
 def same_sums(on: Place, sums: Tensor, expected: Sequence[Tensor], of: Sequence[Tensor]) -> bool:
-    """Counts to the last one, but for what torch fuses on a card; squares as float32 sums of many numbers have them."""
+    """Are the counts equal, except where torch fuses on a card, and the squares to 1e-4, since float32 may sum them?"""
     sums, rows = (t.where(~(t > 3e38), torch.inf) for t in (sums.cpu(), torch.stack(list(expected))))
     slack = 1e-5 * torch.tensor([t.numel() for t in of])[:, None] if str(on) == "eager-cuda" else 0.5
     counts = (sums[:, :2] - rows[:, :2]).abs() <= slack
@@ -244,7 +244,7 @@ def after(on: Place, w: Any, x: Any, eta_lam: Any, strict: bool = False, count: 
 
 
 def update(on: Place, w: Any, x: Any, g: Any, eta_lam: Any, scale: str | None = "mean") -> Tensor:
-    """The cautious update as the wrapper has it carried out; returns the counts."""
+    """Make the cautious update with the calls of the wrapper; return the counts."""
     buckets = [Stepped(w, w, x, g, eta_lam)]
     counts = on.count_agreeing(buckets)
     numel = on.vector([t.numel() for t in w], torch.device(on.device))
@@ -254,7 +254,7 @@ def update(on: Place, w: Any, x: Any, g: Any, eta_lam: Any, scale: str | None = 
 
 
 def shrink(on: Place, w: Any, x: Any, p: float, eta_lam: Any) -> Tensor:
-    """The p-norm decay as the wrapper has it carried out; returns the counts."""
+    """Make the p-norm decay with the calls of the wrapper; return the counts."""
     counts = on.count_nonzero(x)
     on.p_norm_decay([Stepped(w, w, x, None, eta_lam)], p, counts)
     return counts
@@ -313,7 +313,7 @@ def test_a_large_tensor(on: Place) -> None:
 
 @pytest.mark.parametrize("types", [(dtype,) * 3 for dtype in DTYPES] + MIXED, ids=str)
 def test_types_may_differ(on: Place, types: tuple[torch.dtype, ...]) -> None:
-    """Weights, momenta and gradients of different types are worked on in float32, or in float64 for such weights."""
+    """Weights, momenta and gradients may differ in type; kernels compute in float32, or float64 for such weights."""
     w, m, g = (on.some(1500, dtype, seed) for seed, dtype in enumerate(types))
     expected = expected_along(w, m, g, *PAIRS["adam"], 0.3)
     along(on, [w], [m], [g], PAIRS["adam"], 0.3)
@@ -322,11 +322,11 @@ def test_types_may_differ(on: Place, types: tuple[torch.dtype, ...]) -> None:
 
 
 @strict_or_not
-@pytest.mark.parametrize("repeat", [1, 10])  # packed with its like, or cut into blocks
+@pytest.mark.parametrize("repeat", [1, 10])  # packed with other small tensors, or cut into blocks
 def test_special_values(on: Place, strict: bool, repeat: int) -> None:
-    """Signed zeros, denormals, huge numbers, infinities and NaN come out as rules.py has them, in every combination."""
+    """Every combination of signed zeros, denormals, huge numbers, infinities and NaN gives what rules.py gives."""
     one, other, third = (t.repeat(repeat) for t in on.special(3))
-    if on.name == "eager":  # what its scaled product misses, as its docstring says: two denormals, infinite updates
+    if on.name == "eager":  # without two denormals and infinite updates, which its scaled product gets wrong
         infinite = torch.stack([other, direction(other, third, *PAIRS["adam"], torch.float32), one - other]).isinf()
         seen = (torch.stack([one, other, third]).abs() != 1e-45).all(0) & ~infinite.any(0)
         one, other, third = one[seen], other[seen], third[seen]
@@ -340,8 +340,8 @@ def test_special_values(on: Place, strict: bool, repeat: int) -> None:
     assert on.equal(stepped, expected_after(one, other, 0.3, strict))
 
 
-def test_the_sign_of_zero_survives(on: Place) -> None:
-    """-0.0 - 0.3 * -0.0 is 0.0, and so is what a weight of -0.0 that is not decayed becomes, as in rules.py."""
+def test_the_sign_of_zero_is_that_of_the_rule(on: Place) -> None:
+    """A weight of 0.0 or -0.0, decayed or not, gets the sign of zero that rules.py gives it."""
     w = torch.tensor([-0.0, 0.0, -0.0, 0.0], device=on.device)
     g = torch.tensor([1.0, 1.0, -1.0, -1.0], device=on.device)
     expected = expected_along(w, None, g, 0.0, 1.0, 0.3)
@@ -370,7 +370,7 @@ def test_thousands_of_small_tensors(on: Place) -> None:
 
 
 def test_each_bucket_has_its_own_numbers(on: Place) -> None:
-    """Coefficients and strengths may differ from bucket to bucket; strengths may be numbers or tensors of any type."""
+    """Coefficients and eta*lam may differ between buckets; eta*lam may be a number or a tensor of any type."""
     w, m, g = (on.many(torch.float32, k, [50] * 8) for k in (0, 50, 100))
     pairs = [(0.9, 1 - 0.9), (0.9, 1.0), (0.5, 0.5), (0.9, -0.1), (0.0625, 3.0)]
     tensors = [torch.tensor(t, device=on.device) for t in (0.2, [0.0, 0.5])]
@@ -400,7 +400,7 @@ def test_a_tensor_strength(on: Place, shape: int) -> None:
 @strict_or_not
 @all_types
 def test_sums_along_a_direction(on: Place, dtype: torch.dtype, strict: bool) -> None:
-    """What a monitor adds up is `rules.sums` of each tensor; of a step that is still to come nothing is known."""
+    """The sums for a monitor are `rules.sums` of each tensor; those of the step are 0, since it is still to come."""
     w, m, g = (on.many(dtype, k) for k in (0, 100, 200))
     g[-1][:5], m[-1][:5] = 0.0, 0.0  # not masked if strict
     for momentum, pair in ((None, (0.0, -1.0)), (m, PAIRS["gan"])):
@@ -418,7 +418,7 @@ def test_sums_along_a_direction(on: Place, dtype: torch.dtype, strict: bool) -> 
 @strict_or_not
 @all_types
 def test_sums_from_a_snapshot(on: Place, dtype: torch.dtype, strict: bool) -> None:
-    """After the step all of `rules.sums` is known, for each tensor; so it is where nothing is left to decay."""
+    """After the step all of `rules.sums` is known for each tensor, also without a decay (`sums_of_step`)."""
     w, x = (on.many(dtype, k) for k in (0, 100))
     w[-1][:5] = x[-1][:5]
     expected, of_step = [], []
@@ -433,8 +433,8 @@ def test_sums_from_a_snapshot(on: Place, dtype: torch.dtype, strict: bool) -> No
     assert same_sums(on, after(on, w, x, 0.3, strict, count=True), expected, w)
 
 
-def test_nothing_to_do(on: Place) -> None:
-    """Empty tensors, and no tensors at all, are no work, and count 0."""
+def test_empty_tensors(on: Place) -> None:
+    """Empty tensors are accepted, and all their counts and sums are 0."""
     empty = [torch.empty(0, device=on.device), torch.empty(0, 3, device=on.device)]
     on.copy(empty, empty)
 
@@ -471,7 +471,7 @@ def test_an_expanded_gradient(on: Place) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_views_at_odd_offsets(on: Place, dtype: torch.dtype) -> None:
-    """Views of a flat buffer that begin anywhere are worked on, and what lies between them is left alone."""
+    """Views of a flat buffer may begin at any offset, and the numbers between them do not change."""
     w, x, g = (on.some(4000, dtype, k) for k in range(3))
     edges = list(pairwise((1, 8, 1033, 2500, 3999)))
     for act, wanted in (
@@ -499,13 +499,13 @@ def test_copy(on: Place, dtype: torch.dtype) -> None:
     assert all(torch.equal(a.nan_to_num(5), b.nan_to_num(5)) for a, b in zip(to, source, strict=True))
 
 
-# ---- the siblings: they count each tensor first
+# ---- the siblings, which count each tensor first
 
 
 @pytest.mark.parametrize("scale", ["mean", "numel", None])
 @all_types
 def test_cautious_update_equals_the_rule(on: Place, dtype: torch.dtype, scale: str | None) -> None:
-    """The cautious update, over tensors of every size, is the rule on each, and counts right."""
+    """The cautious update, over tensors of every size, is the rule on each, and its counts are right."""
     w, x, g = (on.many(dtype, k) for k in (0, 100, 200))
     kept = [int(rules.agrees(*row).sum()) for row in zip(w, x, g, strict=True)]
     expected = [expected_update(*row, 0.3, scale) for row in zip(w, x, g, strict=True)]
@@ -532,7 +532,7 @@ def test_p_norm_decay_equals_the_rule(on: Place, dtype: torch.dtype, p: float) -
 
 
 def test_special_values_of_the_siblings(on: Place) -> None:
-    """Signed zeros, denormals, huge numbers, infinities and NaN come out as rules.py has them, at every p and rate."""
+    """Every combination of special values gives what rules.py gives, at every p and rate."""
     w, x, g = on.special(3)
     for scale in ("mean", None):
         updated = w.clone()
@@ -576,7 +576,7 @@ def test_the_siblings_with_other_strides(on: Place) -> None:
 
 
 def test_the_siblings_read_a_strength_afresh(on: Place) -> None:
-    """Each bucket has its own strength, a number or a tensor whose value of the moment counts."""
+    """Each bucket has its own eta*lam, a number or a tensor that is read at each call."""
     half = torch.tensor(0.5, device=on.device)
     eta_lam = [0.1, half, torch.tensor([0.25], dtype=torch.float64, device=on.device)]
     alpha, nonzero = (torch.tensor(t, device=on.device) for t in ([1.0, 2.0, 3.0], [1, 0, 50]))
@@ -631,7 +631,7 @@ all_kernels = pytest.mark.parametrize("name", KERNELS)
 
 @pytest.fixture
 def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Square roots as IEEE rounds them, which torch's are not on every CPU (MKL's are off by a unit now and then)."""
+    """Make square roots round as in IEEE 754. On some CPUs torch's do not: MKL's are sometimes off by a unit."""
     monkeypatch.setattr(Tensor, "sqrt", lambda x: torch.sqrt(x.double()).to(x.dtype))
 
 
@@ -656,7 +656,7 @@ def a_bucket(
 
 
 def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False) -> bool:
-    """Step once; do the weights, the state, the counters and the sums come out as rules.py has them?"""
+    """Step once; do the weights, the state, the counters and the sums equal those of rules.py?"""
     expected = [[expected_whole(bucket, i, strict) for i in range(len(bucket.w))] for bucket in buckets]
     steps = [[float(step) + 1 for step in bucket.steps] for bucket in buckets]
     sums = whole(on, *buckets, strict=strict, count=True)
@@ -691,13 +691,13 @@ def test_the_whole_step_equals_the_rule(on: Place, name: str, strict: bool) -> N
 @all_kernels
 @pytest.mark.usefixtures("ieee")
 def test_the_whole_step_in_other_types(on: Place, name: str, types: tuple[torch.dtype, ...]) -> None:
-    """State in 16 bits is read to float32 and rounded once when written; weights, gradients and state may differ."""
+    """16-bit state is computed in float32 and rounded once; weights, gradients and state may differ in type."""
     assert equals_the_rule(on, a_bucket(on, name, types, [7, 1500]))
 
 
 @all_updates
 def test_the_whole_step_in_float64(on: Place, name: str) -> None:
-    """Weights in float64 are worked on in float64: what differs is 1 - beta**t, by less than 1e-12."""
+    """float64 weights are computed in float64; only 1 - beta**t differs, by less than 1e-12."""
     bucket = a_bucket(on, name, [torch.float64] * 3, [7, 1500, 3])
     expected = [expected_whole(bucket, i)[1] for i in range(3)]
     whole(on, bucket)
@@ -709,7 +709,7 @@ def test_the_whole_step_in_float64(on: Place, name: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.99999])
 @pytest.mark.parametrize("t", [1, 2, 100, 100_000])
 def test_the_bias_correction(on: Place, beta: float, t: int) -> None:
-    """Under one gradient at every step m and v are 1 - beta**t times it, and the update is 1 to 12 digits."""
+    """With gradient 1 at every step, m and v are 1 - beta**t, and the update is 1 to 10 digits."""
     of_t = 1 - beta**t if t > 1 else 1 - beta
     one = torch.ones(2, dtype=torch.float64, device=on.device)
     before = (of_t - (1 - beta)) / beta if beta else 0.0  # of step t - 1
@@ -725,7 +725,7 @@ def test_the_bias_correction(on: Place, beta: float, t: int) -> None:
 @all_kernels
 @pytest.mark.usefixtures("ieee")
 def test_special_values_of_the_whole_step(on: Place, name: str, strict: bool) -> None:
-    """Signed zeros, denormals, huge numbers, infinities and NaN come out as rules.py has them, in every combination."""
+    """Every combination of signed zeros, denormals, huge numbers, infinities and NaN gives what rules.py gives."""
     w, g, m, v = on.special(4)
     state = {"adam": ([m], [v.abs()]), "amsgrad": ([m], [v.abs()], [m.abs()]), "sgd": ()}.get(name, ([m],))
     steps = [torch.tensor(3.0, device=on.device)] if UPDATES[name].counts else []
@@ -762,7 +762,7 @@ def test_the_whole_step_with_other_strides(on: Place, name: str) -> None:
 @all_kernels
 @pytest.mark.usefixtures("ieee")
 def test_the_whole_step_of_several_buckets(on: Place, name: str) -> None:
-    """Each bucket has its own coefficients and rates; rates may be tensors, whose value of the moment counts."""
+    """Each bucket has its own coefficients and rates; rates may be tensors, which are read at each call."""
     lr, eta_lam = torch.tensor(0.01, device=on.device), torch.tensor(0.005, device=on.device)
     buckets = [
         a_bucket(on, name, [torch.float32] * 3, [5, 2000], 0.1, 0.0),
@@ -779,7 +779,7 @@ def test_the_whole_step_of_several_buckets(on: Place, name: str) -> None:
 
 
 def test_the_whole_step_of_nothing(on: Place) -> None:
-    """Empty tensors are no work, and count 0, but their counters go on."""
+    """Empty tensors have sums of 0, but their step counters increase."""
     bucket = a_bucket(on, "adam", [torch.float32] * 3, [0, (0, 3)])
 
     assert whole(on, bucket, count=True).tolist() == [[0.0] * 5] * 2
@@ -788,7 +788,7 @@ def test_the_whole_step_of_nothing(on: Place) -> None:
 
 @narrow_types
 def test_the_whole_step_rounds_stochastically(on: Place, dtype: torch.dtype) -> None:
-    """Weights and state in 16 bits are right on average, where rounding to nearest leaves them as they are."""
+    """16-bit weights and state are right on average, where rounding to nearest does not change them."""
     n = 1 << 14
     ones = torch.ones(n, dtype=dtype, device=on.device)
     expected = {"w": 1 - 1e-4, "m": 0.9999, "v": 0.9999}
@@ -806,8 +806,8 @@ def test_the_whole_step_rounds_stochastically(on: Place, dtype: torch.dtype) -> 
 
 
 @narrow_types
-def test_each_column_is_rounded_apart(on: Place, dtype: torch.dtype) -> None:
-    """Weight and state, each halfway between two numbers, fall on the same side half of the time."""
+def test_each_column_draws_its_own_numbers(on: Place, dtype: torch.dtype) -> None:
+    """Weight and state, each halfway between two numbers, round to the same side half of the time, pair by pair."""
     gap = torch.finfo(dtype).eps / 2
     ones = torch.ones(1 << 14, dtype=dtype, device=on.device)
     update = updates.Adam(0.5, 0.25, 1e-8, amsgrad=True, maximize=False)
@@ -832,7 +832,7 @@ def test_each_column_is_rounded_apart(on: Place, dtype: torch.dtype) -> None:
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
 def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: str, path: str) -> None:
-    """Two decays by 1e-4 of 16,384 weights are those of float32 on average; without the flag none of them moves."""
+    """Two decays of 16,384 weights by 1e-4 equal those of float32 on average; rounded to nearest, no weight moves."""
     x = weights(kind, dtype)[: 1 << 14].to(on.device)
     w, plain, wide = x.clone(), x.clone(), x.float()
     for out, drawn in ((w, draws(w)), (w, draws(w, step=1)), (plain, None)):
@@ -845,13 +845,13 @@ def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: 
     error = (w.float() - wide) * x.sign()
 
     assert abs(sigmas(error)) < 5
-    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 2)) > 5  # the check would notice half the decay
+    assert abs(sigmas(error + (wide - x.float()) * x.sign() / 2)) > 5  # half the decay would fail the check
     assert on.equal(plain, x)
 
 
 @narrow_types
 def test_masked_weights_keep_their_bits(on: Place, dtype: torch.dtype) -> None:
-    """Rounded stochastically, a weight that is not decayed stays as it is, and the same step gives the same again."""
+    """Under stochastic rounding a masked weight keeps its bits, and a repeated step gives the same bits."""
     x, g, runs = on.some(3000, dtype, 0), on.some(3000, dtype, 1), []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -867,7 +867,7 @@ def test_masked_weights_keep_their_bits(on: Place, dtype: torch.dtype) -> None:
 
 @narrow_types
 def test_backends_draw_the_same_bits(on: Place, dtype: torch.dtype) -> None:
-    """Every backend rounds each place of each tensor as rules.py does, in runs of a shard too, and in every column."""
+    """Every backend rounds each place of each tensor like eager, in shards made of runs and in every column."""
     sizes = [3000, 64, 1500]
     shards = [Shard(0, 3000, 3000, 3000), Shard(7, 16, 48, 64), Shard(1 << 40, 500, 1 << 20, 1500)]
     stream = rules.stream(torch.tensor(3), torch.tensor(5)).to(on.device)
@@ -917,14 +917,14 @@ def test_the_wrapper_gives_what_it_gives_with_eager(on: Place, wrap: Callable[..
     for backend in ("eager", on.name):
         model = net().to(on.device)
         opt = wrap(model.parameters(), backend=backend)
-        if not isinstance(opt, CautiousDecay):  # of a weight that is 0 the eager kernels may count the decay, or not
+        if not isinstance(opt, CautiousDecay):  # for CautiousDecay, eager may count a weight of 0 as decayed or not
             with torch.no_grad():
                 model[2].weight.zero_()
                 model[0].bias[:2] = 0
-        heard: list[tuple[int, int]] = []
-        opt.observer = lambda report, to=heard: to.append((int(report.active), report.total))
+        counts: list[tuple[int, int]] = []
+        opt.observer = lambda report, to=counts: to.append((int(report.active), report.total))
         train(model, opt, range(4))
-        trained[backend], reports[backend] = values(model), heard
+        trained[backend], reports[backend] = values(model), counts
 
     torch.testing.assert_close(trained[on.name], trained["eager"])
     assert reports[on.name] == reports["eager"]
@@ -946,7 +946,7 @@ def test_the_mask_by_signs_is_the_rule(strict: bool, sign: float) -> None:
 
 
 def test_where_the_mask_is_taken_by_signs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager takes the product on the CPU only, and compares signs on other devices."""
+    """Eager uses the product on the CPU, and compares signs on other devices."""
     taken = []
     for name in ("_mask_by_signs", "_mask_by_product"):
         monkeypatch.setattr(_eager, name, lambda d, *_, name=name: taken.append(name) or d)
@@ -958,7 +958,7 @@ def test_where_the_mask_is_taken_by_signs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_scratch_stays_small() -> None:
-    """However large the tensors, at most three blocks of scratch are taken."""
+    """At most three blocks of scratch are allocated, however large the tensors are."""
     w = torch.empty(1 << 26, device="meta")
     scratch = _eager._scratch([Coming([w], [w], None, 0.0, 1.0, 0.1)], 3)
     small = torch.empty(1 << 22)

@@ -68,7 +68,7 @@ def imports(source: str) -> set[str]:
 
 
 def inside(source: str) -> set[str]:
-    """The modules of the package among them, named as in `ARROWS`."""
+    """The modules of the package that a source text imports, named as in `ARROWS`."""
     modules = set()
     for name in imports(source):
         if name.split(".")[0] != "cwd_wrap":
@@ -87,12 +87,12 @@ def modules() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
-def test_arrows_run_one_way(name: str) -> None:
+def test_a_module_imports_no_more_than_it_may(name: str) -> None:
     """No module imports more of the package than `ARROWS` allows."""
     assert inside(modules()[name]) <= ARROWS[name]
 
 
-def test_the_picture_has_no_circle() -> None:
+def test_the_allowed_imports_have_no_cycle() -> None:
     """The allowed imports have no cycle."""
 
     def below(name: str, path: tuple[str, ...] = ()) -> None:

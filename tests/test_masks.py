@@ -1,4 +1,4 @@
-"""The masks of CautiousDecay: "update" is the paper's, "gradient", "random" and "all" are its ablations."""
+"""The masks of CautiousDecay: "update" is the paper's; "gradient", "random" and "all" are the paper's ablations."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def sgd(*params: nn.Parameter, **options: Any) -> SGD:
 
 # ------------------------------------------------------------------------------------ by eye
 
-# Two steps with momentum: the second gradient is against the momentum in the last two places.
+# Two steps with momentum: in the last two places, the second gradient is opposed to the momentum.
 BY_EYE = {
     # mask: which of the weights 8, -8, 8, -8 decay in the second step
     "update": [True, False, True, False],
@@ -108,7 +108,7 @@ def test_all_is_the_optimizers_own_decoupled_decay(build: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgdw", "nadamw"])
 def test_all_is_timms_own_decoupled_decay(name: str) -> None:
-    """The same holds for timm's decoupled optimizers whose update does not read the decayed weight."""
+    """The same holds for timm's decoupled optimizers with an update that does not read the decayed weight."""
     timm = pytest.importorskip("timm.optim")
     start = torch.randn(6, 5, dtype=F64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -140,7 +140,7 @@ def test_all_is_muons_own_decay() -> None:
 
 
 def test_all_decouples_a_coupled_decay() -> None:
-    """mask="all" around Adam, whose own decay is coupled, equals AdamW."""
+    """mask="all" around Adam, which has a coupled decay of its own, equals AdamW."""
     a, b = net().double(), net().double()
     x = torch.randn(20, 17, dtype=F64)
     opts = (
@@ -159,7 +159,7 @@ def test_all_decouples_a_coupled_decay() -> None:
 # ------------------------------------------------------------------------------------ gradient
 
 
-def test_gradient_and_update_are_one_where_the_update_is_the_gradient() -> None:
+def test_gradient_and_update_agree_where_the_update_is_the_gradient() -> None:
     """Around plain SGD, mask="gradient" and mask="update" are equal."""
     out = []
     for mask in ("update", "gradient"):
@@ -171,7 +171,7 @@ def test_gradient_and_update_are_one_where_the_update_is_the_gradient() -> None:
 
 
 def test_gradients_that_the_base_changes_are_copied() -> None:
-    """mask="gradient" uses the gradients from before the step."""
+    """If the base changes gradients in place, mask="gradient" still uses those from before the step."""
 
     class Spoils(Optimizer):
         @torch.no_grad()
@@ -202,7 +202,7 @@ def decayed(p: nn.Parameter, opt: Optimizer, g: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_random_has_the_ratio_of_the_papers_mask(ratio: float) -> None:
-    """In each tensor as many weights decay as under the paper's mask, within five standard errors, but other ones."""
+    """As many weights of a tensor decay as under the paper's mask, within five standard errors, but drawn at random."""
     n = 20_000
     x = torch.randn(n, dtype=F64).abs() + 1
     g = torch.where(torch.rand(n) < ratio, 1.0, -1.0).double()
@@ -227,7 +227,7 @@ def test_random_has_a_ratio_for_each_tensor() -> None:
 
 
 def test_random_is_drawn_anew_each_step() -> None:
-    """Two steps decay different weights."""
+    """Two steps with the same gradient decay different weights."""
     p = nn.Parameter(torch.ones(500, dtype=F64))
     g = torch.where(torch.arange(500) % 2 == 0, 0.01, -0.01).double()
     opt = CautiousDecay(sgd(p), mask="random")
@@ -286,7 +286,7 @@ def test_random_in_every_type_and_shape(shape: tuple[int, ...], dtype: torch.dty
 
 
 def test_random_is_reproducible() -> None:
-    """The same ``seed`` gives the same run, another seed another one."""
+    """The same ``seed`` gives the same run, and another seed gives another run."""
     out = []
     for seed in (1, 1, 2):
         model, opt = fresh(seed)
@@ -297,7 +297,7 @@ def test_random_is_reproducible() -> None:
 
 
 def test_random_resumes() -> None:
-    """A resumed run is the uninterrupted one, bit for bit, since the base counts its steps."""
+    """A resumed run equals the uninterrupted one, bit for bit, because the base's state has the step count."""
     model, opt = fresh()
     train(model, opt, range(3))
     checkpoint = copy.deepcopy((model.state_dict(), opt.state_dict()))
@@ -357,7 +357,7 @@ def test_the_observer_counts_what_was_drawn() -> None:
 
 @pytest.mark.parametrize("mask", ["sign", "", None, True, "Update", ["update"]])
 def test_unknown_masks(mask: object) -> None:
-    """An unknown mask is refused, and the known ones are listed; the base stays as it is."""
+    """The error for an unknown mask lists the known ones, and the base does not change."""
     base = sgd(weight(1.0))
     with pytest.raises(ValueError, match=r"unknown mask .*'update', 'gradient', 'random', 'all'"):
         CautiousDecay(base, lam=0.25, mask=mask)  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def test_a_copy_of_the_weights_is_what_an_ablation_costs(mask: str) -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_every_weight_decays_or_not(mask: str, weights: list[tuple[float, float]]) -> None:
-    """Every result is the base's step, or that minus eta*lam*x, rounded once."""
+    """Every weight takes the base's step, or that minus eta*lam*x, up to roundings."""
     x, g = (torch.tensor(column) for column in zip(*weights, strict=True))
     p = nn.Parameter(x.clone())
     p.grad = g

@@ -1,4 +1,4 @@
-"""Every method on every path against its definition in float64: bases, types, shapes, layouts, learning rates, rows."""
+"""Every method on every path against its float64 reference: bases, types, shapes, layouts, tensor lr, sparse rows."""
 
 import copy
 from typing import Any
@@ -58,7 +58,7 @@ def test_a_step_is_that_of_the_base_and_the_method(every_rule: Method, base: Bas
 
 
 def between(low: float, high: float, like: Tensor) -> Tensor:
-    """Random numbers of either sign and of a size between the two, in the type and the layout of ``like``."""
+    """Random numbers of both signs, with sizes from ``low`` to ``high``, in the type and the layout of ``like``."""
     size = low + (high - low) * torch.rand_like(like, dtype=F64)
     return size.copysign(torch.randn_like(like, dtype=F64)).to(like.dtype)
 
@@ -71,10 +71,10 @@ def real(t: Tensor) -> Tensor:
 def check(
     method: Method, params: list[Tensor], lr: Any = LR, grads: list[Tensor] | None = None, roundings: float = 8
 ) -> None:
-    """Step once, with random gradients, against momenta that are larger, and compare with the reference.
+    """Step once, with random gradients and larger momenta, and compare with the reference.
 
-    Every step is far above a rounding of its weight, so that a copy sees what the direction knows. The momenta are
-    already there, so the path "one_pass" makes this step.
+    Every step is far above a rounding of its weight, so that all paths give the same mask. The state is already there,
+    so the path "one_pass" makes this step.
     """
     grads = [between(0.25, 0.5, p.detach()) for p in params] if grads is None else grads
     base = SGD(params, lr=lr, momentum=MU, weight_decay=LAM, **method.base)
@@ -108,7 +108,7 @@ def test_types(every_rule: Method, dtype: torch.dtype) -> None:
 
 
 def test_types_mixed_in_one_group(every_rule: Method) -> None:
-    """Parameters of four types in one group each obey the method in their own."""
+    """Parameters of four types in one group each obey the method in their own type."""
     types = [F64, torch.float32, torch.bfloat16, torch.float16]
     check(every_rule, [parameter((30,), dtype) for dtype in types for _ in range(2)])
 
@@ -159,7 +159,7 @@ def test_a_complex_weight_is_its_two_parts(every_rule: Method, dtype: torch.dtyp
     check(every_rule, [nn.Parameter(p)], grads=[g])
 
 
-# ------------------------------------------------------------------------------------ who takes part
+# ------------------------------------------------------------------------------------ which weights take part
 
 
 def test_a_parameter_without_a_gradient_keeps_its_value(every_rule: Method) -> None:
@@ -173,7 +173,7 @@ def test_a_parameter_without_a_gradient_keeps_its_value(every_rule: Method) -> N
 
 
 def test_a_group_without_decay(every_rule: Method) -> None:
-    """A group with weight_decay 0 takes the base's step only, bit for bit; the update is masked there too."""
+    """A group with weight_decay 0 takes the base's step only, bit for bit; CautiousUpdate masks it there too."""
     p, q = weight(0.1, 2.0, grad=[0.3, -1.0]), weight(1.0, grad=[1.0])
     expected = p.detach() - 0.125 * p.grad
     groups = [{"params": [p], "weight_decay": 0.0}, {"params": [q]}]
@@ -193,7 +193,7 @@ def test_a_group_without_decay(every_rule: Method) -> None:
 
 
 def test_only_rows_in_a_sparse_gradient_take_part(every_rule: Method) -> None:
-    """Rows with a gradient obey the method and the others keep their bits; methods that read gradients refuse."""
+    """Rows with a gradient obey the method and others keep their bits; methods that read gradients raise an error."""
     if every_rule.base:
         pytest.skip("torch's fused optimizers take no sparse gradients")
     p = nn.Parameter(torch.tensor([[1.0, -2.0]] * 4, dtype=F64))

@@ -1,8 +1,8 @@
-"""eta, measured: the wrapper decays by what the optimizer multiplies its own decoupled decay by.
+"""eta, measured: the wrapper's eta is the factor on the optimizer's own decoupled decay.
 
 Three instances get the same weights, gradients and random numbers at each step: one with its own decay, one without,
-and one in `CautiousDecay(mask="all")`, plain decoupled decay. What decay took off a weight is the difference to the one
-without; divided by lam and the weight it is the factor. Where the differences are no multiple of the weights, the decay
+and one in `CautiousDecay(mask="all")`, plain decoupled decay. The difference to the one without is what decay took off
+a weight; divided by lam and the weight it is the factor. If the differences are no multiple of the weights, the decay
 is coupled and has no factor, and eta is the learning rate.
 """
 
@@ -43,11 +43,8 @@ CHOICES = {"ApolloDQN": ("l2", "decoupled", "stable"), "QHM": ("grad", "direct")
 # In plain gradient descent, coupled and decoupled decay are the same; this one uses the lr of the previous step.
 COUPLED_DESCENT = ("torch.ASGD",)
 
-# These compute their update from decayed weights, so it contains the decay; in AdaSmooth it is too small to see.
-SEES_DECAYED_WEIGHTS = ("pytorch_optimizer.AdaSmooth", "pytorch_optimizer.ApolloDQN")
-
-
-"""Their own decay, coupled or not, acts on matrices and the like only."""
+# These compute their update from decayed weights, so it contains the decay; in AdaSmooth it is too small to measure.
+UPDATE_CONTAINS_DECAY = ("pytorch_optimizer.AdaSmooth", "pytorch_optimizer.ApolloDQN")
 
 
 def option_sets(case: Case) -> Iterator[dict[str, Any]]:
@@ -83,7 +80,7 @@ def rows() -> Iterator[Any]:
 
 @dataclass
 class Factors:
-    """What decay took off each weight of one parameter in one step, over lam * weight."""
+    """What decay took off the weights of one parameter in one step, divided by lam * weight: own and wrapped."""
 
     lr: float | None
     shape: tuple[int, ...]
@@ -100,14 +97,6 @@ class Trio:
         self.case, self.dtype = case, dtype
         if case.name.startswith(FURTHER):
             options = {"lr": 1e-3, **({"triton": False} if "triton" in case.options else {}), **options}
-        if case.name.startswith("flashoptim."):
-            options = {
-                "quantize": False,
-                "master_weight_bits": None,
-                "fused": False,
-                "check_numerics": False,
-                **options,
-            }
         self.in_group = {k: v for k, v in options.items() if k == "wd_ratio"}  # constructors may not take 1 for it
         self.build = partial(case.build, **{k: v for k, v in options.items() if k not in self.in_group})
         self.own, self.own_params = self.make(LAM)
@@ -137,7 +126,7 @@ class Trio:
         optimizer = self.build(groups)
         for group in optimizer.param_groups:
             if group.get("lr") is not None:
-                group.setdefault("initial_lr", group["lr"])  # as every scheduler does
+                group.setdefault("initial_lr", group["lr"])  # every scheduler sets it
         return optimizer, params
 
     def step(self, number: int) -> list[Factors]:
@@ -175,7 +164,7 @@ class Trio:
         return torch.tensor(1.0)
 
     def factors(self, lr: float | None, x: Tensor, own: Tensor, without: Tensor, wrapped: Tensor) -> Factors:
-        """Decay before the update is a multiple of the weight before the step, decay after it of that after it."""
+        """Decay made before the update is a multiple of ``x``; decay made after it is a multiple of ``without``."""
         stood_still = torch.equal(without, x)
         single = torch.equal(without, without.float().to(self.dtype)) and not stood_still  # computed in float32
         noise = 4 * torch.finfo(torch.float32 if single else self.dtype).eps * x.abs()
@@ -196,35 +185,35 @@ class Trio:
 
 
 def measure(case: Case, options: dict[str, Any]) -> tuple[Trio, list[Factors]]:
-    steps = range(4) if case.fades else range(len(SCHEDULE))  # Lookahead pulls back at its fifth
-    if case.name in SEES_DECAYED_WEIGHTS:
+    steps = range(4) if case.fades else range(len(SCHEDULE))  # Lookahead pulls back at its fifth step
+    if case.name in UPDATE_CONTAINS_DECAY:
         steps = range(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trio = Trio(case, options)
             return trio, [factors for number in steps for factors in trio.step(number)]
-        except (RuntimeError, AssertionError):  # takes no float64
+        except (RuntimeError, AssertionError):  # it does not take float64
             trio = Trio(case, options, torch.float32)
             return trio, [factors for number in steps for factors in trio.step(number)]
 
 
 def is_coupled(trio: Trio, measured: list[Factors]) -> bool:
-    """Is its own decay coupled, so without a factor, by its options or as measured? Some do not decay at all."""
+    """Is its own decay coupled, by its options or as measured? One that does not decay at all counts as coupled."""
     said = any(
         trio.own.param_groups[0].get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled")
     )
     seen = any(f.coupled for f in measured) or all(f.own == 0 for f in measured)
-    if trio.case.name in SEES_DECAYED_WEIGHTS:
+    if trio.case.name in UPDATE_CONTAINS_DECAY:
         return said or trio.own.param_groups[0].get("weight_decay_type") == "l2"
     return said or seen or trio.case.name in COUPLED_DESCENT
 
 
 @pytest.mark.parametrize(("case", "options"), rows())
-def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, options: dict[str, Any]) -> None:
+def test_eta_is_the_factor_on_the_optimizers_own_decay(case: Case, options: dict[str, Any]) -> None:
     """At each step and shape the wrapper decays by the optimizer's own factor, or by lr if its decay is coupled.
 
-    Or the wrapper refuses by name, and then there is no one factor that follows from lr.
+    If the wrapper refuses the optimizer instead, no single factor follows from lr.
     """
     trio, measured = measure(case, options)
     moved = [f for f in measured if not f.stood_still]
@@ -239,7 +228,7 @@ def test_eta_is_what_the_optimizer_multiplies_its_own_decay_by(case: Case, optio
         return
     tolerance = 0.11 if case.fades else EXACT  # a tenth of the decay may be pulled back in the same step
     for f in moved:
-        if not (coupled and "d" in trio.own.param_groups[0]):  # there it is d * lr
+        if not (coupled and "d" in trio.own.param_groups[0]):  # eta is d * lr then
             own = f.own
             if case.name.endswith("Adan"):  # divides by 1 + eta*lam where others multiply by 1 - eta*lam
                 own /= 1 - LAM * own
@@ -262,8 +251,8 @@ def test_step_size_is_the_way_out(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["Kron", "LARS"])
-def test_exempt_names_the_parameters_that_the_optimizers_own_decay_leaves_alone(name: str) -> None:
-    """pytorch_optimizer's Kron and LARS do not decay vectors, also inside Lookahead; AdamW decays all."""
+def test_exempt_finds_the_parameters_that_the_optimizers_own_decay_skips(name: str) -> None:
+    """pytorch_optimizer's Kron and LARS do not decay vectors, also inside Lookahead; AdamW decays all parameters."""
     library = pytest.importorskip("pytorch_optimizer")
     vector, matrix = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 2))
     base = getattr(library, name)([vector, matrix], weight_decay=LAM)

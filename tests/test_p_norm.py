@@ -53,8 +53,8 @@ def test_small_weights_collapse_below_p_1() -> None:
     assert pytest.approx(1e-4 * 1e-6 / (1e-6 + 0.5 / 16), rel=1e-12) == still(1e-4, p=0.5).item()
 
 
-def test_the_weight_before_the_step_says_how_much() -> None:
-    """A step from 1 to 3 is shrunk by the factor of 1, and one from 3 to 1 by the factor of 3."""
+def test_the_factor_depends_on_the_weight_before_the_step() -> None:
+    """After a step from 1 to 3, the factor is that of a weight of 1; after one from 3 to 1, that of a weight of 3."""
     q = weight(1, 3, grad=[-2, 2], dtype=F64)
     PNormDecay(SGD([q], lr=1.0, weight_decay=0.5), p=1.0).step()
 
@@ -80,7 +80,7 @@ def test_to_first_order_it_is_the_decay_of_the_penalty(p: float) -> None:
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), torch.tensor(0.0, dtype=F64)], ids=["float", "f32", "f64"])
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16])
 def test_learning_rate_0_is_the_identity(dtype: torch.dtype, lr: Any, p: float) -> None:
-    """With lr 0, float or tensor, no bit changes; zeros, even whole tensors of them, give no 0/0."""
+    """With lr 0, float or tensor, no weight changes; zeros, even whole tensors of them, give no 0/0."""
     x = torch.tensor([0.0, -0.0, 1.0, -1e-30, 1e30]).to(dtype)
     q, zeros = nn.Parameter(x.clone()), nn.Parameter(torch.zeros(3, dtype=dtype))
     q.grad, zeros.grad = torch.ones_like(q), torch.ones_like(zeros)
@@ -92,7 +92,7 @@ def test_learning_rate_0_is_the_identity(dtype: torch.dtype, lr: Any, p: float) 
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
 def test_a_warm_up_from_0(tensor: bool) -> None:
-    """A warm-up from learning rate 0 gives no NaN, and a layer that starts at 0 trains once it is above."""
+    """A warm-up from learning rate 0 gives no NaN, and a layer that starts at 0 trains once lr is above 0."""
     model = net()
     nn.init.zeros_(model[2].weight)
     lr = torch.tensor(0.1) if tensor else 0.1
@@ -117,7 +117,7 @@ def test_zero_stays_zero(p: float) -> None:
     assert [0.0, 0.0] == q.tolist()[:2]
 
 
-def test_p_2_lets_zeros_go() -> None:
+def test_p_2_trains_zeros() -> None:
     """At p = 2 the factor does not depend on the weight, so a zero weight can train, as in the authors' code."""
     q = weight(0, 1, grad=[1, 1], dtype=F64)
     PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=2.0).step()
@@ -141,8 +141,8 @@ def test_a_zero_initialised_tensor_trains(shape: tuple[int, ...], p: float) -> N
     torch.testing.assert_close(reference.p_norm(p)(first, first - LR, first, LR * LAM), q.detach())
 
 
-def test_zeros_of_a_zero_initialised_tensor_that_got_no_gradient_stay() -> None:
-    """Only the first step of a zero tensor is free: weights that are still 0 after it stay 0."""
+def test_zeros_left_after_the_first_step_of_a_zero_tensor_stay() -> None:
+    """Only the first step of a zero tensor is undecayed: weights that are still 0 after it stay 0."""
     q = weight(0, 0, grad=[1, 0])
     opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM))
     opt.step()
@@ -153,8 +153,8 @@ def test_zeros_of_a_zero_initialised_tensor_that_got_no_gradient_stay() -> None:
     assert q[0].item() < 0
 
 
-def test_an_attention_block_with_a_zero_initialised_output_trains() -> None:
-    """Zero-initialised weights and biases of a usual net all move within a few steps."""
+def test_a_net_with_zero_initialised_layers_trains() -> None:
+    """Zero-initialised weights and biases of a usual net all move within three steps."""
     model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 1))
     for tensor in (model[0].bias, model[2].weight, model[2].bias):
         nn.init.zeros_(tensor)
@@ -165,7 +165,7 @@ def test_an_attention_block_with_a_zero_initialised_output_trains() -> None:
 
 
 def test_zero_rows_under_sparse_gradients_stay_zero() -> None:
-    """A zero row of an embedding (a padding row) stays 0 under sparse gradients as it does under dense ones."""
+    """A zero row of an embedding (a padding row) stays 0 under sparse gradients, as under dense ones."""
     rows = []
     for sparse in (False, True):
         embedding = nn.Embedding(4, 2, sparse=sparse)
@@ -181,7 +181,7 @@ def test_zero_rows_under_sparse_gradients_stay_zero() -> None:
 @all_p
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
 def test_huge_and_tiny_values(dtype: torch.dtype, p: float) -> None:
-    """Weights of any size shrink without overflow: huge ones hardly, denormal ones to 0, and none grows."""
+    """Weights of any size give finite results; none grows or changes its sign, and for p up to 1 huge ones stay."""
     x = torch.tensor([3e38, 1e30, 1e-30, 1e-38, 1e-40, -3e38, -1e-40]).to(dtype)
     q = nn.Parameter(x.clone())
     q.grad = torch.zeros_like(q)
@@ -195,8 +195,8 @@ def test_huge_and_tiny_values(dtype: torch.dtype, p: float) -> None:
 
 
 @all_p
-def test_what_is_not_finite_stays_so_and_alone(p: float) -> None:
-    """A NaN stays NaN, an infinity infinite, and their neighbours decay as without them."""
+def test_a_value_that_is_not_finite_stays_in_its_place(p: float) -> None:
+    """NaN stays NaN and an infinity infinite, and the weights beside them decay as usual."""
     q, alone = still(math.nan, math.inf, -math.inf, 1.0, p=p), still(1.0, p=p)
 
     assert q[0].isnan()
@@ -240,7 +240,7 @@ def test_p_out_of_range(p: Any, error: type[Exception]) -> None:
 
 
 def test_groups_without_decay_stay_out() -> None:
-    """A group whose weight_decay is 0 steps as with the plain base, and its weights are not copied."""
+    """A group with weight_decay 0 takes the plain base's step, and its weights are not copied."""
     a, b = weight(1, 0, grad=[1, 1]), weight(1, 0, grad=[1, 1])
     opt = PNormDecay(SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.0}], lr=LR, weight_decay=LAM), p=1.0)
     opt.step()
@@ -273,7 +273,7 @@ def test_step_size() -> None:
 
 
 def test_sparsity_of_each_group() -> None:
-    """sparsity() is the share of weights below the threshold, by size, of each group; NaN where there is none."""
+    """sparsity() gives, for each group, the share of weights below the threshold in size; NaN for an empty group."""
     groups = [{"params": [weight(0, 1e-14, -1e-14, 1), weight(-1, 1, 1, 1)]}, {"params": [weight(1)]}, {"params": []}]
     opt = PNormDecay(SGD(groups, lr=LR, weight_decay=LAM))
     first, second, third = opt.sparsity()
@@ -300,7 +300,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @given(w=floats, x=floats, p=st.floats(0.01, 2), eta_lam=st.floats(0, 1e3))
 @settings(max_examples=50, deadline=None)
-def test_the_decay_never_grows_nor_turns_a_weight(w: float, x: float, p: float, eta_lam: float) -> None:
+def test_the_decay_never_enlarges_a_weight_or_flips_its_sign(w: float, x: float, p: float, eta_lam: float) -> None:
     """For all numbers the result is finite and between 0 and w."""
     w32, x32 = torch.tensor([w]), torch.tensor([x])
     out = rules.p_norm_decay(w32, x32, p, eta_lam, torch.tensor(False))
@@ -333,8 +333,8 @@ def test_smaller_weights_shrink_more(small: float, more: float, p: float) -> Non
 # ------------------------------------------------------------------------------------ in use
 
 
-def test_it_makes_sparse() -> None:
-    """Weights that the loss does not need fall below 1e-13 and the fit stays; with plain decay none does."""
+def test_it_makes_weights_sparse() -> None:
+    """Over 90 % of the weights fall below 1e-13 and the fit stays good; with plain decay none does."""
     shares, errors = [], []
     inputs = torch.randn(64, 20, generator=torch.Generator().manual_seed(0))
     for wrap in (lambda opt: PNormDecay(opt, lam=0.05, p=0.8), lambda opt: CautiousDecay(opt, lam=0.05, mask="all")):
@@ -352,8 +352,8 @@ def test_it_makes_sparse() -> None:
     assert max(errors) < 0.1
 
 
-def test_a_usual_training_run_warns_of_nothing() -> None:
-    """A few steps over AdamW raise no warning."""
+def test_a_usual_training_run_gives_no_warning() -> None:
+    """Three steps around AdamW give no warning."""
     model = net()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

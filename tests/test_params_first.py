@@ -25,7 +25,7 @@ def amsgrad(params: Any, lr: float = 0.01, **kwargs: Any) -> Optimizer:
 
 
 class StepSize:
-    """A callable that compares by value, and so has no hash."""
+    """A callable that compares by value, so it has no hash."""
 
     def __call__(self, group: dict[str, Any]) -> float:
         return 1e-3
@@ -71,8 +71,8 @@ def test_options_are_checked_when_over_is_called(method: Any, options: Any, erro
         method.over(AdamW, **options)
 
 
-def test_what_the_constructor_alone_takes_it_still_takes() -> None:
-    """An unhashable option works in the constructor, as the error says."""
+def test_the_constructor_takes_an_unhashable_option() -> None:
+    """An unhashable option works in the constructor, which the error of over() recommends."""
     assert isinstance(CautiousDecay(SGD([weight(1.0)], weight_decay=0.1), step_size=StepSize()), Optimizer)
 
 
@@ -96,7 +96,7 @@ def test_a_refused_option_leaves_no_class_behind() -> None:
     assert CautiousDecay.over(AdamW, strict=True)([weight(1.0)]).strict is True
 
 
-def test_lambdas_do_not_pile_up() -> None:
+def test_classes_with_lambdas_are_freed() -> None:
     """An unused class is freed with its options; a class in use is returned again."""
     kept = CautiousDecay.over(AdamW, step_size=thousandth)
     gc.collect()
@@ -109,8 +109,8 @@ def test_lambdas_do_not_pile_up() -> None:
     assert kept is CautiousDecay.over(AdamW, step_size=thousandth)
 
 
-def test_the_check_of_options_draws_nothing() -> None:
-    """over() changes neither torch's generator nor its default device."""
+def test_the_check_of_options_uses_no_generator() -> None:
+    """over() works under another default device, and does not advance torch's generator."""
     state = torch.get_rng_state()
     with torch.device("meta"):
         CautiousDecay.over(AdamW, lam=0.25)
@@ -136,7 +136,7 @@ def test_a_function_trains_as_what_it_returns(factory: Callable[..., Optimizer])
 
 
 def test_a_class_over_a_function_has_its_name_and_signature() -> None:
-    """The class has the function's signature, for jsonargparse and Hydra; a partial gives the name of its class."""
+    """The class has the function's name and signature (for jsonargparse and Hydra); of a partial, its class's name."""
     cls: Any = CautiousDecay.over(amsgrad)
 
     assert ("CautiousDecayamsgrad", ["params", "lr", "kwargs"]) == (cls.__name__, [*inspect.signature(cls).parameters])

@@ -1,4 +1,4 @@
-"""The four paths: which group takes which and why, that they agree, and that only the base sees shortened lists."""
+"""The four paths: which group takes which and why, that they agree, and that they change nothing else."""
 
 import copy
 import itertools
@@ -49,7 +49,7 @@ def test_each_group_takes_its_own_path() -> None:
 
 
 def test_a_group_costs_the_memory_of_its_own_path() -> None:
-    """4 weights of 4 bytes are copied, not 1004; repr says so, and the buffer is no larger."""
+    """Only the 4 weights of 4 bytes are copied, as repr shows, and the buffer is no larger."""
     opt = mixed()
     opt.step()
 
@@ -58,7 +58,7 @@ def test_a_group_costs_the_memory_of_its_own_path() -> None:
         "CautiousDecay(RMSprop, lam=[0.5, 0.5, 0.0], path=['pieces', 'direction'], backend='eager', snapshot_bytes=16)"
     ) == repr(opt)
     assert {} == opt._buffers._whole
-    assert [32] == [buffer.numel() for buffer in opt._buffers._piece.values()]  # rounded up to a boundary
+    assert [32] == [buffer.numel() for buffer in opt._buffers._piece.values()]  # rounded up for alignment
 
 
 def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
@@ -89,7 +89,7 @@ def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
         ),
     ],
 )
-def test_the_reason_tells_what_is_in_the_way(base: Any, options: dict[str, Any], expected: tuple[str, str]) -> None:
+def test_paths_gives_the_reason(base: Any, options: dict[str, Any], expected: tuple[str, str]) -> None:
     """paths() says why a group does not take an earlier path."""
     (of_group,) = CautiousDecay(base([weight(1.0)], **options), lam=0.1, backend="eager").paths()
 
@@ -157,7 +157,7 @@ def test_a_group_that_cannot_take_the_path_is_not_added() -> None:
     assert 1 == len(opt.param_groups)
 
 
-# ------------------------------------------------------------------------------------ what others see
+# ------------------------------------------------------------------------------------ what stays unchanged
 
 
 def trained(path: PathOptions, steps: int = 2) -> tuple[nn.Module, CautiousDecay]:
@@ -174,8 +174,8 @@ def lists(opt: Optimizer) -> list[tuple[int, list[int]]]:
     return [(id(group["params"]), [*map(id, group["params"])]) for group in opt.param_groups]
 
 
-def test_hooks_see_the_full_lists(every_path: PathOptions) -> None:
-    """Every hook (pre or post; wrapper, base or global) fires once and sees all parameters."""
+def test_hooks_get_the_full_lists(every_path: PathOptions) -> None:
+    """Every hook (pre or post; wrapper, base or global) fires once and finds all parameters in the groups."""
     model, opt = trained(every_path)
     whole, seen = lists(opt), []
     look = lambda optimizer, *_: seen.append(lists(optimizer))
@@ -216,13 +216,13 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
 
     def init_group(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            raise RuntimeError("out of luck")
+            raise RuntimeError("raised on purpose")
         return inner(*args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(AdamW, "_init_group", init_group)
         if call < 2 or every_path["path"] == "pieces":
-            with pytest.raises(RuntimeError, match="out of luck"):
+            with pytest.raises(RuntimeError, match="raised on purpose"):
                 opt.step()
         else:
             opt.step()  # there are two groups only
@@ -233,28 +233,30 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
     assert bool(values(model).isfinite().all())
 
 
-@pytest.mark.parametrize("whose", ["closure", "base's hook"])
-def test_an_error_of_the_user_leaves_the_groups_whole(every_path: PathOptions, whose: str) -> None:
+@pytest.mark.parametrize("where", ["closure", "base's hook"])
+def test_an_error_in_a_closure_or_a_hook_leaves_the_groups_whole(every_path: PathOptions, where: str) -> None:
     """The same holds if a closure or a hook of the base raises."""
 
     def broken(*_: Any) -> Any:
-        raise RuntimeError("out of luck")
+        raise RuntimeError("raised on purpose")
 
     for register in ("register_step_pre_hook", "register_step_post_hook"):
         _, opt = trained(every_path)
         before = lists(opt)
-        if whose == "base's hook":
+        if where == "base's hook":
             getattr(opt.base_optimizer, register)(broken)
-        with pytest.raises(RuntimeError, match="out of luck"):
-            opt.step(broken if whose == "closure" else None)
+        with pytest.raises(RuntimeError, match="raised on purpose"):
+            opt.step(broken if where == "closure" else None)
 
         assert before == lists(opt)
         assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]
 
 
 def test_one_pass_begins_where_there_is_state() -> None:
-    """A parameter whose first gradient comes late takes that step by direction, with the base's own state; others
-    do not wait for it."""
+    """A late first gradient does not delay other parameters: every parameter's counter is right.
+
+    A parameter without state takes its first step by direction, in which the base makes the state.
+    """
     early, late = weight(1.0, -1.0), weight(2.0, -2.0)
     opt = CautiousDecay(AdamW([early, late], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="eager")
     for step in range(4):
@@ -309,10 +311,10 @@ def built(name: str, variant: str, p: Tensor) -> Optimizer:
     ],
 )
 def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torch.dtype, path: PathOptions) -> None:
-    """From the same weights and state, a step of one pass, by direction, in pieces or from a copy gives the same.
+    """From the same weights and state, a step on any other path gives the same as one pass.
 
-    Weights and state are equal up to a few roundings, wherever the direction of the step is clear; step counters are
-    equal. The other paths take turns, each from the weights and the state dict of the one before.
+    Weights are equal up to a few roundings where the direction of the step is clear, and so is the state. The other
+    paths take turns; every second step goes on from the weights and the state dict of the other path.
     """
     if torch.__version__ < "2.5" and dtype is BF16 and name.startswith("SGD-"):
         pytest.skip("torch 2.4's fused SGD begins 16-bit momentum with memory that it did not set")
@@ -341,14 +343,14 @@ def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torc
         )
         assert not far[clear].any()
         assert same(twin.state_dict()["state"], opt.state_dict()["state"], roundings)
-        if step % 2:  # go on from the other's
+        if step % 2:  # go on from the other path
             p.data.copy_(q.data)
             opt.load_state_dict(copy.deepcopy(twin.state_dict()))
     assert clear.float().mean() > 0.9
 
 
-def test_one_pass_and_direction_end_alike(every_base: Base, every_path: PathOptions) -> None:
-    """Twenty steps on any path end where twenty by direction end, up to roundings."""
+def test_all_paths_end_alike(every_base: Base, every_path: PathOptions) -> None:
+    """Twenty steps on any path give the weights of twenty steps by direction, up to roundings."""
     ends = []
     for path in (every_path, PathOptions(path="direction", backend="eager")):
         model = net().double()
@@ -377,7 +379,7 @@ def test_the_plain_optimizer_goes_on_from_one_pass(name: str, path: PathOptions)
             p.grad = torch.randn(50, dtype=F64, generator=torch.Generator().manual_seed(step))
             if step == 3:
                 plain.load_state_dict(opt.state_dict())
-                plain.param_groups[0]["weight_decay"] = 0.0  # SGD's would enter the state
+                plain.param_groups[0]["weight_decay"] = 0.0  # SGD's decay would enter the state
                 opt = plain
             opt.step()
         states.append(opt.state_dict()["state"])
@@ -408,7 +410,7 @@ def two_threads() -> Any:
 
 @pytest.mark.usefixtures("two_threads")
 def test_python_threads_step_different_optimizers() -> None:
-    """Four threads with an optimizer each give the same bits as one after another."""
+    """Four threads with one optimizer each give the same bits as steps one after another."""
     pytest.importorskip("numba")
     starts = [nn.Parameter(torch.randn(1 << 18)) for _ in range(4)]
 
@@ -444,20 +446,21 @@ def in_a_process(program: str) -> str:
     return done.stdout.strip()
 
 
-OURS = "sum(thread.name.startswith('cwd_wrap') for thread in threading.enumerate())"
+OUR_THREADS = "sum(thread.name.startswith('cwd_wrap') for thread in threading.enumerate())"
 
 
 def test_as_many_threads_as_torch_has() -> None:
-    """torch.set_num_threads sets how many threads step: 1 starts no thread of ours, 2 starts one."""
+    """torch.set_num_threads sets how many threads a step uses: with 1 we start no thread, with 2 we start one."""
     pytest.importorskip("numba")
     lines = ["results = []"]
     for threads in (1, 2, 1):
-        lines += [f"torch.set_num_threads({threads})", "results.append(big_step(0))", f"print({OURS})"]
+        lines += [f"torch.set_num_threads({threads})", "results.append(big_step(0))", f"print({OUR_THREADS})"]
     lines += ["print(all(torch.equal(results[0], other) for other in results))"]
 
     assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that exists stays, idle
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
     """A child process forked after a multi-threaded step takes the same step as its parent."""
     pytest.importorskip("numba")
@@ -478,10 +481,10 @@ assert os.waitpid(child, 0)[1] == 0
 """
     in_a_process(program)
 
-    assert torch.equal(*(torch.load(tmp_path / whose) for whose in ("parent", "child")))
+    assert torch.equal(*(torch.load(tmp_path / process) for process in ("parent", "child")))
 
 
-# ------------------------------------------------------------------------------------ what would end the process
+# ------------------------------------------------------------------------------------ state that would crash a kernel
 
 
 def stepped_adamw(path: PathOptions, *shapes: tuple[int, ...]) -> tuple[list[nn.Parameter], CautiousDecay]:
@@ -515,7 +518,7 @@ def test_state_of_another_shape_is_named(path: PathOptions) -> None:
 
 
 @before_the_step
-def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> None:
+def test_state_of_a_transposed_shape_is_refused(path: PathOptions) -> None:
     """State with as many elements as the weight but another shape is refused."""
     _, opt = stepped_adamw(path, (5, 2))
     state_dict = opt.state_dict()
@@ -528,7 +531,7 @@ def test_a_transposed_state_is_not_taken_for_the_weights(path: PathOptions) -> N
 
 @before_the_step
 @pytest.mark.parametrize("which", [0, 1])
-def test_no_address_of_a_missing_tensor_is_followed(path: PathOptions, which: int) -> None:
+def test_state_on_the_meta_device_is_refused(path: PathOptions, which: int) -> None:
     """State on the meta device, of the first or second parameter, raises an error and does not crash the process."""
     params, opt = stepped_adamw(path, (4,), (4,))
     opt.state[params[which]]["exp_avg"] = torch.zeros(4, device="meta")
@@ -540,7 +543,7 @@ def test_no_address_of_a_missing_tensor_is_followed(path: PathOptions, which: in
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
 @pytest.mark.parametrize("dtype", [F64, torch.int64], ids=str)
 def test_counters_of_another_type_are_left_to_the_base(path: PathOptions, dtype: torch.dtype) -> None:
-    """A parameter whose step counter is not float32 takes the direction, so the base handles the counter."""
+    """If a step counter is not float32, its parameter takes the direction, so the base handles the counter."""
     (p, q), opt = stepped_adamw(path, (4,), (4,))
     opt.state[p]["step"] = opt.state[p]["step"].to(dtype)
     if dtype == F64:
@@ -554,8 +557,8 @@ def test_counters_of_another_type_are_left_to_the_base(path: PathOptions, dtype:
 
 
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
-def test_autograd_sees_the_one_pass(path: PathOptions) -> None:
-    """A backward through weights that were stepped after the forward raises, as with the plain Lion."""
+def test_autograd_notices_the_one_pass(path: PathOptions) -> None:
+    """A backward pass through weights stepped after the forward pass raises an error, as with plain Lion."""
     p = nn.Parameter(torch.ones(4))
     opt = CautiousDecay(pytest.importorskip("lion_pytorch").Lion([p], lr=0.1, weight_decay=0.1), **path)
     p.grad = torch.ones(4)

@@ -1,9 +1,9 @@
-"""Every row of the table of pieces: one subset of the parameters after the other is the whole step, bit for bit.
+"""Every row of the table of pieces: steps of one subset of the parameters after another equal the whole step's bits.
 
 Each optimizer is built twice. One is stepped as usual; the other's own step is called once for each piece, while every
-`group["params"]` holds the piece's parameters only. After each of the steps all is compared: weights, gradients, state,
-group values, the optimizer's attributes, and how many random numbers were drawn. Then follows a step in which all lists
-are empty, which must change nothing.
+`group["params"]` holds the piece's parameters only. After each step everything is compared: weights, gradients, state,
+group values, the optimizer's attributes, and the state of the random generator. Then a step with empty lists must
+change nothing.
 """
 
 import importlib
@@ -26,20 +26,20 @@ from cwd_wrap import pieces
 F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 7
 SHAPES = {1: [(5,), (3,), (1,)], 2: [(4, 3), (8, 6), (2, 6)], 4: [(3, 2, 3, 3), (8, 4, 2, 2), (2, 3, 1, 1)]}
-# How a step is cut: parameters in a piece, in reverse order or not, parameters without a gradient too or not.
+# How a step is cut: parameters per piece, whether in reverse order, whether with parameters without a gradient.
 CUTS = [(1, False, True), (3, True, False)]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An optimizer, and the kind of its parameters and gradients."""
+    """An optimizer, and what kind of parameters and gradients it gets."""
 
     build: Callable[[zoo.Groups], Optimizer]
     dims: tuple[int, ...] = (1, 2, 4)
     dtypes: tuple[torch.dtype, ...] = (F32,)
     options: tuple[str, ...] = ("lr", "weight_decay")
     spread: bool = True
-    """The groups differ in lr, and in betas where they have two."""
+    """The groups differ in lr, and in betas if these are two."""
     late: bool = True
     """Some parameters get their first gradient at a later step than others."""
     size: float = 1.0
@@ -68,7 +68,7 @@ class Trial:
         return Parameter(torch.randn(shape).to(self.device, self.dtypes[k % len(self.dtypes)]))
 
     def backward(self, optimizer: Optimizer, step: int) -> None:
-        """Gradients for a step. One parameter of five has one at each third step only."""
+        """Set the gradients of a step. One parameter of five has a gradient only at every third step."""
         generator = torch.Generator().manual_seed(step)
         losses = []
         for k, p in enumerate(members(optimizer)):
@@ -114,7 +114,7 @@ def cut(optimizer: Optimizer, size: int, backwards: bool, all_of_them: bool) -> 
 
 
 def record(optimizer: Optimizer) -> dict[str, Any]:
-    """All that a step may change, copied: parameters are named by their place, objects by their class."""
+    """A copy of all that a step may change, with places in place of parameters and class names for other objects."""
     names = {id(p): f"parameter {k}" for k, p in enumerate(members(optimizer))}
     seen = set()
 
@@ -366,7 +366,7 @@ def test_steps_in_pieces_are_the_whole_step(path: str, flags: dict[str, Any]) ->
     assert first_difference(this) is None
 
 
-def test_each_row_is_proved() -> None:
+def test_each_row_is_tested() -> None:
     """The test above covers every row of the table."""
     assert set(ROWS) == set(pieces.TABLE)
 
@@ -396,7 +396,7 @@ def test_low_precision(path: str, flags: dict[str, Any], dtypes: tuple[torch.dty
 
 
 @pytest.mark.parametrize("flags", [PLAIN, FUSED], ids=["plain", "fused"])
-def test_an_lr_that_is_a_tensor(flags: dict[str, Any]) -> None:
+def test_a_tensor_lr(flags: dict[str, Any]) -> None:
     """The same holds with a tensor lr."""
 
     def build(groups: zoo.Groups) -> Optimizer:
@@ -482,10 +482,10 @@ def test_the_first_step_of_older_versions_is_refused() -> None:
     assert "the step count of the first" in str(pieces.why_not(optimizer, optimizer.param_groups[0]))
 
 
-# They pass the check, but their step on one parameter may depend on others.
+# These pass the check, but their step on one parameter may depend on others.
 LEFT_OUT = {
     "torch_optimizer.swats.SWATS": "its step may set lr and phase of the group halfway, and they hold for the rest",
-    "pytorch_optimizer.optimizer.orthograd.OrthoGrad": "it steps another optimizer, of which nothing is known",
+    "pytorch_optimizer.optimizer.orthograd.OrthoGrad": "it steps another optimizer, which may be any",
 }
 
 
@@ -500,7 +500,7 @@ def from_zoo(case: zoo.Case) -> Trial:
 
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
 @pytest.mark.filterwarnings("ignore")
-def test_in_the_table_is_what_passes(case: zoo.Case) -> None:
+def test_the_table_holds_what_passes(case: zoo.Case) -> None:
     """The table holds exactly the optimizers of the zoo that pass the check, except those in `LEFT_OUT`."""
     this = from_zoo(case)
     try:
@@ -539,8 +539,8 @@ def test_the_check_can_fail(name: str, where: str) -> None:
     assert f"'{where}'" in str(first_difference(from_zoo(case)))
 
 
-def test_the_check_sees_what_one_parameter_takes_from_another() -> None:
-    """The check finds a norm over all gradients by the weights."""
+def test_the_check_finds_a_norm_over_all_gradients() -> None:
+    """If the step clips by the norm of all gradients, the check finds different weights."""
 
     class Clipped(o.SGD):
         def step(self, closure: None = None) -> None:

@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def starts() -> list[Tensor]:
-    """Weights for uneven shards, an empty shard, zeros in one shard only, and a tensor of zeros."""
+    """Weights that give uneven shards, an empty shard, zeros in one shard only, and a tensor of zeros."""
     torch.manual_seed(0)
     half = torch.ones(5, 3, dtype=F64)
     half[:3] = 0
@@ -31,7 +31,7 @@ def gradients(step: int) -> list[Tensor]:
 
 
 def trained(method: Method, base: Any, place: Any = None, place_gradient: Any = None) -> list[Tensor]:
-    """The whole weights after some steps, in the layout that ``place`` makes."""
+    """The whole weights after three steps in the layout that ``place`` makes."""
     place = place or (lambda t: t)
     params = [nn.Parameter(place(start)) for start in starts()]
     opt = method.wrap(base(params, **method.base))
@@ -48,7 +48,7 @@ BASES = {
 }
 
 
-def work(rank: int, layout: str) -> None:
+def check_layout(rank: int, layout: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -62,8 +62,8 @@ def work(rank: int, layout: str) -> None:
             if method.base and name == "SGD":
                 continue  # torch's fused SGD takes no DTensor
             ours = trained(method, base, lambda t: distribute_tensor(t, mesh, [placement]), place_gradient)
-            told = lambda text, who=f"{method} over {name}": f"{who}: {text}"
-            torch.testing.assert_close(ours, trained(method, base), rtol=1e-10, atol=1e-11, msg=told)
+            named = lambda text, case=f"{method} over {name}": f"{case}: {text}"
+            torch.testing.assert_close(ours, trained(method, base), rtol=1e-10, atol=1e-11, msg=named)
 
     whole = starts()
     params = [nn.Parameter(distribute_tensor(start, mesh, [placement])) for start in whole]
@@ -73,7 +73,9 @@ def work(rank: int, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "replicated", "partial sums"])
 def test_two_ranks_are_one(layout: str) -> None:
-    """Every method on every path gives the whole weights of one process, on shards uneven or empty: masks are those of
-    the whole gradient, means, zeros and the sparsity those of the whole tensor."""
+    """Every method on every path gives the weights of one process, also on uneven and empty shards.
+
+    Masks follow the whole gradient; means, zeros and the sparsity are those of the whole tensor.
+    """
     pytest.importorskip("torch.distributed.tensor").__dict__.get("DTensor") or pytest.skip("no public DTensor")
-    spawn(2, work, layout)
+    spawn(2, check_layout, layout)

@@ -1,4 +1,4 @@
-"""Facts stated in two places agree: versions of Python, of torch and of this package."""
+"""Facts stated in two places agree: versions of Python, of torch and of this package. Actions are pinned."""
 
 import re
 from pathlib import Path

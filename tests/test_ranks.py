@@ -1,4 +1,4 @@
-"""Engines with real processes: training on several ranks is training on one."""
+"""Engines with real processes: training on several ranks equals training on one."""
 
 import importlib
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import engines
 import pytest
 import torch
-from ranks import Ranks, spawn
+from ranks import LIMIT, Ranks, spawn
 from support import ALL_PATHS, COPYING, METHODS, PathOptions, param
 from torch import distributed as dist
 from torch.optim import SGD, AdamW
@@ -20,7 +20,7 @@ from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
 if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no fully_shard", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("ranks")  # in one process, which keeps the ranks
+pytestmark = pytest.mark.xdist_group("ranks")  # all in one worker of pytest-xdist, which keeps the ranks
 
 ENGINES: dict[str, tuple[int, Any, Any]] = {
     "DDP": (2, engines.ddp, engines.net),
@@ -41,7 +41,7 @@ SIBLINGS = [(name, path) for name in ("update", "update-numel", "p-norm", "p-nor
 
 
 def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
-    """A method around AdamW; torch's fused AdamW takes no DTensors beside plain tensors in one group."""
+    """A method around AdamW, with one group for each kind of tensor: fused AdamW takes no mixed groups."""
     cls, _, options = METHODS[name]
     parameters = list(parameters)
     kinds = {type(p.data) for p in parameters}
@@ -170,8 +170,8 @@ def test_siblings_make_one_collective(ranks: int, make: Any, name: str) -> None:
     assert [[1] * engines.STEPS] * ranks == spawn(ranks, collectives, make, partial(wrapped, base=AdamW, name=name))
 
 
-def waits(rank: int, backend: str) -> list[float]:
-    """A step along a gradient that a collective may still be filling."""
+def step_along_unfinished_gradient(rank: int, backend: str) -> list[float]:
+    """Step along a gradient that a collective may still be writing; return its type and the weights."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
@@ -185,9 +185,9 @@ def waits(rank: int, backend: str) -> list[float]:
 
 
 @pytest.mark.parametrize("backend", [param(b, path={"backend": b}) for b in ("eager", "numba")])
-def test_a_gradient_on_its_way_is_waited_for(backend: str) -> None:
+def test_an_unfinished_gradient_is_waited_for(backend: str) -> None:
     """An AsyncCollectiveTensor has no address yet; kernels that follow addresses get the tensor in it."""
-    for kind, *weights in spawn(2, waits, backend):
+    for kind, *weights in spawn(2, step_along_unfinished_gradient, backend):
         assert "AsyncCollectiveTensor" == kind
         torch.testing.assert_close(weights, [0.85, 1.1, -1.1, -0.85])
 
@@ -196,7 +196,7 @@ def test_a_gradient_on_its_way_is_waited_for(backend: str) -> None:
 
 
 def fully_sharded(rank: int, views: bool, name: str, **options: Any) -> Any:
-    """Train under FSDP1; the weights, or the text of the error and what the weights were then."""
+    """Train under FSDP1; return the error's text, or "", and the weights at the end or at the error."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = FullyShardedDataParallel(engines.net(), use_orig_params=views, device_id=torch.device("cpu"))
@@ -238,7 +238,7 @@ def test_numbers_over_tensors_are_refused_under_fsdp1(name: str, way_out: str, v
 
 
 def replaced(flat: bool) -> tuple[Any, ...]:
-    """A wrapper whose parameters an engine has replaced by master weights: flat ones, or one for each."""
+    """A wrapper in which an engine has replaced the parameters by master weights: one flat tensor, or one for each."""
     model = engines.net()
     opt = METHODS["update"][0](AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
     masters = [p.detach().clone() for p in model.parameters()]
@@ -261,7 +261,7 @@ def test_flat_master_weights_are_refused() -> None:
     assert torch.equal(before, master)
 
 
-def test_master_weights_of_the_same_shapes_are_taken() -> None:
+def test_master_weights_of_the_same_shapes_are_accepted() -> None:
     """Master weights in the parameters' shapes are accepted, vectors included."""
     opt, masters = replaced(flat=False)
     before = [master.detach().clone() for master in masters]
@@ -325,7 +325,7 @@ def states(model: Any, optimizer: Any, flatten: bool) -> tuple[dict[str, Any], A
 
 
 def saved(rank: int, folder: str, wrap: bool, flatten: bool) -> None:
-    """Two steps under FSDP2, and a checkpoint."""
+    """Take two steps under FSDP2 and save a checkpoint."""
     from torch.distributed import checkpoint
 
     model, parts = engines.fsdp2()
@@ -338,7 +338,7 @@ def saved(rank: int, folder: str, wrap: bool, flatten: bool) -> None:
 
 
 def continued(rank: int | None, folder: str, wrap: bool, flatten: bool) -> Any:
-    """The checkpoint in a model of another start, and the third step; without ``rank`` in this process."""
+    """Load the checkpoint into a model of other weights and take the third step; without ``rank``, in this process."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -360,7 +360,7 @@ def continued(rank: int | None, folder: str, wrap: bool, flatten: bool) -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_three(flatten: bool, tmp_path: Path) -> None:
     """A checkpoint of two ranks, loaded by one or three, trains on like the uninterrupted run."""
     spawn(2, saved, str(tmp_path), True, flatten)
     expected = engines.alone(engines.net(), partial(made, wrap=True))
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_three(flatten: bool, tmp
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wrap", [False, True], ids=["wrapped to plain", "plain to wrapped"])
-def test_checkpoints_of_plain_and_wrapped_are_one(wrap: bool, tmp_path: Path) -> None:
+def test_checkpoints_of_plain_and_wrapped_are_interchangeable(wrap: bool, tmp_path: Path) -> None:
     """A plain optimizer's checkpoint resumes in the wrapped one, and the other way round."""
     spawn(2, saved, str(tmp_path), not wrap, False)
     first, last = partial(made, wrap=not wrap), partial(made, wrap=wrap)
@@ -382,7 +382,7 @@ def test_checkpoints_of_plain_and_wrapped_are_one(wrap: bool, tmp_path: Path) ->
 
 
 def fake_step(rank: int, name: str, as_tensor: bool) -> tuple[bool, int, int]:
-    """Did the weights move when a checkpoint was prepared; how many states and reports were made?"""
+    """Prepare a checkpoint; return whether the weights stayed, the number of states, and that of reports."""
     model, _ = engines.fsdp2()
     before = engines.flat(model.parameters())
     cls, _, own = METHODS[name]
@@ -394,8 +394,8 @@ def fake_step(rank: int, name: str, as_tensor: bool) -> tuple[bool, int, int]:
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float lr", "tensor lr"])
 @pytest.mark.parametrize("name", ["decay", "update", "p-norm"])
-def test_preparing_a_checkpoint_leaves_weights_alone(name: str, as_tensor: bool) -> None:
-    """torch makes state by a step with lr 0: no weight moves, and no monitor counts it."""
+def test_preparing_a_checkpoint_moves_no_weight(name: str, as_tensor: bool) -> None:
+    """torch makes state by a step with lr 0, in which no weight moves and which no monitor counts."""
     assert [(True, 4, 0)] * 2 == spawn(2, fake_step, name, as_tensor)
 
 
@@ -403,7 +403,7 @@ def test_preparing_a_checkpoint_leaves_weights_alone(name: str, as_tensor: bool)
 
 
 def trained_on(rank: int, folder: str, until: int) -> Any:
-    """Go on from the newest whole checkpoint, one at each step; the weights at the end."""
+    """Train from the newest complete checkpoint, saving at each step; return how many there were and the weights."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -424,11 +424,13 @@ def trained_on(rank: int, folder: str, until: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_worker_is_killed_and_training_goes_on(tmp_path: Path) -> None:
-    """One of two workers is killed in the middle of a run; restarted from the last checkpoint it ends bit for bit."""
+def test_a_worker_is_killed_and_training_resumes(tmp_path: Path) -> None:
+    """If one of two workers is killed, a restart from the last checkpoint gives the bits of the uninterrupted run."""
     failing = Ranks(2)
     failing.start(trained_on, str(tmp_path / "killed"), 10**6)
+    end = time.monotonic() + LIMIT
     while not (tmp_path / "killed" / "3" / ".metadata").exists():
+        assert time.monotonic() < end, "the workers wrote no checkpoint"
         time.sleep(0.01)
     failing.processes[1].kill()
     with pytest.raises(AssertionError, match="rank"):
@@ -446,7 +448,7 @@ def test_a_worker_is_killed_and_training_goes_on(tmp_path: Path) -> None:
 
 
 def watched(rank: int) -> tuple[list[float], float, float]:
-    """The ratio of one rank, that of all ranks, and both again without a step in between."""
+    """The ratios of this rank, the share over all ranks, and a second reading without a step in between."""
     model, parts = engines.fsdp2()
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
     optimizer.observer = monitor = MaskMonitor()
@@ -474,7 +476,7 @@ def test_the_monitor_reads_all_ranks() -> None:
 
 
 def monitored(model: torch.nn.Module, per_parameter: bool) -> MaskMonitor:
-    """The monitor of two steps."""
+    """The monitor after two steps."""
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5))
     optimizer.observer = monitor = MaskMonitor(per_parameter=per_parameter)
     for step in range(2):
@@ -485,7 +487,7 @@ def monitored(model: torch.nn.Module, per_parameter: bool) -> MaskMonitor:
 
 
 def rows_of(rank: int, per_parameter: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What one rank saw, and what all saw together; the shards are over one of two dimensions, the other replicates."""
+    """The rows of this rank and those of all ranks, on a mesh with one dimension of shards and one of replicas."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -499,7 +501,7 @@ def rows_of(rank: int, per_parameter: bool) -> tuple[list[dict[str, Any]], list[
 
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_rows_of_all_ranks_are_those_of_one_process(per_parameter: bool) -> None:
-    """With shards and copies of them on four ranks, every number over the ranks is that of training in one process."""
+    """With shards and replicas on four ranks, every number over all ranks is that of training in one process."""
     model = engines.net()
     expected = monitored(model, per_parameter).rows()
 
@@ -541,7 +543,7 @@ def test_the_wrapper_in_an_averaging_optimizer() -> None:
 
 
 def broken_on_one_rank(rank: int) -> bool:
-    """A step with a NaN gradient in one rank's shard, so that this rank cannot see whether gradients were modified."""
+    """Step with a NaN gradient in one rank's shard, so that this rank cannot tell whether gradients were modified."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -554,6 +556,6 @@ def broken_on_one_rank(rank: int) -> bool:
     return opt._gradients.copied
 
 
-def test_what_one_rank_alone_sees_stops_no_rank() -> None:
+def test_ranks_may_differ_in_copying_gradients() -> None:
     """Ranks that differ in copying gradients still make the same collectives."""
     assert [False, True] == spawn(2, broken_on_one_rank)

@@ -1,4 +1,4 @@
-"""The recipes for engines run on two ranks under torchrun, as their first lines say, and name their optimizer."""
+"""The examples for engines run on two ranks under torchrun, as their docstrings show, and print their optimizer."""
 
 import importlib
 import importlib.util
@@ -39,7 +39,7 @@ RECIPES = {
 
 
 def torchrun(script: str, *words: object) -> str:
-    """The output of two ranks of an example."""
+    """The output of an example on two ranks."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -54,8 +54,8 @@ def torchrun(script: str, *words: object) -> str:
     return done.stdout + done.stderr
 
 
-def test_fsdp_goes_on_with_a_checkpoint(tmp_path: Path) -> None:
-    """Six steps, and the last four again from a checkpoint, have the same losses and shares of decayed weights."""
+def test_fsdp_resumes_from_a_checkpoint(tmp_path: Path) -> None:
+    """The last four of six steps, repeated from a checkpoint, have the same losses and shares of decayed weights."""
     pytest.importorskip("tqdm")
     text = torchrun("with_fsdp.py", "--steps", 6, "--folder", tmp_path, *SMALL)
     for step in (4, 6):
@@ -79,7 +79,7 @@ def test_recipes_run(script: str) -> None:
 
 
 def accelerated(rank: int) -> Any:
-    """Train under accelerate's FSDP2; on the CPU it must be set in the accelerator's state."""
+    """Train under accelerate's FSDP2, which on the CPU must be set in the accelerator's state."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 
@@ -111,7 +111,7 @@ def test_accelerate_with_fsdp2() -> None:
 
 
 def under_deepspeed(rank: int, stage: int, scale: Any) -> str:
-    """The error of a step, if there is one."""
+    """The error's text of a step, or ""."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     import deepspeed
 

@@ -1,4 +1,4 @@
-"""The study's statistics on numbers that can be checked by eye; its page; and a small study from the command line."""
+"""The study's statistics, on numbers that can be checked by eye; its page; and a small study on the command line."""
 
 import os
 import re
@@ -26,7 +26,7 @@ BLANK = ls.Outcome(
 
 
 def arm(validation: Sequence[Sequence[float]], test: Sequence[Sequence[float]], lams: Sequence[float]) -> report.Arm:
-    """Losses with a row a lam and a column a seed."""
+    """An arm from losses with one row per lam and one column per seed."""
     cells = [
         [replace(BLANK, seed=seed, validation=v, test=t) for seed, (v, t) in enumerate(zip(*rows, strict=True))]
         for rows in zip(validation, test, strict=True)
@@ -35,19 +35,19 @@ def arm(validation: Sequence[Sequence[float]], test: Sequence[Sequence[float]], 
 
 
 def test_lam_is_chosen_on_validation() -> None:
-    """The second lam has the lowest validation loss, and the highest test loss."""
+    """The lam with the lowest validation loss is chosen, although its test loss is the highest."""
     made = arm([[3, 3], [1, 1], [2, 2]], [[1, 1], [9, 9], [1, 1]], [0, 1, 2])
     assert made.best == 1
 
 
 @pytest.mark.parametrize("loss", [float("inf"), float("nan")])
-def test_a_diverged_run_loses(loss: float) -> None:
+def test_a_lam_with_a_diverged_run_is_not_chosen(loss: float) -> None:
     """A lam with one run that diverged is not chosen, however low its other losses are."""
     assert report.chosen(torch.tensor([[0.0, loss], [5.0, 5.0]])) == 1
 
 
 def test_a_constant_difference_has_no_width() -> None:
-    """At each seed the first is lower by 0.5: so are the mean and both ends of the interval."""
+    """If the first is lower by 0.5 at each seed, the mean and both ends of the interval are -0.5."""
     first = arm([[1, 2, 3]], [[1.5, 2.5, 3.5]], [0])
     second = arm([[1, 2, 3]], [[2, 3, 4]], [0])
     found = report.difference(first, second)
@@ -66,28 +66,28 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_interval_of_the_mean_of_two_seeds() -> None:
-    """Differences of -1 and +3: resamples have the means -1, 1 and 3, and the outer ones are a quarter of them each."""
+    """With differences of -1 and 3, resamples have the means -1, 1 and 3, the outer ones with probability 1/4 each."""
     found = report.difference(arm([[0, 0]], [[0, 0]], [0]), arm([[0, 0]], [[1, -3]], [0]))
     assert (found.mean, found.low, found.high, found.lower) == pytest.approx((1, -1, 3, 1))
     assert found.verdict == ""
 
 
 def test_the_interval_contains_the_choice_of_lam() -> None:
-    """Two lams as good on validation differ by 10 in the test: which one is chosen depends on the seeds drawn."""
+    """If two lams with equal mean validation loss differ by 10 in the test loss, the interval is from 0 to 10."""
     unsure = arm([[0, 1], [1, 0]], [[0, 0], [10, 10]], [0, 1])
     found = report.difference(unsure, arm([[0, 0]], [[0, 0]], [0]))
     assert (found.low, found.high) == pytest.approx((0, 10))
 
 
 def test_the_control_is_compared_at_the_lam_of_the_first() -> None:
-    """The control's own best lam is another row, and is not used."""
+    """With ``same_row`` both arms use the best row of the first, although the control's own best row is another."""
     cautious = arm([[2, 2], [1, 1]], [[5, 5], [4, 4]], [0, 1])
     control = arm([[0, 0], [9, 9]], [[0, 0], [7, 7]], [0, 1])
     assert report.difference(cautious, control, same_row=True).mean == pytest.approx(-3)
 
 
 def test_flat_range() -> None:
-    """Behind the best by 1 +- 2 (standard error 1 of four seeds) is as good; by 3 with no spread is not."""
+    """A mean 0.25 behind the best, with standard error 0.63, is in the range; 1 behind with 0.82, or 3, is not."""
     best = [0.0, 0.0, 0.0, 0.0]
     near = [3.0, 1.0, 1.0, -1.0]  # mean 1, standard deviation 1.63, standard error 0.82
     nearer = [2.0, 0.0, 0.0, -1.0]  # mean 0.25, standard error 0.63
@@ -97,14 +97,14 @@ def test_flat_range() -> None:
 
 
 def test_learning_rate_is_that_of_the_lowest_mean_validation_loss() -> None:
-    """One seed alone is lowest at 0.2; the mean over seeds is lowest at 0.1."""
+    """The mean over seeds is lowest at 0.1, which is chosen, although one seed is lowest at 0.2."""
     losses = {(0.1, 0): 2.0, (0.1, 1): 2.0, (0.2, 0): 1.0, (0.2, 1): 4.0}
     outcomes = [replace(BLANK, lr=lr, seed=seed, validation=loss) for (lr, seed), loss in losses.items()]
     assert study.best_rate(outcomes) == 0.1
 
 
 def test_a_sweep_returns_its_own_controls(tmp_path: Path) -> None:
-    """Two optimizers share a file: the sweep of one has none of the other's runs, controls included."""
+    """If two optimizers share a file, the sweep of one returns no run or control of the other."""
     path = tmp_path / "runs.csv"
     for optimizer in ("AdamW", "SGD"):
         for run in ls.sweep("digits", optimizer, 0.1, [1.0], [0]):
@@ -130,7 +130,7 @@ def test_protocol_says_what_the_study_does() -> None:
 
 
 def test_page_is_made_from_the_committed_runs() -> None:
-    """docs/results.md is what report.py makes of results/*.csv and page.md, and every picture in it is there."""
+    """docs/results.md is the output of report.py for results/*.csv and page.md, and its pictures exist."""
     text = (ROOT / "docs" / "results.md").read_text()
     assert text == report.page(ROOT / "results")
     pictures = re.findall(r"\]\((\w+\.png)\)", text)
@@ -138,7 +138,7 @@ def test_page_is_made_from_the_committed_runs() -> None:
     assert all((ROOT / "docs" / picture).exists() for picture in pictures)
 
 
-def test_every_reported_run_is_there_once() -> None:
+def test_every_run_of_the_study_is_in_the_file_once() -> None:
     """At least 176 runs for each setting, none twice, at the learning rate that the tuning runs choose."""
     outcomes = ls.read(ROOT / "results" / "runs.csv")
     tuning = ls.read(ROOT / "results" / "tuning.csv")
@@ -154,8 +154,8 @@ def test_every_reported_run_is_there_once() -> None:
         assert study.best_rate([o for o in tuning if (o.task, o.optimizer) == (task, optimizer)]) == lr
 
 
-def test_a_small_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """A second call finds all runs but the last, whose line was cut off: it repeats that, and gets the same numbers."""
+def test_a_small_study_resumes(tmp_path: Path) -> None:
+    """If the last line of the file was cut off, a second call gives the same runs with the same numbers."""
     pytest.importorskip("timm")
     pytest.importorskip("sklearn")
     command = [sys.executable, str(ROOT / "results" / "study.py"), "--jobs", "1", "--smoke", str(tmp_path)]

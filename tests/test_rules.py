@@ -1,4 +1,4 @@
-"""The rules on one tensor: numbers to check by eye, then properties."""
+"""The rules on one tensor: first numbers that can be checked by eye, then properties."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_crossing_zero_is_towards_zero() -> None:
 
 
 def test_tiny_products_do_not_underflow() -> None:
-    """1e-25 * -1e-25 is -0.0 in float32, and -0.0 >= 0; the mask sees the signs and is off."""
+    """1e-25 * -1e-25 is -0.0 in float32, and -0.0 >= 0; the mask compares signs, so it is 0."""
     x, u = torch.tensor([1e-25]), torch.tensor([-1e-25])
 
     assert (u * x >= 0).tolist() == [True]
@@ -70,8 +70,8 @@ def test_nan_is_not_aligned() -> None:
 @pytest.mark.parametrize("strict", [False, True])
 @given(x=numbers, w=numbers)
 @settings(max_examples=300, deadline=None)
-def test_both_masks_say_the_same(strict: bool, x: float, w: float) -> None:
-    """The mask from a snapshot equals the mask of the update x - w, whose sign float64 gives exactly."""
+def test_both_masks_agree(strict: bool, x: float, w: float) -> None:
+    """The mask from a snapshot equals the mask of the update x - w, computed in float64 so that its sign is exact."""
     x32, w32 = torch.tensor([x]), torch.tensor([w])
     u = x32.double() - w32.double()
 
@@ -80,8 +80,8 @@ def test_both_masks_say_the_same(strict: bool, x: float, w: float) -> None:
 
 @given(x=numbers, w=numbers, c=st.floats(0, 1))
 @settings(max_examples=300, deadline=None)
-def test_decay_never_grows_a_weight_that_stays_on_its_side(x: float, w: float, c: float) -> None:
-    """A weight that grew keeps its value; one that did not is pulled to the side of zero, if at all."""
+def test_decay_pulls_towards_zero_or_does_nothing(x: float, w: float, c: float) -> None:
+    """A weight that grew keeps its value; decay moves any other weight against the sign of x, if at all."""
     x64, w64 = torch.tensor([x], dtype=torch.float64), torch.tensor([w], dtype=torch.float64)
     mask = rules.moved_towards_zero(x64, w64)
     decayed = rules.decay(w64, x64, mask, c)

@@ -25,7 +25,7 @@ from cwd_wrap import CautiousDecay
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
-    # SequentialLR calls its own schedulers with the epoch, and torch warns itself about that.
+    # SequentialLR calls its own schedulers with the epoch, for which torch itself warns.
     pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning"),
 ]
 
@@ -44,7 +44,7 @@ MOMENTA = {"SGD": Base("SGD", SGD, lr=0.05, momentum=0.9), "AdamW": Base("AdamW"
 
 
 def scheduled(optimizer: Optimizer, model: torch.nn.Module, make: Callable[[Optimizer], Any]) -> list[Any]:
-    """Train under a scheduler; the groups' learning rates and momenta, step by step."""
+    """Train under a scheduler; return the first group's learning rate and momenta after each step."""
     scheduler, seen = make(optimizer), []
     for step in range(6):
         optimizer.zero_grad()
@@ -68,12 +68,12 @@ def test_schedule_is_that_of_the_plain_optimizer(make: Any, build: Any, every_pa
 
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
 def test_the_step_uses_the_scheduled_values(make: Any, every_path: PathOptions) -> None:
-    """Weights under a scheduler are those of a run in which the same values are written by hand."""
+    """Weights under a scheduler equal those of a run with the same values written by hand."""
     ours, byhand = net(), net()
     opt, other = (
         CautiousDecay(MOMENTA["AdamW"](model.parameters(), **every_path.base), **every_path) for model in (ours, byhand)
     )
-    make(other)  # its first values; those of the later steps come from `scheduled`
+    make(other)  # sets the first values; those of later steps come from `scheduled`
     for step, (lr, _, betas) in enumerate(scheduled(opt, ours, make)):
         other.zero_grad()
         loss_of(byhand, step).backward()
@@ -84,7 +84,7 @@ def test_the_step_uses_the_scheduled_values(make: Any, every_path: PathOptions) 
 
 
 def test_the_decay_follows_the_learning_rate(every_path: PathOptions) -> None:
-    """With zero gradients only the decay is left: 1 - 0.1*0.5, then, after StepLR, 1 - 0.01*0.5."""
+    """With zero gradients only the decay acts: the factor is 1 - 0.1*0.5, and after StepLR 1 - 0.01*0.5."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     scheduler = StepLR(opt, step_size=1, gamma=0.1)
@@ -119,7 +119,7 @@ def test_a_scheduler_on_the_base_works(every_path: PathOptions) -> None:
     assert pytest.approx(0.95 * 0.995) == p.item()
 
 
-def test_a_forgotten_step_is_warned_of() -> None:
+def test_a_missing_step_gives_a_warning() -> None:
     """torch warns if scheduler.step() comes before the wrapper's step(), so the tests above could have warned."""
     opt = CautiousDecay(SGD([weight(1.0)], lr=0.1, weight_decay=0.5))
     scheduler = StepLR(opt, step_size=1)
@@ -143,7 +143,7 @@ def test_a_tensor_learning_rate_is_scheduled_in_place(every_path: PathOptions) -
 
 @pytest.mark.parametrize("make", [SCHEDULERS["OneCycleLR"], SCHEDULERS["CosineAnnealingLR"]])
 def test_an_optimizer_under_a_scheduler_can_be_pickled(make: Any) -> None:
-    """The optimizer can be pickled although the scheduler patched its step, and so can the scheduler's state dict."""
+    """An optimizer with a step patched by a scheduler can be pickled, and so can the scheduler's state dict."""
     model = net()
     opt = CautiousDecay(MOMENTA["AdamW"](model.parameters()))
     scheduler = make(opt)
@@ -198,8 +198,8 @@ def test_weight_decay_schedule(write: Any, build: Any, every_path: PathOptions) 
         assert pytest.approx(expected) == p.item()
 
 
-def test_a_base_that_calls_its_closure_itself_takes_a_rise_from_0_one_step_late() -> None:
-    """A closure that raises the decay from 0 acts one step late, because weights with decay 0 are not copied."""
+def test_a_closure_that_the_base_calls_raises_the_decay_from_0_one_step_late() -> None:
+    """If the base itself calls the closure, a rise from 0 acts one step late: weights with decay 0 are not copied."""
 
     class Mine(SGD):
         pass
@@ -213,7 +213,7 @@ def test_a_base_that_calls_its_closure_itself_takes_a_rise_from_0_one_step_late(
 
 
 def test_a_hook_of_the_base_may_scale_the_decay(every_path: PathOptions) -> None:
-    """The base's hooks read the real decay, not the 0 of the step, so halving it halves it."""
+    """The base's hooks read the group's own decay and not the temporary 0, so a hook can halve it."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     opt.base_optimizer.register_step_post_hook(
@@ -226,7 +226,7 @@ def test_a_hook_of_the_base_may_scale_the_decay(every_path: PathOptions) -> None
 
 
 def test_a_value_written_after_the_step_counts_from_the_next(every_path: PathOptions) -> None:
-    """A weight_decay that a post hook of the base writes takes effect, and the old value does not come back."""
+    """A weight_decay that a post hook of the base writes stays in the group and applies from the next step."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
     group = opt.param_groups[0]
@@ -252,7 +252,7 @@ def test_a_schedule_may_begin_at_zero(every_path: PathOptions) -> None:
 
 
 def test_the_schedule_of_one_group_leaves_the_other(every_path: PathOptions) -> None:
-    """DINO schedules group 0 only: group 1 keeps its own strength."""
+    """A schedule of group 0, as in DINO, does not change the decay of group 1."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
     opt = CautiousDecay(
         SGD([{"params": [p]}, {"params": [q], "weight_decay": 0.25}], lr=0.1, weight_decay=0.5, **every_path.base),

@@ -1,4 +1,4 @@
-"""The recipes of docs/schedules.md, taken from that page: lam and p at each step, on every path, and after a resume."""
+"""The recipes of docs/schedules.md, run from the page: lam and p at each step, on every path and after a resume."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ LR, LAM = 0.125, 0.5
 
 @pytest.fixture(scope="module")
 def recipe() -> dict[str, Any]:
-    """The names of the page, once all its blocks have run."""
+    """The names that the page's blocks define."""
     names: dict[str, Any] = {}
     for source in snippets(PAGE):
         exec(source, names)
@@ -31,7 +31,7 @@ def recipe() -> dict[str, Any]:
 
 
 def decayed(path: PathOptions, schedule: Callable[[Any], object], gradients: list[float]) -> tuple[Any, list[float]]:
-    """A weight that starts at 1, after each step of SGD along one of the gradients."""
+    """The optimizer, and a weight that starts at 1 after each step of SGD with one of the gradients."""
     p = weight(1.0, dtype=torch.float64)
     opt = CautiousDecay(SGD([p], lr=LR, weight_decay=LAM, **path.base), **path)
     schedule(opt)
@@ -43,7 +43,7 @@ def decayed(path: PathOptions, schedule: Callable[[Any], object], gradients: lis
     return opt, seen
 
 
-# ------------------------------------------------------------------------------------ lam by the step
+# ------------------------------------------------------------------------------------ lam, a function of the step
 
 
 def test_the_factor_of_the_page_is_a_cosine(recipe: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def test_the_factor_of_the_page_is_a_cosine(recipe: dict[str, Any]) -> None:
 
 
 def test_off_then_on(recipe: dict[str, Any], every_path: PathOptions) -> None:
-    """Three steps of gradient 0 with lam on from the third: 1, 1, 1 - 1/16, and then once more."""
+    """With gradient 0 and lam on from the third step, a weight of 1 is 1, 1, 15/16 and (15/16)**2."""
     schedule = lambda opt: recipe["schedule_lam"](opt, recipe["from_step"](2))
     _, seen = decayed(every_path, schedule, [0.0] * 4)
 
@@ -63,7 +63,7 @@ def test_off_then_on(recipe: dict[str, Any], every_path: PathOptions) -> None:
 
 
 def test_off_then_on_is_the_rule_with_the_lam_of_the_step(recipe: dict[str, Any], every_path: PathOptions) -> None:
-    """Gradients 1, -1, 1, -1, lr 1/8: of all steps only the third has lam and goes towards 0, so only it decays."""
+    """With gradients 1, -1, 1, -1 only the third step has lam and moves towards 0, so only it decays."""
     schedule = lambda opt: recipe["schedule_lam"](opt, recipe["from_step"](2))
     _, seen = decayed(every_path, schedule, [1.0, -1.0, 1.0, -1.0])
 
@@ -82,7 +82,7 @@ def test_cosine(recipe: dict[str, Any], every_path: PathOptions) -> None:
 
 
 def test_the_hook_keeps_the_zeros_of_groups(recipe: dict[str, Any]) -> None:
-    """Each group is scheduled from its own lam; one that is 0 stays 0."""
+    """Each group is scheduled from its own lam, and a lam of 0 stays 0."""
     groups = [{"params": [weight(1, grad=[0])], "weight_decay": lam} for lam in (0.5, 0.25, 0.0)]
     opt = CautiousDecay(SGD(groups, lr=LR))
     recipe["schedule_lam"](opt, lambda step: 1 / (step + 1))
@@ -93,7 +93,7 @@ def test_the_hook_keeps_the_zeros_of_groups(recipe: dict[str, Any]) -> None:
 
 
 def test_built_with_0_and_raised_later(every_path: PathOptions) -> None:
-    """A group whose weight_decay is 0 at the start, beside one that decays, needs no lam= to decay later."""
+    """A group that starts with weight_decay 0, beside one that decays, needs no lam= to decay later."""
     p, q = weight(1, grad=[0]), weight(1, grad=[0])
     groups = [{"params": [p], "weight_decay": 0.0}, {"params": [q], "weight_decay": LAM}]
     opt = CautiousDecay(SGD(groups, lr=LR, **every_path.base), **every_path)
@@ -104,18 +104,18 @@ def test_built_with_0_and_raised_later(every_path: PathOptions) -> None:
     assert [15 / 16, (15 / 16) ** 2] == [p.item(), q.item()]
 
 
-def test_lam_at_construction_is_on_at_once() -> None:
-    """Where all groups are built with 0, lam= is written into all of them: it is no start at 0."""
+def test_lam_at_construction_applies_at_once() -> None:
+    """If all groups are built with 0, lam= is written into all of them, so no group starts at 0."""
     opt = CautiousDecay(SGD([{"params": [weight(1)]}, {"params": [weight(1)]}], lr=LR), lam=LAM)
 
     assert [LAM, LAM] == [group["weight_decay"] for group in opt.param_groups]
 
 
-# ------------------------------------------------------------------------------------ lam by the gradients
+# ------------------------------------------------------------------------------------ lam, a function of the gradients
 
 
 def test_lam_by_norm(recipe: dict[str, Any], every_path: PathOptions) -> None:
-    """Reference 1: gradients of length 1/2 and 1 leave lam as it is; with 2 and 4 it is a half and a quarter."""
+    """With reference 1, gradients of norm 1/2 and 1 do not change lam; those of norm 2 and 4 divide it by 2 and 4."""
     for g, share in ((0.5, 1), (1.0, 1), (2.0, 1 / 2), (4.0, 1 / 4)):
         opt, (x,) = decayed(every_path, lambda opt: recipe["lam_by_norm"](opt, reference=1.0), [g])
 
@@ -124,7 +124,7 @@ def test_lam_by_norm(recipe: dict[str, Any], every_path: PathOptions) -> None:
 
 
 def test_the_norm_is_that_of_the_group(recipe: dict[str, Any]) -> None:
-    """Gradients (3,) and (4,) of one group have length 5; a parameter without a gradient adds nothing."""
+    """Gradients (3,) and (4,) of one group have norm 5; a parameter without a gradient adds nothing."""
     group = [weight(1, grad=[3]), weight(1, grad=[4]), weight(1)]
     opt = CautiousDecay(SGD([{"params": group}, {"params": [weight(1)]}], lr=LR, weight_decay=LAM))
     recipe["lam_by_norm"](opt, reference=1.0)
@@ -136,7 +136,7 @@ def test_the_norm_is_that_of_the_group(recipe: dict[str, Any]) -> None:
 def test_a_closure_makes_the_gradients_that_a_hook_of_the_base_reads(
     recipe: dict[str, Any], every_path: PathOptions
 ) -> None:
-    """On the base the recipe has the norm of the gradients that the closure makes within the step."""
+    """Registered on the base, the recipe uses the gradients that the closure makes within the step."""
     p = weight(1.0, dtype=torch.float64)
     opt = CautiousDecay(SGD([p], lr=LR, weight_decay=LAM, **every_path.base), **every_path)
     recipe["lam_by_norm"](opt.base_optimizer, reference=1.0)
@@ -151,7 +151,7 @@ def test_a_closure_makes_the_gradients_that_a_hook_of_the_base_reads(
 
 
 def test_the_norm_is_that_of_unscaled_gradients(recipe: dict[str, Any], every_path: PathOptions) -> None:
-    """GradScaler divides the gradients by its scale before the hook: with a gradient of 2, lam has a half of itself."""
+    """GradScaler divides the gradients by its scale before the hook, so a gradient of 2 halves lam."""
     p = weight(1.0)
     opt = CautiousDecay(SGD([p], lr=LR, weight_decay=LAM, **every_path.base), **every_path)
     recipe["lam_by_norm"](opt, reference=1.0)
@@ -172,7 +172,7 @@ def p_at(step: int) -> float:
 
 @pytest.mark.parametrize("path", ["snapshot", "pieces"])
 def test_p_falls(path: str) -> None:
-    """Each of four steps is the authors' line with the p of that step: 2, 1.6, 1.2, 0.8."""
+    """Each of four steps is the authors' formula with the p of that step: 2, 1.6, 1.2, 0.8."""
     q = weight(1, -0.01, 3, grad=[1, 1, -1], dtype=torch.float64)
     opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=2.0, path=path)
     x, g = q.detach().clone(), q.grad.clone()
@@ -185,7 +185,7 @@ def test_p_falls(path: str) -> None:
 
 
 def test_p_may_be_set_from_a_hook() -> None:
-    """A pre-hook's p is the p of its step: at p = 1 a weight of 1/16 is halved, at p = 2 divided by 1.125."""
+    """A p set in a pre hook applies to its step: p = 1 halves a weight of 1/16; p = 2 would divide it by 1.125."""
     q = weight(1 / 16, grad=[0], dtype=torch.float64)
     opt = PNormDecay(SGD([q], lr=LR, weight_decay=LAM), p=2.0)
     opt.register_step_pre_hook(lambda opt, *_: setattr(opt, "p", 1.0))
@@ -198,7 +198,7 @@ def test_p_may_be_set_from_a_hook() -> None:
     ("value", "error"), [(0, ValueError), (2.5, ValueError), (math.nan, ValueError), ("1", TypeError)]
 )
 def test_a_wrong_p_is_refused_when_it_is_set(value: Any, error: type[Exception]) -> None:
-    """The text is the constructor's, and the p from before stays."""
+    """The error is the constructor's, and p does not change."""
     opt = PNormDecay(SGD([weight(1)], lr=LR, weight_decay=LAM), p=1.5)
     with pytest.raises(error, match=r"p of PNormDecay is .*: pass a number above 0, up to 2"):
         opt.p = value
@@ -206,8 +206,8 @@ def test_a_wrong_p_is_refused_when_it_is_set(value: Any, error: type[Exception])
     assert opt.p == 1.5
 
 
-def test_a_state_dict_leaves_p(recipe: dict[str, Any]) -> None:
-    """Neither saving nor loading a state dict touches p: the page's loop sets it from the step."""
+def test_a_state_dict_does_not_hold_p() -> None:
+    """Loading the state dict of an optimizer with another p does not change p."""
     opt, other = (PNormDecay(SGD([weight(1)], lr=LR, weight_decay=LAM), p=p) for p in (2.0, 0.8))
     other.load_state_dict(opt.state_dict())
 
@@ -218,7 +218,7 @@ def test_a_state_dict_leaves_p(recipe: dict[str, Any]) -> None:
 
 
 def scheduled(model: nn.Module, recipe: dict[str, Any], path: PathOptions = CHOSEN) -> CautiousDecay:
-    """CautiousDecay(AdamW) whose lam is off for two steps and then falls."""
+    """CautiousDecay(AdamW) with a lam that is 0 for two steps and then falls."""
     opt = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5, **path.base), **path)
     recipe["schedule_lam"](opt, lambda step: 0 if step < 2 else 1 / step)
     return opt
@@ -226,8 +226,8 @@ def scheduled(model: nn.Module, recipe: dict[str, Any], path: PathOptions = CHOS
 
 @pytest.mark.parametrize("saved", [1, 3], ids=["while off", "while on"])
 @pytest.mark.filterwarnings("ignore:.*nothing to decay")
-def test_a_schedule_goes_on_after_a_checkpoint(recipe: dict[str, Any], saved: int, every_path: PathOptions) -> None:
-    """Six steps at once, and six with a checkpoint between: the same weights, bit for bit, and the same lam."""
+def test_a_schedule_resumes_after_a_checkpoint(recipe: dict[str, Any], saved: int, every_path: PathOptions) -> None:
+    """Six steps with a checkpoint in between give the bits of six steps in one run, and the same lam."""
     whole, first, second = net(), net(), net()
     train(whole, ours := scheduled(whole, recipe, every_path), range(6))
     train(first, opt := scheduled(first, recipe, every_path), range(saved))
@@ -240,7 +240,7 @@ def test_a_schedule_goes_on_after_a_checkpoint(recipe: dict[str, Any], saved: in
 
 
 def test_a_checkpoint_from_before_the_start_warns(recipe: dict[str, Any]) -> None:
-    """That nothing decays is said, with the case in which it is meant; later in the schedule nothing is said."""
+    """Loading a checkpoint with lam 0 warns that nothing decays and mentions schedules; a later one does not warn."""
     opt, other = scheduled(net(), recipe), scheduled(model := net(), recipe)
     train(model, other, range(1))
     with pytest.warns(UserWarning, match=r"nothing to decay: .* Unless a schedule raises it later, pass lam="):
@@ -253,7 +253,7 @@ def test_a_checkpoint_from_before_the_start_warns(recipe: dict[str, Any]) -> Non
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_schedule_under_lightning(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Lightning steps with a closure and saves the groups: two epochs, resumed after one, are a plain loop's."""
+    """Two epochs under Lightning, resumed after the first, give the weights of a plain loop."""
     module, again = lightning_module(), lightning_module()
     for each in (module, again):
         each.configure_optimizers = lambda each=each: scheduled(each, recipe)

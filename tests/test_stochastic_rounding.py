@@ -22,7 +22,7 @@ from cwd_wrap.tensors import Shard
 
 ROOT = Path(__file__).parents[1]
 NARROW = [torch.bfloat16, torch.float16]
-pytestmark = pytest.mark.filterwarnings("ignore:eta.lam = .* is lost")  # rounding to nearest is compared with
+pytestmark = pytest.mark.filterwarnings("ignore:eta.lam = .* is lost")  # from the comparisons with rounding to nearest
 both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
 MANY = 100_000
 STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
@@ -45,7 +45,7 @@ def neighbours(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sigmas(errors: Tensor) -> float:
-    """The mean of independent errors, in units of its standard deviation."""
+    """The mean of independent errors, in units of the mean's standard deviation."""
     errors = errors.double()
     return float(errors.mean() / (errors.std() / math.sqrt(errors.numel())))
 
@@ -57,7 +57,7 @@ def weights(kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def decayed(x: Tensor, rounding: str, steps: int = STEPS, **options: object) -> Tensor:
-    """``x`` after wrapped steps with update 0 that decay every weight by 1e-4 of itself."""
+    """``x`` after wrapped steps with update 0, each of which decays every weight by 1e-4 of itself."""
     p = torch.nn.Parameter(x.clone())
     p.grad = torch.zeros_like(x)
     base = {"fused": True} if options.get("path") == "one_pass" else {}
@@ -72,13 +72,13 @@ def backend_of(name: str) -> Backend:
 
 
 def draws(*tensors: Tensor, step: int = 0) -> Draws:
-    """The random numbers of a step for parameters 0, 1, ..., each whole."""
+    """The random numbers of a step for whole parameters 0, 1, ..."""
     stream = rules.stream(torch.tensor(0), torch.tensor(step)).to(tensors[0].device)
     return Draws(stream, range(len(tensors)), [Shard(0, t.numel(), t.numel(), t.numel()) for t in tensors])
 
 
 def stepped(w: list[Tensor], eta_lam: float | Tensor) -> Stepped:
-    """Weights that a step left where they were."""
+    """Weights that a step did not move."""
     return Stepped(w, w, [t.clone() for t in w], None, eta_lam, draws(*w))
 
 
@@ -110,8 +110,8 @@ def test_the_chance_is_the_share_of_the_gap(dtype: torch.dtype, share: float) ->
 
 
 @both_types
-def test_what_the_type_holds_stays(dtype: torch.dtype) -> None:
-    """Each of the type's 65,536 patterns keeps its bits, infinities and signed zeros included; NaN stays NaN."""
+def test_numbers_of_the_type_do_not_change(dtype: torch.dtype) -> None:
+    """Each of the type's 65,536 bit patterns stays the same, infinities and signed zeros included; NaN stays NaN."""
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     for random in (0.0, 0.5, 1 - 2**-24):
         rounded = rules.stochastic_rounding(every.float(), dtype, torch.full(every.shape, random))
@@ -148,9 +148,9 @@ def test_one_step_of_ones(every_path: PathOptions) -> None:
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
 def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, every_path: PathOptions) -> None:
-    """Where rounding to nearest changes 0 of 100,000 weights, the stochastic mean is the float32 decay.
+    """Rounding to nearest changes 0 of 100,000 weights; the mean of stochastic rounding is the float32 decay.
 
-    The same check rejects rounding to nearest, and a decay that is a tenth off.
+    The check would reject rounding to nearest, and a decay that is a tenth off.
     """
     x = weights(kind, dtype)
     wide = decayed(x.float(), "stochastic", **every_path)
@@ -165,8 +165,8 @@ def test_the_mean_is_that_of_float32(dtype: torch.dtype, kind: str, every_path: 
 
 
 @pytest.mark.parametrize("mask", ["gradient", "random", "all"])
-def test_the_ablations_too(mask: str) -> None:
-    """With an ablation's mask, here all 1, weights decay by eta*lam on average."""
+def test_the_mean_under_the_ablations(mask: str) -> None:
+    """With an ablation's mask, here 1 everywhere, weights decay by eta*lam on average."""
     x = weights("normal", torch.bfloat16)
     error = decayed(x, "stochastic", 20, mask=mask).float() - decayed(x.float(), "stochastic", 20, mask=mask)
 
@@ -205,7 +205,7 @@ def test_masked_weights_keep_their_bits(path: PathOptions, dtype: torch.dtype) -
     p, alone = torch.nn.Parameter(x.clone()), torch.nn.Parameter(x.clone())
     p.grad = alone.grad = torch.randn(MANY).to(dtype)
     SGD([alone], lr=1.0).step()
-    grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # large enough not to round away, which a snapshot would miss
+    grown = (alone > x) & (x > 0) | (alone < x) & (x < 0)  # without steps that round away, which a snapshot misses
     CautiousDecay(SGD([p], lr=1.0), lam=0.01, **path, rounding="stochastic").step()
 
     assert torch.equal(p.view(torch.int16)[grown], alone.view(torch.int16)[grown])
@@ -215,7 +215,7 @@ def test_masked_weights_keep_their_bits(path: PathOptions, dtype: torch.dtype) -
 @both_types
 @both_backends
 def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype, kernel: str) -> None:
-    """Zeros, infinities and NaN, in every pair, come out with the bits that rounding to nearest gives them."""
+    """Every pair of zeros, infinities and NaN gives the bits that rounding to nearest gives."""
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan], dtype=dtype)
     w, x = (t.reshape(-1) for t in torch.meshgrid(special, special, indexing="ij"))
     along, after = w.clone(), w.clone()
@@ -227,7 +227,7 @@ def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype, ker
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_wide_weights_decay_as_ever(dtype: torch.dtype, every_path: PathOptions) -> None:
+def test_wide_weights_decay_as_before(dtype: torch.dtype, every_path: PathOptions) -> None:
     """float32 and float64 weights decay as with rounding to nearest."""
     x = weights("normal", dtype)
 
@@ -247,7 +247,7 @@ def test_no_generator_is_used(every_path: PathOptions) -> None:
 
 
 @both_backends
-def test_equal_tensors_are_rounded_apart(kernel: str) -> None:
+def test_equal_tensors_draw_different_numbers(kernel: str) -> None:
     """Two equal tensors, and two blocks of one tensor, get different random numbers."""
     sizes = [1000, 1000, 20_000, 20_000, 2 << 20]
     w = [torch.ones(n, dtype=torch.bfloat16) for n in sizes]
@@ -259,8 +259,8 @@ def test_equal_tensors_are_rounded_apart(kernel: str) -> None:
 # ---- seeds and checkpoints
 
 
-def test_the_seed_decides(every_path: PathOptions) -> None:
-    """The same ``seed`` gives the same run, and another seed another one."""
+def test_the_seed_gives_the_run(every_path: PathOptions) -> None:
+    """The same ``seed`` gives the same run, and another seed gives another run."""
     x = weights("normal", torch.bfloat16)
     runs = [decayed(x, "stochastic", 3, seed=seed, **every_path) for seed in (1, 1, 2)]
 
@@ -275,7 +275,7 @@ def test_unfit_seeds(seed: object) -> None:
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, seed=seed)
 
 
-def test_steps_are_rounded_apart() -> None:
+def test_steps_draw_different_numbers() -> None:
     """Each step draws new numbers, whether the base counts its steps or not."""
     for base in (SGD, AdamW):
         p = torch.nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
@@ -290,7 +290,7 @@ def test_steps_are_rounded_apart() -> None:
 
 
 def test_the_mean_over_steps_of_a_weight_that_stays() -> None:
-    """With a constant weight and a zero gradient, the mean decay over 2,000 steps is eta*lam, at every place."""
+    """With a constant weight and a zero gradient, the mean decay over 2,000 steps is eta*lam; every place decays."""
     p = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
     opt, lost = CautiousDecay(SGD([p], lr=0.25), lam=2**-10, rounding="stochastic"), torch.zeros(64)
@@ -330,7 +330,7 @@ def narrow_net(path: PathOptions) -> tuple[torch.nn.Module, CautiousDecay]:
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    """Four steps, a checkpoint and four more in another process with another seed equal eight steps."""
+    """Four steps, a checkpoint, and four more in another process with another torch seed equal eight steps."""
     file, saved, expected = tmp_path / "checkpoint.pt", {}, []
     for path in filter(can_run, ALL_PATHS):
         model, opt = narrow_net(path)
@@ -346,8 +346,8 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     assert all(map(torch.equal, torch.load(file), expected))
 
 
-def test_a_copy_goes_on_as_the_original() -> None:
-    """A copied and a pickled wrapper draw the original's next numbers, also over a base without a counter."""
+def test_a_copy_draws_the_same_numbers() -> None:
+    """A copied and a pickled wrapper draw the original's next numbers, also around a base without a counter."""
     p = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     p.grad = torch.full_like(p, 2**-9)
     opt = CautiousDecay(SGD([p], lr=1.0), lam=2**-9, rounding="stochastic")
@@ -364,7 +364,7 @@ def test_a_copy_goes_on_as_the_original() -> None:
 
 
 def test_the_state_dict_is_the_plain_optimizers() -> None:
-    """After training the state dict has the plain optimizer's keys, group for group."""
+    """After training, the state dict has the plain optimizer's groups and keys."""
     dicts = []
     for wrap in (lambda base: base, lambda base: CautiousDecay(base, rounding="stochastic")):
         model, _ = narrow_net(PathOptions())
@@ -386,8 +386,8 @@ def test_unknown_rounding() -> None:
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="up")
 
 
-def test_it_is_pickled_copied_and_handed_on() -> None:
-    """A pickled, a copied and an ``over`` optimizer keep their rounding; the default is to nearest."""
+def test_copies_and_over_keep_the_rounding() -> None:
+    """Pickled and copied optimizers and those from `over` keep their rounding; the default is "nearest"."""
     opt = CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.1, rounding="stochastic")
     made = CautiousDecay.over(SGD, rounding="stochastic")([weight(1.0)], lr=0.1, weight_decay=0.1)
 

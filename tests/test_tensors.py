@@ -1,4 +1,4 @@
-"""Every kind of tensor a model may hold: absent and sparse gradients, shapes, strides, types, extreme values."""
+"""Every kind of tensor that a model may hold: no or sparse gradients, shapes, strides, types, extreme values."""
 
 import math
 from typing import Any
@@ -81,7 +81,7 @@ def test_tiny_and_huge_weights(sign: float, size: float, every_path: PathOptions
 @pytest.mark.parametrize(("size", "grad"), [(1e-40, 1e-40), (1e-39, 2e-38)])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_denormal_weights(sign: float, size: float, grad: float, every_path: PathOptions) -> None:
-    """The mask of a denormal weight may be wrong, as the caveats say: by less than the smallest normal number."""
+    """The mask of a denormal weight may be wrong (docs/caveats.md); the error is below the smallest normal number."""
     expected, actual = both_ways(sign * size, sign * grad, every_path)
 
     assert bool(((expected - actual).abs() < torch.finfo(torch.float32).tiny).all())
@@ -89,7 +89,7 @@ def test_denormal_weights(sign: float, size: float, grad: float, every_path: Pat
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_denormal_gradients(sign: float, every_path: PathOptions) -> None:
-    """A denormal gradient has a sign; where the step is lost in rounding, only the direction path knows it."""
+    """A denormal gradient has a sign; if the step is lost in rounding, paths that copy the weights miss the sign."""
     p = weight(sign, -sign, grad=[sign * 1e-40] * 2)
     CautiousDecay(sgd(p, **every_path.base), **every_path).step()
 
@@ -98,8 +98,8 @@ def test_denormal_gradients(sign: float, every_path: PathOptions) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["weight", "gradient"])
-def test_what_is_not_finite_stays_where_it_is(where: str, bad: float, every_path: PathOptions) -> None:
-    """A NaN or an infinity stays in its place, and its neighbours step and decay as without it."""
+def test_a_value_that_is_not_finite_stays_in_its_place(where: str, bad: float, every_path: PathOptions) -> None:
+    """A NaN or an infinity stays in its place, and the weights beside it step and decay as usual."""
     p = weight(bad if where == "weight" else 1.0, 1.0, -1.0, grad=[bad if where == "gradient" else 1.0, 1.0, 1.0])
     CautiousDecay(sgd(p, **every_path.base), **every_path).step()
 
@@ -122,11 +122,11 @@ def test_any_numbers(every_path: PathOptions, pairs: list[tuple[float, float]]) 
     p.grad = g.clone()
     CautiousDecay(sgd(p, **every_path.base), **every_path).step()
     w = x - LR * g
-    # The direction path knows u's sign even where the step is too small to change x.
+    # Paths without a copy have u's sign even where the step is too small to change x.
     keeps = torch.sign(g) * torch.sign(x) < 0
     expected = ruled(x, w, ETA_LAM) if every_path.copies else torch.where(keeps, w, w - ETA_LAM * x)
 
-    # A difference of two numbers is as exact as the larger one; denormal weights are not checked.
+    # A difference of two numbers is as exact as the larger of them; denormal weights are not checked.
     smallest = torch.finfo(torch.float64).tiny
     assert bool(((expected - p.detach()).abs() <= 4e-16 * (x.abs() + g.abs()) + smallest).all())
 
@@ -147,11 +147,11 @@ def test_the_paths_agree_where_the_step_moves(pairs: list[tuple[float, float]]) 
     torch.testing.assert_close(results[0][moved], results[1][moved], rtol=1e-14, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------ who takes part
+# ------------------------------------------------------------------------------------ which weights take part
 
 
 def test_a_frozen_parameter_keeps_its_value(every_path: PathOptions) -> None:
-    """requires_grad=False in the groups: untouched, from the start or frozen between steps."""
+    """A parameter with requires_grad=False keeps its value, frozen from the start or between steps."""
     p, q = nn.Parameter(torch.ones(1), requires_grad=False), weight(1.0, grad=[0.0])
     opt = CautiousDecay(sgd(p, q, **every_path.base), **every_path)
     opt.step()
@@ -170,7 +170,7 @@ def test_no_gradient_at_all(every_path: PathOptions) -> None:
 
 
 def test_tied_weights_decay_once(every_path: PathOptions) -> None:
-    """Two layers that share a weight: model.parameters() has it once, and it decays once."""
+    """A weight that two layers share is in model.parameters() once, and decays once."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
     before = model[0].weight.detach().clone()
@@ -271,8 +271,8 @@ def test_an_explicit_zero_in_a_sparse_gradient(build: Any, path: PathOptions, st
 
 
 @sparse_bases
-def test_a_row_that_comes_twice_decays_once_by_the_sum(build: Any, path: PathOptions) -> None:
-    """Row 2 appears with +1 and -3, which sum to growth, so it does not decay; row 1, twice +1, decays once."""
+def test_a_repeated_row_decays_once_by_the_sum(build: Any, path: PathOptions) -> None:
+    """Row 2 appears with 1 and -3, so it grows and does not decay; row 1 appears with 1 twice and decays once."""
     p, q = nn.Parameter(torch.ones(4, 1)), nn.Parameter(torch.ones(4, 1))
     p.grad = sparse([2, 2, 1, 1], [[1.0], [-3.0], [1.0], [1.0]])
     q.grad = p.grad.coalesce()
@@ -287,7 +287,7 @@ def test_a_row_that_comes_twice_decays_once_by_the_sum(build: Any, path: PathOpt
 
 @sparse_bases
 def test_an_empty_sparse_gradient_changes_nothing(build: Any, path: PathOptions) -> None:
-    """A sparse gradient without entries: no row steps, none decays."""
+    """With a sparse gradient without entries, no row steps or decays."""
     p = nn.Parameter(torch.ones(4, 2))
     p.grad = torch.sparse_coo_tensor(
         torch.empty(1, 0, dtype=torch.long), torch.empty(0, 2), (4, 2), check_invariants=True
@@ -336,7 +336,7 @@ def test_a_gradient_may_turn_from_dense_to_sparse(path: PathOptions) -> None:
 
 
 def test_memory_between_the_weights_is_left_alone(every_path: PathOptions) -> None:
-    """A parameter that is every other number of a buffer decays; the numbers between keep their bits."""
+    """If a parameter is every second number of a buffer, it decays, and the numbers between keep their bits."""
     buffer = torch.ones(8)
     p = nn.Parameter(buffer[::2])
     p.grad = torch.zeros(4)
@@ -348,7 +348,7 @@ def test_memory_between_the_weights_is_left_alone(every_path: PathOptions) -> No
 @pytest.mark.parametrize("base", [SGD, Adam, AdamW])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype: torch.dtype, base: Any, every_path: PathOptions) -> None:
-    """float64 down to bfloat16: with a zero gradient a step is one rounding of 0.9375 x, and the type stays."""
+    """In every type a step with a zero gradient gives 0.9375 * x, rounded once, and the type stays."""
     x = torch.linspace(-2, 2, 65, dtype=dtype)
     p = nn.Parameter(x.clone())
     p.grad = torch.zeros_like(p)
@@ -359,8 +359,8 @@ def test_types(dtype: torch.dtype, base: Any, every_path: PathOptions) -> None:
     assert torch.equal((x.double() - ETA_LAM * x.double()).to(dtype), p)
 
 
-def test_the_direction_sees_a_step_that_rounds_away() -> None:
-    """In bfloat16, 1 + 2^-10 rounds to 1: the snapshot misses that the weight should grow; the direction does not."""
+def test_the_direction_has_the_sign_of_a_step_that_rounds_away() -> None:
+    """In bfloat16, 1 + 2**-10 rounds to 1: the snapshot misses that the weight should grow; the direction does not."""
     results = []
     for path in ("direction", "snapshot"):
         p = weight(1.0, grad=[-(2.0**-7)], dtype=torch.bfloat16)
@@ -412,7 +412,7 @@ def test_many_small_tensors(every_path: PathOptions) -> None:
 
 
 def test_the_snapshot_follows_its_parameters() -> None:
-    """If a parameter changes its type or a group its parameters between steps, new copies are made."""
+    """If a parameter changes its type, or a group its parameters, between steps, new copies are made."""
     p, q = weight(1.0, grad=[0.0]), weight(1.0, 1.0, grad=[0.0, 0.0])
     opt = CautiousDecay(sgd(p), path="snapshot")
     opt.step()

@@ -1,4 +1,4 @@
-"""Names for timm: every `cautious_<name>` is the wrapper over that optimizer, and unchanged scripts run with it."""
+"""Names for timm: every `cautious_<name>` is the wrapper around that optimizer, and scripts run with it unchanged."""
 
 import argparse
 import copy
@@ -43,7 +43,7 @@ LAM = 0.1
 LR = 1e-3
 
 PLAIN = list_optimizers(exclude_filters=["cautious_*"])
-# The others are named by a string: they need apex or bitsandbytes, and a GPU.
+# The others have a string in place of a class: they need apex or bitsandbytes, and a GPU.
 ON_CPU = [name for name in PLAIN if not isinstance(get_optimizer_info(name).opt_class, str)]
 
 
@@ -54,17 +54,17 @@ def model() -> nn.Module:
 
 
 def make(net: nn.Module, name: str, weight_decay: float = LAM, **kwargs: Any) -> Optimizer:
-    """An optimizer from timm's factory. Kron is not compiled, which takes half a minute on a CPU."""
+    """An optimizer from timm's factory. Kron is left uncompiled: compiling takes half a minute on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if "kron" in name:
             patch.setattr("timm.optim.kron.has_dynamo", False)
         if name.endswith(("adamp", "sgdp")):
-            kwargs |= {"wd_ratio": 1.0}  # else their decay has no single step size, and the wrapper refuses
+            kwargs |= {"wd_ratio": 1.0}  # otherwise their decay has no single step size, and the wrapper refuses them
         return create_optimizer_v2(net, name, lr=LR, weight_decay=weight_decay, **kwargs)
 
 
 def backward(net: nn.Module, create_graph: bool = False) -> None:
-    """Gradients that are the same for the same weights."""
+    """Compute gradients that depend only on the weights."""
     images = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     targets = torch.arange(6) % 5
     nn.functional.cross_entropy(net(images), targets).backward(create_graph=create_graph)
@@ -85,7 +85,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_every_name_is_the_wrapper_over_what_timm_makes(name: str) -> None:
+def test_every_name_is_the_wrapper_around_what_timm_makes(name: str) -> None:
     """`cautious_<name>` has the base, the defaults and the groups that timm gives `<name>`."""
     wrapped, plain = make(model(), f"cautious_{name}"), make(model(), name)
 
@@ -107,7 +107,7 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
         id(p): eta(note, group) * group["weight_decay"] for group in wrapped.param_groups for p in group["params"]
     }
     for group in plain.param_groups:
-        if note.get("adapts") and group["weight_decay"]:  # LAMB and LARS adapt their step only where there is decay
+        if note.get("adapts") and group["weight_decay"]:  # LAMB and LARS adapt their step only in groups that decay
             group["always_adapt"] = True
         group["weight_decay"] = 0.0
     before = [p.detach().clone() for p in nets[0].parameters()]
@@ -120,7 +120,7 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
     for x, p, q in zip(before, nets[0].parameters(), nets[1].parameters(), strict=True):
         expected = follow(x, q.detach(), eta_lam[id(p)])
         off = (p.detach().double() - expected).abs()
-        in_place = (q == x) & (p == x)  # a step lost in rounding: the wrapper may know its sign from the direction
+        in_place = (q == x) & (p == x)  # the step is lost in rounding, but a direction has its sign
 
         assert ((off <= rounding(x, q)) | in_place).all(), (tuple(p.shape), off.max())
         assert (eta_lam[id(p)] > 0) == (p.dim() > 1)
@@ -129,7 +129,7 @@ def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
 
 
 def eta(note: dict[str, Any], group: dict[str, Any]) -> float:
-    """eta by the zoo's formula, or by the options used here where the zoo has none."""
+    """eta by the zoo's formula, or, if the zoo has none, by the options used here."""
     formula = note.get("eta", "lr")
     if formula == "given":
         return LR / (1 - group["momentum"]) if "wd_ratio" in group and "momentum" in group else LR
@@ -152,7 +152,7 @@ def test_the_two_tests_above_are_over_all_of_timm() -> None:
 
 
 def test_the_check_of_the_step_can_fail() -> None:
-    """Plain AdamW with its own decay does not obey the rule."""
+    """Plain AdamW with its own decay does not pass."""
     net, free = model(), model()
     before = [p.detach().clone() for p in net.parameters()]
     for optimizer, of in ((make(net, "adamw"), net), (make(free, "adamw", weight_decay=0.0), free)):
@@ -187,8 +187,8 @@ def test_descriptions_name_the_paper() -> None:
     )
 
 
-def test_info_is_the_bases() -> None:
-    """The entry of a cautious name has the values of the base's entry that timm's factory reads."""
+def test_the_entry_has_the_bases_values() -> None:
+    """The entry of a cautious name has the base's values for all that timm's factory reads."""
     info, base = get_optimizer_info("cautious_adahessian"), get_optimizer_info("adahessian")
 
     assert (info.name, info.opt_class) == ("cautious_adahessian", CautiousDecay.over(base.opt_class))
@@ -206,7 +206,7 @@ def test_get_optimizer_class(bind_defaults: bool) -> None:
     assert opt.param_groups[0]["nesterov"] is bind_defaults
 
 
-def test_create_optimizer_of_old_scripts() -> None:
+def test_the_older_factory() -> None:
     """timm's older factory, which takes parsed arguments, makes the same optimizer."""
     args = argparse.Namespace(opt="cautious_momentum", lr=LR, weight_decay=LAM, momentum=0.8, opt_eps=None)
     opt = create_optimizer(args, model())
@@ -217,7 +217,7 @@ def test_create_optimizer_of_old_scripts() -> None:
 
 
 def test_lookahead_goes_around_the_wrapper() -> None:
-    """`lookahead_cautious_adamw` is Lookahead over CautiousDecay over AdamW."""
+    """`lookahead_cautious_adamw` is Lookahead around CautiousDecay around AdamW."""
     opt = make(model(), "lookahead_cautious_adamw")
 
     assert type(opt) is Lookahead
@@ -238,8 +238,8 @@ def test_lookahead_goes_around_the_wrapper() -> None:
         ("lookahead_cautious_nope", "nope"),
     ],
 )
-def test_an_unknown_name_is_timms_own_error(name: str, unknown: str) -> None:
-    """No name with `cautious_` in it falls back to an optimizer that is not cautious."""
+def test_an_unknown_name_raises_timms_own_error(name: str, unknown: str) -> None:
+    """An unknown name with `cautious_` in it raises an error and does not give an optimizer that is not cautious."""
     with pytest.raises(ValueError, match=f"^Optimizer {unknown} not found in registry$"):
         create_optimizer_v2(model(), name, lr=LR)
 
@@ -274,7 +274,7 @@ def test_registering_twice_is_harmless(again: Callable[[], object]) -> None:
     assert type(make(model(), "cautious_adamw")) is CautiousDecay.over(AdamW)
 
 
-def test_what_others_register_later_has_a_cautious_name(registry: Any) -> None:
+def test_entries_registered_later_have_a_cautious_name(registry: Any) -> None:
     """A class, a function and a dotted name, registered after the import, are wrapped too."""
 
     def factory(params: Any, **kwargs: Any) -> Optimizer:
@@ -301,8 +301,8 @@ def test_options_of_the_wrapper_are_keyword_arguments() -> None:
     assert (opt.strict, opt.path, opt.lam, opt.defaults["betas"]) == (True, "snapshot", None, (0.8, 0.9))
 
 
-def test_what_foreach_is_given_reaches_the_base() -> None:
-    """`foreach` is passed on as timm passes it."""
+def test_foreach_reaches_the_base() -> None:
+    """`foreach` is passed on to the base."""
     assert make(model(), "cautious_adamw", foreach=True).defaults["foreach"] is True
 
 
@@ -310,7 +310,7 @@ def test_train_py_finds_second_order() -> None:
     """The wrapper has is_second_order, which timm's train.py reads, if the base has it."""
     assert make(model(), "cautious_adahessian").is_second_order is True
     for lookahead in make(model(), "lookahead_adahessian"), make(model(), "lookahead_cautious_adahessian"):
-        assert getattr(lookahead, "is_second_order", None) in {True, None}  # the oldest timm's raises for it
+        assert getattr(lookahead, "is_second_order", None) in {True, None}  # in the oldest timm it raises
     assert not hasattr(make(model(), "cautious_adamw"), "is_second_order")
 
 
@@ -364,11 +364,10 @@ def test_apex_and_bitsandbytes_need_a_gpu(name: str) -> None:
         make(model(), f"cautious_{name}")
 
 
-def test_what_cannot_be_wrapped_says_why(registry: Any) -> None:
-    """An optimizer that keeps its own copy of the weights is refused in one line."""
+def test_an_optimizer_that_cannot_be_wrapped_raises_the_reason(registry: Any) -> None:
+    """The error for an optimizer that keeps its own copy of the weights has the name and the reason."""
 
-    class ScheduleFreeAdamW(AdamW):
-        """Refused by its name."""
+    class ScheduleFreeAdamW(AdamW): ...
 
     registry.register(OptimInfo("schedulefree", ScheduleFreeAdamW))
 
@@ -397,7 +396,7 @@ def test_the_module_does_not_shadow_timm() -> None:
 
 
 class Runner:
-    """Runs the script in this process, through the launcher, and returns its log lines."""
+    """Runs the script in this process through the launcher, and returns its log lines."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
@@ -422,7 +421,7 @@ def unnamed(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lookahead_adamw"])
 def test_an_unchanged_script_logs_the_same_lines(train: Runner, opt: str) -> None:
-    """With weight_decay 0 only the optimizer's name differs in the log; with decay the numbers differ too."""
+    """With weight_decay 0 only the optimizer's name differs in the log; with decay the numbers differ as well."""
     cautious = f"cautious_{opt}".replace("cautious_lookahead_", "lookahead_cautious_")
 
     with pytest.warns(UserWarning, match="nothing to decay"):
@@ -446,7 +445,7 @@ def test_all_flags_of_the_script(train: Runner) -> None:
 
 @pytest.mark.parametrize(("first", "then"), [("adamw", "cautious_adamw"), ("cautious_adamw", "adamw")])
 def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, first: str, then: str) -> None:
-    """With weight_decay 0, changing the optimizer half way gives the uninterrupted run and the same keys."""
+    """With weight_decay 0, a run that changes the optimizer after one epoch logs the lines of the uninterrupted run."""
     flags = ["--weight-decay", 0, "--sched", "constant", "--epochs"]
     (tmp_path / "first").mkdir()
     (tmp_path / "then").mkdir()
@@ -462,8 +461,8 @@ def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, fi
     assert [*one["state"][0]] == [*two["state"][0]]
 
 
-def test_resume_carries_the_decay(train: Runner, tmp_path: Path) -> None:
-    """Two epochs in one run and in two runs give the same results, with decay."""
+def test_resume_keeps_the_decay(train: Runner, tmp_path: Path) -> None:
+    """With decay, two epochs in one run and in two runs give the same log lines."""
     flags = ["--opt", "cautious_adamw", "--weight-decay", 10, "--sched", "constant", "--epochs"]
     train(*flags, 1, "--output", tmp_path)
     resumed = train(*flags, 2, "--resume", tmp_path / "last.pth.tar")
@@ -511,8 +510,8 @@ def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> 
     assert launched.stderr == direct.stderr
 
 
-def test_the_scripts_own_timm_goes_first(tmp_path: Path) -> None:
-    """If the script's folder has its own timm, that one gets the names, since the script imports it."""
+def test_the_scripts_own_timm_comes_first(tmp_path: Path) -> None:
+    """If the script's folder has its own timm, the launcher uses that one, because the script imports it."""
     (tmp_path / "clone" / "timm").mkdir(parents=True)
     (tmp_path / "clone" / "timm" / "__init__.py").write_text("")
     (tmp_path / "clone" / "train.py").write_text("")
@@ -564,8 +563,8 @@ if __name__ == "__main__":
         ([], ["spawn", "import"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
     ],
 )
-def test_child_processes_know_the_names(tmp_path: Path, launcher: list[str], argv: list[str], expected: str) -> None:
-    """Child processes of every start method have the names, and so have their own children (a loader's)."""
+def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], argv: list[str], expected: str) -> None:
+    """Child processes of every start method have the names, and so do the workers of their data loaders."""
     (tmp_path / "script.py").write_text(CHILDREN)
     done = subprocess.run(
         [sys.executable, *launcher, "script.py", *argv],
@@ -597,7 +596,7 @@ def test_the_launcher_without_a_script(argv: list[str], text: str, capsys: pytes
     assert capsys.readouterr().err.startswith(f"python -m cwd_wrap.timm: {text}")
 
 
-def test_the_launcher_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_launcher_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
     """--help without a script prints the launcher's usage."""
     run_script(["--help"])
 

@@ -1,6 +1,6 @@
-"""On a card: the Triton kernels take a step without waiting, inside a CUDA graph, and on side streams.
+"""On a card, steps with the Triton kernels do not wait, and work inside a CUDA graph and on side streams.
 
-tests/test_kernels.py holds their values there too: pytest -m gpu. benchmarks/gpu_proof.py measures.
+tests/test_kernels.py checks the kernels' values on a card too (pytest -m gpu); benchmarks/gpu_proof.py measures them.
 """
 
 import os
@@ -57,7 +57,7 @@ def test_a_step_does_not_wait(path: str, rounding: str) -> None:
 
 
 @compiled_paths
-def test_a_cuda_graph_sees_new_learning_rates(path: str) -> None:
+def test_a_cuda_graph_uses_new_learning_rates(path: str) -> None:
     """Replayed steps under a changing learning rate equal steps outside a graph, counters included."""
     trained = []
     for captured in (False, True):
@@ -84,7 +84,7 @@ def test_a_cuda_graph_sees_new_learning_rates(path: str) -> None:
 
 @pytest.mark.parametrize("part", ["sync", "graphs", "streams"])
 def test_the_rows_of_the_proof_hold(part: str) -> None:
-    """No path waits; replays equal steps, and write to nothing that was freed; two streams with few tables agree."""
+    """No path waits; replays equal steps and write to no freed memory; two streams give the weights of one."""
     import gpu_proof
 
     rows = list(gpu_proof.in_this_process(part))

@@ -70,7 +70,7 @@ def _p_norm(w, y, z, eta_lam, p, beta, STRICT: tl.constexpr):
 
 
 def test_another_rule_fits_the_frame() -> None:
-    """A rule is one function: here the p-norm decay, with one tensor in and a coefficient of its own."""
+    """A rule is one function: here the p-norm decay, with one input tensor and its own coefficient."""
     w = [some(n, torch.float32, n) for n in (5, 1500)]
     expected = [t * t.abs() ** 1.2 / (t.abs() ** 1.2 + 0.8 * 0.1) for t in w]
     _triton._launch(_p_norm, [(w,)], [_triton._row(0.1, 0.8)])
@@ -80,7 +80,7 @@ def test_another_rule_fits_the_frame() -> None:
 
 @pytest.mark.parametrize("wide", [torch.float64, torch.int64])
 def test_counters_of_another_type(wide: torch.dtype) -> None:
-    """Counters of another type than float32 are read by value."""
+    """Counters of another type than float32 give the same step and are increased."""
     weights = []
     for dtype in (torch.float32, wide):
         w, g, m, v = ([torch.ones(3, device=DEVICE)] for _ in range(4))
@@ -110,7 +110,7 @@ def test_a_compiled_call_equals_an_uncompiled_one() -> None:
 
 @both_paths
 def test_compiled_steps_equal_uncompiled_ones(path: str) -> None:
-    """Under torch.compile the wrapper's steps do what they do outside."""
+    """The wrapper's steps under torch.compile give the same weights as outside it."""
     trained = []
     for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
         torch._dynamo.reset()
@@ -129,7 +129,7 @@ def test_compiled_steps_equal_uncompiled_ones(path: str) -> None:
 
 
 def rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """``wide`` in ``dtype``, as a kernel rounds what it writes."""
+    """``wide`` in ``dtype``, rounded by a kernel when it writes."""
     out = torch.zeros(wide.shape, dtype=dtype, device=DEVICE)
     _triton._launch(_triton._copy, [([out], [wide.to(DEVICE)])], [_triton._row(0.0)], draws=[draws(out)])
     return out.cpu()
@@ -140,7 +140,7 @@ NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 @NARROW
 def test_any_number_is_rounded_to_a_neighbour(dtype: torch.dtype) -> None:
-    """Float32 of every size come out as one of the two that rules.py chooses from; NaN stays NaN."""
+    """A float32 number of any size is rounded to one of the two between which rules.py chooses; NaN stays NaN."""
     wide = torch.randint(-(1 << 31), 1 << 31, (20_000,)).to(torch.int32).view(torch.float32)
     small = torch.randint(0x32000000, 0x39000000, (5000,)).to(torch.int32).view(torch.float32)  # 7e-9 to 1.2e-4
     normal = (wide.abs() < 3.3e38) & (wide.abs() > 2.0**-126)  # the interpreter writes no subnormal bfloat16
@@ -158,15 +158,15 @@ def test_any_number_is_rounded_to_a_neighbour(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("wide", [0.9991, -1.0003, 3e-5, -6.09e-5, 5.3 * 2.0**-24, -0.3 * 2.0**-24, 60_001.0])
 @NARROW
-def test_the_mean_of_what_is_rounded(dtype: torch.dtype, wide: float) -> None:
-    """The mean of 8,192 roundings is the number: near powers of two, subnormal, and below the smallest of all."""
+def test_the_mean_of_rounded_numbers(dtype: torch.dtype, wide: float) -> None:
+    """The mean of 8,192 roundings is the number itself, near powers of two, for subnormal and for smaller numbers."""
     numbers = torch.full((8192,), wide)
 
     assert abs(sigmas(rounded(numbers, dtype).double() - numbers.double())) < 5
 
 
-def test_tensors_blocks_and_neighbours_are_rounded_apart() -> None:
-    """Two tensors, two blocks, two chunks, two weights side by side and two steps each get numbers of their own."""
+def test_tensors_blocks_and_neighbours_draw_different_numbers() -> None:
+    """Two tensors, two blocks, two chunks, two weights side by side and two steps draw different random numbers."""
     w = [torch.full((2 * _triton.CHUNK,), 1 - 2**-9, device=DEVICE) for _ in range(2)]
     out = [torch.zeros_like(t, dtype=torch.bfloat16) for t in w]
     launches = []

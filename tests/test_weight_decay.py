@@ -11,7 +11,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
 from cwd_wrap import CautiousDecay, weight_decay
 
-BASE = SGD([weight(1.0)], lr=1.0)  # gives its name, and takes options that SGD does not have
+BASE = SGD([weight(1.0)], lr=1.0)  # only its class counts: the rows have options that SGD does not have
 
 LR_AND_LAM: dict[str, tuple[dict[str, Any], float]] = {
     "lr": ({"lr": 0.25, "weight_decay": 0.5}, 0.125),
@@ -102,7 +102,7 @@ def test_a_step_decays_by_the_table(group: dict[str, Any], expected: float, path
     base = SGD([{"params": [p], **group}, {"params": [weight(1.0)]}], lr=1.0, weight_decay=0.1)
     opt = CautiousDecay(base, path=path)
     if group["lr"] is None:
-        base.param_groups[0]["params"] = []  # SGD itself has no step without a learning rate
+        base.param_groups[0]["params"] = []  # SGD itself cannot step without a learning rate
     opt.step()
 
     torch.testing.assert_close(torch.full((2,), 1 - expected), p.detach())
@@ -158,11 +158,11 @@ BY_NAME: dict[str, tuple[Optimizer, dict[str, Any], float]] = {
 
 @pytest.mark.parametrize(("base", "group", "expected"), BY_NAME.values(), ids=list(BY_NAME))
 def test_the_table_of_eta_by_name(base: Optimizer, group: dict[str, Any], expected: float) -> None:
-    """eta follows from the name where the group does not give it. (test_own_decay.py measures it.)"""
+    """If the group alone does not give eta, the optimizer's name does. (test_own_decay.py measures it.)"""
     assert pytest.approx(expected) == float(weight_decay.eta(group, "here", base))
 
 
-def test_the_hottest_learning_rate_of_heavyball_divides_in_adamc() -> None:
+def test_adamc_of_heavyball_divides_by_the_largest_learning_rate() -> None:
     """AdamC decays by lr**2 / max_lr, with the lr of the warm-up."""
     adamc = type("AdamC", (type(named("heavyball.ChainOpt")),), {"__module__": "heavyball"})([weight(1.0)], lr=1.0)
     group = {"lr": 0.5, "max_lr": 0.5, "warmup_steps": 1}
@@ -187,7 +187,7 @@ NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore:.*nothing to decay")
 @pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
-def test_where_eta_is_no_one_number_the_wrapper_refuses(base: Optimizer, options: dict[str, Any], text: str) -> None:
+def test_an_optimizer_without_a_single_eta_is_refused(base: Optimizer, options: dict[str, Any], text: str) -> None:
     """The error names the group and the optimizer, the reason and the way out, also for a group added later."""
     name = type(base).__name__
     base.param_groups[0] |= options
@@ -219,7 +219,7 @@ def test_a_tensor_weight_decay_stays_a_tensor() -> None:
 @both_paths
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": False}], ids=["default", "fused", "forloop"])
 def test_a_step_with_a_tensor_learning_rate(options: dict[str, Any], path: str) -> None:
-    """AdamW with a tensor lr: 1 - 0.25*0.5, and the lr is still the same tensor."""
+    """AdamW with a tensor lr gives 1 - 0.25*0.5, and the lr is still the same tensor."""
     p, lr = weight(1.0, grad=[0.0]), torch.tensor(0.25)
     opt = CautiousDecay(AdamW([p], lr=lr, weight_decay=0.5, **options), path=path)
     opt.step()
@@ -232,12 +232,10 @@ class OnAnyDevice(Optimizer):
     """Plain gradient descent that never reads a tensor's value."""
 
     def __init__(self, params: Any, lr: Any) -> None:
-        """Like SGD's."""
         super().__init__(params, {"lr": lr, "weight_decay": 0.5})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Like SGD's."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(p.grad * group["lr"])
@@ -262,8 +260,8 @@ def test_a_step_never_reads_a_tensor_of_a_device(observed: bool, path: str, monk
 
 
 @both_paths
-def test_step_size_takes_the_place_of_the_learning_rate(path: str) -> None:
-    """step_size= is called with each group at each step: 1 - 2*0.25, whatever lr is."""
+def test_step_size_replaces_the_learning_rate(path: str) -> None:
+    """step_size= is called with each group and gives eta, whatever lr is: 1 - 2*0.25."""
     p, seen = weight(1.0, grad=[0.0]), []
     base = SGD([{"params": [p], "name": "the one"}], lr=0.1, weight_decay=0.25)
     opt = CautiousDecay(base, step_size=lambda group: seen.append(group["name"]) or 2.0, path=path)
@@ -274,15 +272,15 @@ def test_step_size_takes_the_place_of_the_learning_rate(path: str) -> None:
 
 
 def test_step_size_may_return_a_tensor() -> None:
-    """step_size= may give a tensor."""
+    """A tensor returned by step_size= is used like a number."""
     p = weight(1.0, grad=[0.0])
     CautiousDecay(SGD([p], lr=0.1, weight_decay=0.25), step_size=lambda _: torch.tensor(2.0)).step()
 
     assert 0.5 == p.item()
 
 
-def test_step_size_answers_for_a_missing_learning_rate() -> None:
-    """With lr None or missing, the error names step_size=, and step_size= works."""
+def test_step_size_replaces_a_missing_learning_rate() -> None:
+    """Without an lr, the error names step_size=, and step_size= works."""
     p = weight(1.0, grad=[0.0])
 
     class WithoutLr(Optimizer):
@@ -329,7 +327,7 @@ def test_corrected_weight_decay_of_timm(corrected: bool, expected: float) -> Non
 
 @pytest.mark.parametrize("options", [{}, {"use_bias_correction": True}, {"safeguard_warmup": True}])
 def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
-    """Prodigy decays by its own d * lr * lam with the d from before the step, at each of 6 steps in which d grows."""
+    """Prodigy decays by its own d * lr * lam with the d from before the step, in 6 steps over which d grows."""
     prodigyopt = pytest.importorskip("prodigyopt")
     build = lambda w: prodigyopt.Prodigy([w], lr=1.0, weight_decay=0.5, **options)
     # All weights move towards zero, so all decay and the wrapped run equals the plain one, in double precision.
@@ -347,7 +345,7 @@ def test_prodigy_decays_as_much_as_by_itself(options: dict[str, Any]) -> None:
 
 
 def test_a_linear_schedule_to_zero_ends_without_an_error() -> None:
-    """torch's LinearLR ends a rounding below 0: the step changes nothing and raises nothing, as with AdamW alone."""
+    """torch's LinearLR ends a rounding below 0; the step then changes nothing and raises nothing, as in plain AdamW."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(AdamW([p], lr=1e-3, weight_decay=0.5))
     schedule = torch.optim.lr_scheduler.LinearLR(opt, end_factor=0.0, total_iters=4)
@@ -389,13 +387,12 @@ class Fading(SGD):
     """Rewrites its own weight_decay during its step."""
 
     def step(self, closure: Any = None) -> Any:
-        """SGD's, and less decay from then on."""
         for group in self.param_groups:
             group["weight_decay"] = self.fade(group["weight_decay"])
         return super().step(closure)
 
 
-def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
+def test_a_decay_scaled_while_it_is_off_is_restored_with_one_warning() -> None:
     """A weight_decay computed from the temporary 0 is dropped: the old value stays, with one warning."""
     p = weight(1.0, grad=[0.0])
     base = Fading([p], lr=0.5, weight_decay=0.5)
@@ -414,8 +411,8 @@ def test_a_decay_scaled_while_it_is_off_is_kept_and_said_once() -> None:
     ] == [str(w.message) for w in caught]
 
 
-def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
-    """Lookahead's inner optimizer runs its hooks while the decay is off, around the whole of Lookahead's step."""
+def test_a_decay_scaled_inside_lookahead_is_restored() -> None:
+    """The same holds for a hook of the optimizer inside Lookahead, because the decay is off for Lookahead's step."""
     library = pytest.importorskip("pytorch_optimizer")
     base = SGD([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
     base.register_step_post_hook(
@@ -430,7 +427,7 @@ def test_a_decay_scaled_inside_lookahead_is_kept() -> None:
     assert 0.5 == opt.param_groups[0]["weight_decay"]
 
 
-def test_a_decay_set_while_it_is_off_wins() -> None:
+def test_a_decay_set_while_it_is_off_stays() -> None:
     """A weight_decay other than 0 that is set during the step stays."""
     base = Fading([weight(1.0, grad=[0.0])], lr=0.5, weight_decay=0.5)
     base.fade = lambda _: 0.25
@@ -450,14 +447,14 @@ def test_a_decay_set_while_it_is_off_wins() -> None:
         ("heavyball.MSAMLaProp", "computes the weights from a copy that the optimizer keeps"),
     ],
 )
-def test_what_a_wrapper_cannot_serve_is_refused_by_name(name: str, text: str) -> None:
+def test_optimizers_that_cannot_be_wrapped_are_refused_by_name(name: str, text: str) -> None:
     """An optimizer refused by name raises an error with the reason and the way out."""
     with pytest.raises(ValueError, match=f"CautiousDecay cannot wrap {name.split('.')[1]}: .*{text}"):
         CautiousDecay(named(name), lam=0.5)
 
 
 def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
-    """Five steps of GSAM around wrapped AdamW equal those around plain AdamW, so the error's way out works."""
+    """Five steps of GSAM around AdamW in mask="all" equal those around plain AdamW, so the error's way out works."""
     library = pytest.importorskip("pytorch_optimizer")
     ends = []
     for wrapped in (False, True):
@@ -483,8 +480,8 @@ def test_the_optimizer_inside_gsam_can_be_wrapped() -> None:
         ("heavyball.ChainOpt", {"param_ecc": "bf16+8"}),
     ],
 )
-def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: str, options: dict[str, Any]) -> None:
-    """An optimizer with low bits in other tensors is refused unless rounding is stochastic; float32 weights are not."""
+def test_low_bits_kept_elsewhere_need_stochastic_rounding(name: str, options: dict[str, Any]) -> None:
+    """An optimizer that keeps the low bits of 16-bit weights elsewhere is refused without stochastic rounding."""
     base = named(name)
     base.param_groups[0] |= options
     base.param_groups[0]["params"] = [weight(1.0, dtype=torch.bfloat16)]
@@ -495,8 +492,8 @@ def test_bits_kept_apart_from_16_bit_weights_ask_for_stochastic_rounding(name: s
     CautiousDecay(base, lam=0.5)
 
 
-def test_stochastic_rounding_decays_weights_whose_further_bits_are_kept_apart() -> None:
-    """FlashAdamW with 24 master bits: 100 steps of 1e-3 leave 0.999**100, as its own decay does, to half a percent."""
+def test_stochastic_rounding_decays_weights_with_low_bits_kept_elsewhere() -> None:
+    """With 24 master bits, 100 steps of FlashAdamW leave 0.999**100 to half a percent, with its own decay or ours."""
     library = pytest.importorskip("pytorch_optimizer")
     means = []
     for wrapped in (False, True):
@@ -511,7 +508,7 @@ def test_stochastic_rounding_decays_weights_whose_further_bits_are_kept_apart() 
     assert [pytest.approx(0.999**100, rel=5e-3)] * 2 == means
 
 
-# ------------------------------------------------------------------------------------ where lam goes
+# ------------------------------------------------------------------------------------ lam in the groups
 
 GROUPS: dict[str, tuple[list[float], float | None, list[float]]] = {
     "None keeps each": ([0.5, 0.25, 0.0], None, [0.5, 0.25, 0.0]),
@@ -562,7 +559,7 @@ def test_lam_may_be_a_plain_number_of_any_kind() -> None:
 
 
 def without_decay(p: torch.nn.Parameter) -> dict[str, Optimizer]:
-    """Bases whose groups have no weight_decay."""
+    """Bases without a weight_decay in their groups."""
     return {"LBFGS": LBFGS([p], lr=0.1), "SparseAdam": SparseAdam([p], lr=0.1)}
 
 
@@ -585,7 +582,7 @@ def test_a_base_without_weight_decay_needs_lam(name: str) -> None:
 
 
 def test_a_later_group_of_a_base_without_weight_decay() -> None:
-    """A later group of a base without weight_decay decays by lam: 1 - 0.1*0.5; a row without gradient stays 1."""
+    """A later group of a base without weight_decay decays by lam: 1 - 0.1*0.5. A row without a gradient stays 1."""
     opt = CautiousDecay(SparseAdam([torch.nn.Parameter(torch.ones(2, 1))], lr=0.1), lam=0.5)
     p = torch.nn.Parameter(torch.ones(2, 1))
     opt.add_param_group({"params": [p]})
@@ -596,8 +593,8 @@ def test_a_later_group_of_a_base_without_weight_decay() -> None:
     torch.testing.assert_close(torch.tensor([[0.95], [1.0]]), p.detach())
 
 
-def test_lam_x_and_a_schedule() -> None:
-    """lam=x is written once, so a weight_decay that a schedule writes later applies."""
+def test_lam_and_a_schedule() -> None:
+    """lam= is written once, so a weight_decay that a schedule writes later applies."""
     p = weight(1.0, grad=[0.0])
     opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.5), lam=0.25)
     opt.param_groups[0]["weight_decay"] = 1.0

@@ -53,7 +53,7 @@ def main() -> None:
 
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     defaults = copy.deepcopy(optimizer.defaults)
-    defaults["weight_decay"] = args.weight_decay  # the groups hold it
+    defaults["weight_decay"] = args.weight_decay  # timm sets it in the groups only
     defaults_str = ", ".join(f"{k}: {v}" for k, v in defaults.items())
     _logger.info(f"Created {type(optimizer).__name__} ({args.opt}) optimizer: {defaults_str}")  # noqa: G004
     loss_scaler = NativeScaler(device=device.type) if args.amp else None

@@ -1,7 +1,7 @@
-"""Every optimizer of seven libraries, and the facts a wrapper has to know about each.
+"""Every optimizer of eight libraries, and the facts about each on which a wrapper depends.
 
-`cases()` discovers them, and `NOTES` holds only what discovery cannot see. Nothing is left out:
-what cannot be run is a `Case` with a reason.
+`cases()` discovers them. `NOTES` holds only what discovery cannot find. Nothing is left out: an optimizer that cannot
+be run is a `Case` with a reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Case:
 
     name: str
     build: Callable[..., Optimizer]
-    """Builds the base from parameter groups that carry the decay, and options. Read the groups back from the base."""
+    """Builds the base from parameter groups with their decay, and options. Read the groups back from the base."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What its constructor takes, with the default values."""
     dims: tuple[int, ...] = (1, 2, 4)
@@ -55,17 +55,17 @@ class Case:
     adapts: str | None = None
     """It scales its step only where a group decays. The group key that keeps it on; "" if none."""
     closure: bool = False
-    """`step` needs a closure. The gradients must be there before it, too."""
+    """`step` needs a closure, and gradients before it."""
     create_graph: bool = False
-    """It differentiates the gradients: they need a graph."""
+    """It differentiates the gradients, so they need a graph."""
     sparse: bool = False
     """It takes sparse gradients only."""
     one_group: bool = False
     """It takes one group only: `build` puts all parameters in it, and the groups' keys are lost."""
     fades: str | None = None
-    """Every step obeys the rule, but later ones pull the weight towards this private copy."""
+    """Every step obeys the rule, but later steps pull the weight towards this copy."""
     leaves_vectors: bool = False
-    """Its own decay leaves vectors alone, so ours does too."""
+    """Its own decay skips vectors, so ours does too."""
     refused: str | None = None
     """Why the rule cannot hold, or why it cannot be run."""
 
@@ -81,7 +81,7 @@ def _one_group(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> O
 
 
 def _muon(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
-    """Muon and similar optimizers of pytorch_optimizer need to know which groups are matrices."""
+    """Mark the groups of matrices, which Muon and similar optimizers of pytorch_optimizer require."""
     return cls([{**group, "use_muon": True} for group in groups], **flags)
 
 
@@ -108,7 +108,7 @@ def _from_model(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> 
 
 
 def _uncompiled(build: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
-    """Kron of timm compiles its kernels if dynamo is there: half a minute on a CPU."""
+    """Keep timm's Kron from compiling its kernels, which takes half a minute on a CPU."""
     with mock.patch("timm.optim.kron.has_dynamo", False):
         return build(groups, **flags)
 
