@@ -2,10 +2,12 @@
 
 import os
 import sys
-import timeit
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -209,18 +211,42 @@ def test_alignment_is_promised_only_where_it_holds(monkeypatch: pytest.MonkeyPat
 
 
 def test_one_odd_companion_makes_a_tensor_unaligned() -> None:
-    """A tensor is aligned if its address in every column is; the check of 9,000 addresses runs no Python loop."""
+    """A tensor is aligned if its address in every column is."""
     columns = [[16, 32, 48, 1 << 40], [16, 33, 48, 8 + (1 << 40)]]
     found = _triton._by_alignment(_triton._bytes([*columns[0], *columns[1]]), 4)
-    addresses = list(range(0, 16 * 9000, 16))
-    many = _triton._bytes(addresses)
-    check, loop = (
-        min(timeit.repeat(call, number=1, repeat=20))
-        for call in (lambda: _triton._by_alignment(many, 3000), lambda: [address % 16 for address in addresses])
-    )
 
     assert found == [(True, bytes([1, 0, 1, 0])), (False, bytes([0, 1, 0, 1]))]
-    assert check < loop / 2
+
+
+def instructions(call: Callable[[], object]) -> int:
+    """How many instructions of Python's virtual machine ``call`` runs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_the_check_of_alignment_runs_no_python_loop() -> None:
+    """Python runs as many instructions for 9,000 addresses as for 90; a loop over the addresses runs more."""
+    few, many = ([*range(8, 16 * 3 * n, 16)] for n in (30, 3000))
+    loop = lambda addresses: instructions(lambda: [address % 16 for address in addresses])
+    check = lambda addresses: instructions(
+        lambda: _triton._by_alignment(_triton._bytes(addresses), len(addresses) // 3)
+    )
+
+    assert check(few) == check(many) > 0
+    assert loop(few) < loop(many)
 
 
 def test_one_program_for_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
