@@ -209,7 +209,7 @@ def is_coupled(trio: Trio, measured: list[Factors]) -> bool:
     return said or seen or trio.case.name in COUPLED_DESCENT
 
 
-@pytest.mark.parametrize(("case", "options"), rows())
+@pytest.mark.parametrize(("case", "options"), list(rows()))
 def test_eta_is_the_factor_on_the_optimizers_own_decay(case: Case, options: dict[str, Any]) -> None:
     """At each step and shape the wrapper decays by the optimizer's own factor, or by lr if its decay is coupled.
 

@@ -572,7 +572,7 @@ def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], arg
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-        timeout=120,
+        timeout=600,
     )
 
     assert done.stdout.splitlines() == [expected], done.stderr
@@ -611,7 +611,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=HERE.parent,
-        timeout=120,
+        timeout=600,
     )
 
     assert done.returncode == 0, done.stderr
