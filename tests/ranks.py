@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-LIMIT = 120.0  # seconds that a function may take
+LIMIT = 300.0  # seconds that a function may take, the start of the processes included
 
 _kept: dict[int, "Ranks"] = {}
 
