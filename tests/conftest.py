@@ -1,6 +1,7 @@
-"""Sets one thread and one seed, makes the cases of tests over paths, and prints a header with the versions."""
+"""Sets the seed and the threads (OMP_NUM_THREADS, or 1), makes the cases of tests over paths, prints the versions."""
 
 import importlib.metadata
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ from cwd_wrap import paths
 
 LIBRARIES = ("torch", "numba", "triton", "timm", "prodigyopt", "hypothesis")
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 def pytest_report_header() -> str:

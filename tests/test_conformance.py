@@ -166,8 +166,6 @@ def test_snapshot_path_is_the_plain_step_plus_the_rule(case: Case) -> None:
 def test_default_path_obeys_the_rule_where_the_weight_moved(case: Case) -> None:
     """The default path gives the same where the step moved the weight; other weights decay fully or not at all."""
     pair = Pair(case, path=None)
-    if {"snapshot", "plain"} >= {of_group.path for of_group in pair.wrapped.paths()}:
-        return  # the snapshot path is the default, which the test above checks
     for number in range(STEPS):
         for x, plain, wrapped, eta_lam, stepped in pair.step(number):
             mask = rules.moved_towards_zero(x.double(), plain.double()) & stepped
