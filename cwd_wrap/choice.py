@@ -68,6 +68,7 @@ class PathOfGroup(NamedTuple):
 def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
     """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that is impossible."""
     if forced is not None:
+        check_path(forced)
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
             groups = base.param_groups

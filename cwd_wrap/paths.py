@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from cwd_wrap import kernels, notices, quirks
@@ -31,7 +32,10 @@ def copied_bytes(whole: Sequence[Tensor], in_pieces: Sequence[Tensor]) -> int:
     """Bytes of the copies that the paths snapshot (``whole``) and pieces (``in_pieces``) make, on this rank."""
 
     def sizes(parameters: Sequence[Tensor]) -> list[int]:
-        copied = {id(p): p for p in parameters if p.requires_grad and (p.grad is None or not p.grad.is_sparse)}
+        dense = [
+            p for p in parameters if p.requires_grad and not is_lazy(p) and (p.grad is None or not p.grad.is_sparse)
+        ]
+        copied = {id(p): p for p in dense}
         return [view.numel() * view.element_size() for view in map(local_real_view, copied.values())]
 
     pieces_of = sizes(in_pieces)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
@@ -84,7 +85,7 @@ def _has_master_bits(group: Group) -> bool:
     if group.get("param_ecc"):  # heavyball; the widths are of flashoptim and pytorch_optimizer's FlashAdamW
         return True
     width = group.get("master_bytewidth", group.get("master_byte_width")) or 0
-    return any(width > p.element_size() for p in group["params"])
+    return width > 0 and any(width > p.element_size() for p in group["params"])
 
 
 def warning(optimizer: Optimizer) -> str | None:
@@ -105,8 +106,8 @@ def kept_while_off(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, 
 
 
 def shapes(group: Group) -> tuple[torch.Size, ...]:
-    """The shapes of a group's parameters, for `flat_pieces` to compare with later."""
-    return tuple(p.shape for p in group["params"])
+    """The shapes of a group's parameters, for `flat_pieces` to compare with later. Lazy modules have none yet."""
+    return tuple(torch.Size() if is_lazy(p) else p.shape for p in group["params"])
 
 
 def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) -> Tensor | None:

@@ -74,7 +74,7 @@ def adam(
 
     With amsgrad the ``largest`` v so far takes the place of v in u; otherwise it is None. u has the sign of m.
     """
-    m = m + (1 - beta1) * (g - m)
+    m = lerp(m, g, 1 - beta1)
     v = beta2 * v + (1 - beta2) * g * g
     largest = None if largest is None else torch.maximum(largest, v)
     root = (v if largest is None else largest).sqrt() / (1 - beta2**t) ** 0.5
@@ -100,8 +100,13 @@ def lion(g: Tensor, m: Tensor, *, eta: float | Tensor, beta1: float, beta2: floa
 
     u = sign(m + (1 - beta1)*(g - m)),    m <- m + (1 - beta2)*(g - m)
     """
-    u = (m + (1 - beta1) * (g - m)).sign()
-    return u, eta * u, m + (1 - beta2) * (g - m)
+    u = lerp(m, g, 1 - beta1).sign()
+    return u, eta * u, lerp(m, g, 1 - beta2)
+
+
+def lerp(m: Tensor, g: Tensor, weight: float) -> Tensor:
+    """``m + weight*(g - m)``, computed from the nearer end as torch does: a weight of 1 gives g, however large m is."""
+    return m + weight * (g - m) if weight < 0.5 else g + (weight - 1) * (g - m)
 
 
 def sums(mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:

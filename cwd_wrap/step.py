@@ -1,7 +1,7 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +39,7 @@ class Step:
         self._decay_off = DecayOff(work.base)
         self._around = ExitStack()
         self._closure: Closure | None = None  # if the base is to call it, else None
+        self._lists: list[tuple[dict[str, Any], list[Tensor]]] = []  # of all groups, while the base has shorter ones
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
         self._members: list[tuple[Members, int | None]] = []  # as in `_walk`, if the base is to call the closure
 
@@ -59,6 +60,20 @@ class Step:
             stepped = base.step() if self._closure is None else base.step(self._call_closure)
             self._finish()
         return stepped if loss is None else loss
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside this context the groups are as they are between steps, for whoever reads them during one."""
+        lists = [(group, "params", parameters) for group, parameters in self._lists]
+        between = [*lists, *self._decay_off.before()]
+        now = [(group, key, group[key]) for group, key, _ in between]
+        try:
+            for group, key, value in between:
+                group[key] = value
+            yield
+        finally:
+            for group, key, value in now:
+                group[key] = value
 
     def _base_fires_hooks(self) -> bool:
         """False for optimizers that skip Optimizer.__init__, and with it the hooks."""
@@ -88,9 +103,10 @@ class Step:
     @torch.no_grad()
     def _begin(self) -> None:
         self.begun = True
+        plan = self._plan()
         if self._work.rule.draws:
             self._work.stream.advance(self._work.base)
-        plan = self._plan()
+        self._lists = [(group, group["params"]) for group in self._work.base.param_groups]
         self._around.callback(self._decay_off.on)
         self._decay_off.off()
         for path, members in plan:
@@ -99,6 +115,7 @@ class Step:
     @torch.no_grad()
     def _finish(self) -> None:
         self._around.close()
+        self._lists = []
 
     def _call_closure(self) -> float:
         """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""

@@ -105,6 +105,8 @@ def _sgd(group: Group) -> Update | str:
 def _lion(group: Group) -> Update | str:
     if group.get("caution"):
         return "Lion masks its own update in a group with caution=True"
+    if any(map(Tensor.is_complex, group["params"])):
+        return "Lion's update of a complex weight is u/|u|, not the signs of two real ones"
     beta1, beta2 = group["betas"]
     return Lion(beta1, beta2, bool(group.get("maximize")))
 

@@ -4,7 +4,7 @@ lam is the group's own ``weight_decay``; eta is the step size by which the optim
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -82,10 +82,12 @@ def decays(group: Group, fallback: float | None) -> bool:
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
 
-def take_lam(groups: Sequence[Group], lam: float | None) -> list[bool]:
-    """Which groups ``lam`` is written into: those that decay, or all if none does."""
-    decaying = [decays(group, None) or "weight_decay" not in group for group in groups]
-    return [lam is not None and (has or not any(decaying)) for has in decaying]
+def take_lam(groups: Sequence[Group], lam: float | None, took: Collection[int] = ()) -> list[bool]:
+    """Which groups ``lam`` is written into: those that decay; if none does, those that ``took`` one before, or all."""
+    chosen = [decays(group, None) or "weight_decay" not in group for group in groups]
+    if not any(chosen):
+        chosen = [i in took or not took for i in range(len(groups))]
+    return [lam is not None and each for each in chosen]
 
 
 def eta_lam(
@@ -212,6 +214,10 @@ class DecayOff:
             for key, value in ({"weight_decay": _OFF} | quirks.kept_while_off(self._optimizer, group)).items():
                 self._changed.append((group, key, group[key], value))
                 group[key] = value
+
+    def before(self) -> list[tuple[dict[str, Any], str, object]]:
+        """The groups and keys that are off now, and the values that `on` will restore."""
+        return [(group, key, value) for group, key, value, off in self._changed if group.get(key) is off]
 
     def on(self) -> None:
         """Restore the decay, except where a hook or a closure wrote a new value during the step (a schedule).

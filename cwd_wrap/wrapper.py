@@ -1,6 +1,8 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
+
+
 class OptimizerWrapper(Contract):
     """Steps the base with ``weight_decay`` 0 and applies the method's rule around it.
 
@@ -33,7 +38,7 @@ class OptimizerWrapper(Contract):
     it returns False, the step is neither counted nor reported.
     """
 
-    _settings: ClassVar[tuple[str, ...]] = ("_lam", "step_size", "path", "backend")
+    _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "step_size", "path", "backend")
     seed = 0
     """The seed of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
@@ -59,6 +64,8 @@ class OptimizerWrapper(Contract):
         self.step_size = step_size
         self.path = path
         self.backend = backend
+        self._took: tuple[int, ...] = ()
+        """The groups that took lam when it was last set."""
         self._start()
         self._give_lam(lam)
         if (remark := quirks.warning(base_optimizer)) is not None:
@@ -93,6 +100,8 @@ class OptimizerWrapper(Contract):
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
+        self._lock = RLock()
+        self._stepping: Step | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
@@ -117,7 +126,12 @@ class OptimizerWrapper(Contract):
         work = Work(self.base_optimizer, self._rule(), *of_wrapper, False, self._groups)
         work.count = count = self._is_looked_at(work)
         step = Step(work, self._eta_lams, self.path)
-        loss = step.run(closure)
+        with self._lock:
+            self._stepping = step
+            try:
+                loss = step.run(closure)
+            finally:
+                self._stepping = None
         self._unchecked = False
         if not step.begun:
             notices.warn(
@@ -133,7 +147,8 @@ class OptimizerWrapper(Contract):
     def lam(self) -> float | None:
         """The decay strength that was passed or set; None leaves each group its own ``weight_decay``.
 
-        The step size multiplies it. Setting it writes it into every group that decays, or into all if none does.
+        The step size multiplies it. Setting it writes it into every group that decays. If none does, it is written into
+        the groups that took lam when it was last set (so lam may rise from 0), or else into all.
         """
         return self._lam
 
@@ -161,6 +176,24 @@ class OptimizerWrapper(Contract):
         self._groups.append(added)
         if self.lam is not None and not named and "weight_decay" in added:
             added["weight_decay"] = self.lam
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same.
+
+        In a signal handler that interrupts a step, the param groups in it are those from between steps. Another thread
+        waits for the end of the step; it raises RuntimeError after a minute (a step that waits for that thread).
+        """
+        if not self._lock.acquire(timeout=_PATIENCE):
+            msg = (
+                f"{type(self).__name__}.state_dict waited {_PATIENCE:g} seconds for the end of a step in another "
+                "thread: call it between steps"
+            )
+            raise RuntimeError(msg)
+        try:
+            with nullcontext() if self._stepping is None else self._stepping.paused():
+                return super().state_dict()
+        finally:
+            self._lock.release()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
@@ -190,11 +223,15 @@ class OptimizerWrapper(Contract):
 
     def __repr__(self) -> str:
         lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
-        taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
+        try:
+            taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
+            copied = f"{self.snapshot_bytes}"
+        except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
+            taken, copied = [str(self.path)], "?"
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
             f"{type(self).__name__}({self._owner}, lam={_one_or_all(lams)}, path={_one_or_all(taken)}, "
-            f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={self.snapshot_bytes})"
+            f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
         )
 
     # ---- parts of the above
@@ -252,13 +289,17 @@ class OptimizerWrapper(Contract):
             kernels.name(self.backend, device)
 
     def _give_lam(self, lam: float | None) -> None:
-        """Write ``lam`` into the groups that decay, or into all if none does; change nothing if a check fails."""
+        """Write ``lam`` into the groups that decay; if none does, into those that did when lam was set before, or all.
+
+        Nothing is changed if a check fails.
+        """
         for i, group in enumerate(self.param_groups):
             weight_decay.check(weight_decay.lam(group, None), "weight_decay", f"param group {i} of {self._owner}")
-        chosen = weight_decay.take_lam(self.param_groups, lam)
+        chosen = weight_decay.take_lam(self.param_groups, lam, self._took)
         for i, (group, take) in enumerate(zip(self.param_groups, chosen, strict=True)):
             self._check_group(group | {"weight_decay": lam} if take else group, i, lam)
         self._lam = lam
+        self._took = tuple(i for i, take in enumerate(chosen) if take) or self._took
         for group, take in zip(self.param_groups, chosen, strict=True):
             if take and "weight_decay" in group:
                 group["weight_decay"] = lam

@@ -98,9 +98,6 @@ class CautiousDecay(OptimizerWrapper):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        _check_known("mask", mask, MASKS)
-        _check_known("rounding", rounding, ROUNDINGS)
-        _check_flag("strict", strict, (True, False))
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             msg = f"seed={seed!r}: pass an int from 0 up to 2**63 - 1"
             raise TypeError(msg)
@@ -111,6 +108,9 @@ class CautiousDecay(OptimizerWrapper):
         super().__init__(base_optimizer, lam, step_size, path, backend)
 
     def _rule(self) -> Rule:
+        _check_known("mask", self.mask, MASKS)
+        _check_known("rounding", self.rounding, ROUNDINGS)
+        _check_flag("strict", self.strict, (True, False))
         name = type(self).__name__
         if self.mask == "update":
             rounds = self.rounding == "stochastic"
@@ -232,7 +232,6 @@ class CautiousUpdate(OptimizerWrapper):
         path: str | None = None,
         backend: str | None = None,
     ) -> None:
-        _check_known("scale", scale, SCALES)
         self.scale = scale
         super().__init__(base_optimizer, None, None, path, backend)
 
@@ -243,6 +242,7 @@ class CautiousUpdate(OptimizerWrapper):
         return f"its decay would be masked with the update. Wrap in the other order: {outer}"
 
     def _rule(self) -> Rule:
+        _check_known("scale", self.scale, SCALES)
         why = f"{type(self).__name__} needs a copy of the weights to know the size of the update"
         way_out = None if self.scale is None else f"pass scale=None in place of {self.scale!r}, {_FULLY_SHARD}"
         return Rule(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -114,3 +115,37 @@ def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_numba_without_a_folder_for_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numba finds no folder that it may write to (a container without a home), it compiles without a cache."""
+    from cwd_wrap.kernels import _numba
+
+    asked = []
+
+    def njit(**options: object) -> Callable[[object], object]:
+        def decorate(function: object) -> object:
+            asked.append(options)
+            if options.get("cache"):
+                raise RuntimeError("cannot cache function 'f': no locator available for file '_numba.py'")
+            return function
+
+        return decorate
+
+    monkeypatch.setattr(_numba, "njit", njit)
+    function = object()
+
+    assert _numba._compiled(nogil=True)(function) is function
+    assert asked == [{"cache": True, "nogil": True}, {"nogil": True}]
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_numba_without_its_compiler_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With NUMBA_DISABLE_JIT=1, which debuggers set, the CPU has torch operations; backend="numba" says why."""
+    monkeypatch.setattr(kernels, "_obstacles", {})
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+
+    assert kernels.name(None, CPU) == "eager"
+    with pytest.raises(ValueError, match="NUMBA_DISABLE_JIT switches numba's compiler off"):
+        CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.5, backend="numba")

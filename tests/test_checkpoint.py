@@ -4,6 +4,8 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import SGD, AdamW
 
-from cwd_wrap import CautiousDecay
+from cwd_wrap import CautiousDecay, wrapper
 
 HERE = Path(__file__).parent
 
@@ -193,3 +195,88 @@ def test_a_stateless_base_asked_between_two_steps_does_not_decay(every_path: Pat
     get_optimizer_state_dict(model, opt)
 
     assert torch.equal(before, values(model))
+
+
+# ------------------------------------------------------------------------------------ in the middle of a step
+
+
+def in_the_middle(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Run ``act`` once inside AdamW's own step, as a signal handler would."""
+    init_group = AdamW._init_group
+
+    def interrupted(self: AdamW, *args: Any) -> Any:
+        monkeypatch.setattr(AdamW, "_init_group", init_group)
+        act()
+        return init_group(self, *args)
+
+    monkeypatch.setattr(AdamW, "_init_group", interrupted)
+
+
+def stepped_adamw(path: PathOptions) -> CautiousDecay:
+    groups = [{"params": list(net().parameters())}, {"params": list(net().parameters()), "weight_decay": 0.0}]
+    opt = CautiousDecay(AdamW(groups, weight_decay=0.1, fused=path.get("path") == "one_pass" or None), **path)
+    for p in [p for group in groups for p in group["params"]]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    return opt
+
+
+def test_a_state_dict_in_a_signal_handler(every_path: PathOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state dict made in the middle of a step (by SLURM's SIGUSR1) has the groups from between steps."""
+    opt, twin = stepped_adamw(every_path), stepped_adamw(every_path)
+    between = opt.state_dict()["param_groups"]
+    made = []
+    in_the_middle(monkeypatch, lambda: made.append(opt.state_dict()["param_groups"]))
+    opt.step()
+    twin.step()
+
+    assert made == [between]
+    assert opt.state_dict()["param_groups"] == between
+    for group, same_group in zip(opt.param_groups, twin.param_groups, strict=True):
+        assert all(map(torch.equal, group["params"], same_group["params"]))
+
+
+def test_a_state_dict_from_another_thread_waits_for_the_step(
+    every_path: PathOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread that asks for a state dict in the middle of a step gets one from after the step."""
+    opt = stepped_adamw(every_path)
+    made = []
+    thread = threading.Thread(target=lambda: made.append(opt.state_dict()))
+
+    def ask() -> None:
+        thread.start()
+        thread.join(0.2)
+        assert not made
+
+    in_the_middle(monkeypatch, ask)
+    opt.step()
+    thread.join()
+
+    assert made[0]["param_groups"] == opt.state_dict()["param_groups"]
+    assert {float(state["step"]) for state in made[0]["state"].values()} == {2.0}
+
+
+def test_a_step_that_waits_for_a_state_dict_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a step waits for a thread that waits for the step, the thread's state dict raises after a while."""
+    monkeypatch.setattr(wrapper, "_PATIENCE", 0.1)
+    opt = stepped_adamw({})
+    errors = []
+
+    def ask() -> None:
+        try:
+            opt.state_dict()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def wait() -> None:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    in_the_middle(monkeypatch, wait)
+    opt.step()
+
+    assert errors == [
+        "CautiousDecay.state_dict waited 0.1 seconds for the end of a step in another thread: call it between steps"
+    ]

@@ -315,6 +315,30 @@ def test_lamb_gets_always_adapt_back() -> None:
     assert before == contents(base)
 
 
+# ------------------------------------------------------------------------------------ arguments that are set later
+
+SET_LATER = [
+    (CautiousDecay, "mask", "updates", "unknown mask 'updates': pass one of 'update', 'gradient', 'random', 'all'"),
+    (CautiousDecay, "rounding", "up", "unknown rounding 'up'"),
+    (CautiousDecay, "strict", 1, "strict=1: pass one of True, False"),
+    (CautiousDecay, "path", "fast", "unknown path 'fast': pass one of 'one_pass'"),
+    (CautiousDecay, "backend", "cuda", "unknown backend 'cuda': pass one of 'eager'"),
+    (CautiousUpdate, "scale", "sum", "unknown scale 'sum': pass one of 'mean', 'numel', None"),
+]
+
+
+@pytest.mark.parametrize(("wrap", "name", "value", "text"), SET_LATER)
+def test_an_argument_that_is_set_later_is_checked_at_the_step(wrap: Any, name: str, value: object, text: str) -> None:
+    """A mistyped value that is set on a wrapper raises at the next step, which changes nothing."""
+    opt = wrap(sgd())
+    setattr(opt, name, value)
+
+    with pytest.raises((TypeError, ValueError), match=text):
+        opt.step()
+    assert [1.0, 1.0] == [p.item() for group in opt.param_groups for p in group["params"]]
+    assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]
+
+
 # ------------------------------------------------------------------------------------ groups added later
 
 

@@ -622,6 +622,7 @@ UPDATES: dict[str, updates.Update] = {
     "sgd, dampening, maximize": replace(SGD_, dampening=0.1, maximize=True),
     "sgd, nesterov": replace(SGD_, nesterov=True),
     "lion": updates.Lion(0.9, 0.99, maximize=False),
+    "lion, beta 0": updates.Lion(0.0, 0.0, maximize=False),
     "lion, maximize": updates.Lion(0.95, 0.98, maximize=True),
 }
 KERNELS = ("adam", "amsgrad", "sgd", "sgd, momentum", "lion")

@@ -460,6 +460,21 @@ def test_as_many_threads_as_torch_has() -> None:
     assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that exists stays, idle
 
 
+def test_a_thread_that_outlives_the_main_thread_can_step() -> None:
+    """While Python waits for other threads at its end, no new threads can be started: the step works alone."""
+    pytest.importorskip("numba")
+    program = """
+torch.set_num_threads(2)
+def late():
+    threading.main_thread().join()
+    print(torch.equal(big_step(0), expected))
+expected = big_step(0)
+threading.Thread(target=late).start()
+"""
+
+    assert in_a_process(program) == "True"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
     """A child process forked after a multi-threaded step takes the same step as its parent."""
@@ -568,3 +583,63 @@ def test_autograd_notices_the_one_pass(path: PathOptions) -> None:
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ------------------------------------------------------------------------------------ special weights and coefficients
+
+
+@pytest.mark.parametrize("path", ["one_pass", "direction", "pieces", "snapshot"])
+def test_beta_0_forgets_the_past(path: str) -> None:
+    """With beta1 = 0 (usual in GANs) m is the gradient itself, however large the gradient before was."""
+    if path == "one_pass":
+        pytest.importorskip("numba")
+    w = weight(-1.0, -1.0)
+    opt = CautiousDecay(AdamW([w], lr=0.1, betas=(0.0, 0.999), weight_decay=0.1, fused=True), path=path)
+    for gradient in ([1e3, 1e3], [1e3, 1e3], [1e-5, -1e-5]):
+        w.grad = torch.tensor(gradient)
+        opt.step()
+
+    assert torch.equal(opt.state[w]["exp_avg"], torch.tensor([1e-5, -1e-5]))
+
+
+def test_lion_of_complex_weights_takes_no_pass() -> None:
+    """lion_pytorch steps a complex weight by u/|u|, so one_pass leaves it to the other paths, which agree."""
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    start = torch.tensor([1 + 2j, -1 + 0.5j, 0.1 - 3j])
+    ends = []
+    for path in (None, "snapshot"):
+        w = nn.Parameter(start.clone())
+        opt = CautiousDecay(lion_pytorch.Lion([w], lr=0.1, weight_decay=0.1), path=path)
+        for gradient in (start.conj(), -start, start * 1j):
+            w.grad = gradient.resolve_conj()
+            opt.step()
+        ends.append((opt.paths()[0].path, w.detach()))
+
+    assert [path for path, _ in ends] == ["direction", "snapshot"]
+    torch.testing.assert_close(ends[0][1], ends[1][1])
+
+
+def test_lazy_modules_can_be_wrapped(every_path: PathOptions) -> None:
+    """Parameters without a shape, as lazy modules have before their first call, can be wrapped and then stepped."""
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1))
+    base = AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=every_path.get("path") == "one_pass" or None)
+    opt = CautiousDecay(base, **every_path)
+
+    assert "CautiousDecay(AdamW" in repr(opt)
+    model(torch.ones(2, 5)).sum().backward()
+    before = values(model)
+    opt.step()
+    assert not any(map(torch.equal, before, values(model)))
+
+
+def test_repr_of_a_path_that_a_checkpoint_rules_out() -> None:
+    """repr never raises: it names the path that the user forces, also if loaded options rule it out."""
+    pytest.importorskip("numba")
+    (w,) = sizes(3)
+    opt = CautiousDecay(AdamW([w], weight_decay=0.1, fused=True), path="one_pass")
+    opt.load_state_dict(AdamW([w], weight_decay=0.1).state_dict())
+
+    assert "path='one_pass'" in repr(opt)
+    assert "snapshot_bytes=?" in repr(opt)
+    with pytest.raises(ValueError, match="was not built with fused=True"):
+        opt.step()

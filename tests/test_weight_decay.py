@@ -1,5 +1,6 @@
 """eta * lam: one row for each kind of optimizer, with numbers to check by eye."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -549,6 +550,17 @@ def test_a_later_group(lam: float | None, group: dict[str, Any], expected: float
 
     assert expected == opt.param_groups[1]["weight_decay"]
     assert pytest.approx(1 - 0.1 * expected) == p.item()
+
+
+def test_lam_may_rise_from_0() -> None:
+    """If lam was set to 0, the next lam goes to the groups that decayed before, also in a copy of the wrapper."""
+    groups = [{"params": [weight(1.0)]}, {"params": [weight(1.0)], "weight_decay": 0.0}]
+    opt = CautiousDecay(AdamW(groups, lr=0.1, weight_decay=0.1))
+    opt.lam = 0.0
+    opt = copy.deepcopy(opt)
+    opt.lam = 0.2
+
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.2, 0.0]
 
 
 def test_lam_may_be_a_plain_number_of_any_kind() -> None:

@@ -112,6 +112,7 @@ def name(backend: str | None, device: torch.device) -> str:
     """The name of what `choose` returns. Raises ValueError where ``backend`` cannot run on ``device``."""
     if backend is None:
         return next((name for name in ("triton", "numba") if obstacle(name, device) is None), "eager")
+    check(backend)
     if (reason := obstacle(backend, device)) is not None:
         can = ", ".join(repr(name) for name in BACKENDS if obstacle(name, device) is None)
         msg = f"backend={backend!r} cannot run on {device}: {reason}. Backends that can run there: {can}"
@@ -141,6 +142,8 @@ def _numba_obstacle(device: torch.device) -> str | None:
         return "numba's kernels run on the CPU only"
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install cwd-wrap[cpu])"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "NUMBA_DISABLE_JIT switches numba's compiler off"
     return None
 
 

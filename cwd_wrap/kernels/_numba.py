@@ -13,11 +13,12 @@ from several threads and after a fork work, whichever threading library numba fi
 function does.
 """
 
+import contextlib
 import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, cast
 
@@ -262,6 +263,13 @@ def _cautious_update(w, x, g, c, d, n, strict):
 
 
 @register_jitable
+def _lerp(m, g, weight):
+    # The twin of rules.lerp.
+    low = weight < 0.5
+    return (m if low else g) + (weight if low else weight - _number(True, weight)) * (g - m)
+
+
+@register_jitable
 def _sgd(x, g, b, c, d, n, strict):
     u = n[0] * g
     mask, moved = _aligned(u, x, strict)
@@ -284,18 +292,18 @@ def _sgd_momentum(x, g, m, c, d, n, strict):
 @register_jitable
 def _lion(x, g, m, c, d, n, strict):
     g = n[0] * g
-    mean = m + n[3] * (g - m)
+    mean = _lerp(m, g, n[3])
     u = _number(mean > 0, x) - _number(mean < 0, x)
     mask, moved = _aligned(u, x, strict)
     step = n[1] * u
     new = _decay(x - step, x, mask, n[2])
-    return new, None, m + n[4] * (g - m), None, None, mask, _seen(mask, moved, x, step, new)
+    return new, None, _lerp(m, g, n[4]), None, None, mask, _seen(mask, moved, x, step, new)
 
 
 @register_jitable
 def _adam(x, g, m, v, d, n, strict):
     g = n[0] * g
-    m = m + n[3] * (g - m)
+    m = _lerp(m, g, n[3])
     v = n[4] * v + n[5] * g * g
     mask, moved = _aligned(m, x, strict)
     step = n[1] * m / (np.sqrt(v) / n[7] + n[6])
@@ -306,7 +314,7 @@ def _adam(x, g, m, v, d, n, strict):
 @register_jitable
 def _amsgrad(x, g, m, v, largest, n, strict):
     g = n[0] * g
-    m = m + n[3] * (g - m)
+    m = _lerp(m, g, n[3])
     v = n[4] * v + n[5] * g * g
     largest = v if (v > largest) | (v != v) else largest  # NaN stays
     mask, moved = _aligned(m, x, strict)
@@ -345,13 +353,25 @@ def _(keys, tensor, place):
     return lambda keys, tensor, place: _random(keys[tensor], place)
 
 
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's njit, with a cache on disk if numba finds a folder for one that it may write to."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:
+            return njit(**options)(function)
+
+    return compiled
+
+
 def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
     """The compiled function that applies ``rule`` to the chunks from ``first`` up to, not including, ``last``.
 
     It fills ``counts`` with the count of each chunk, and ``sums``, if not None, with the other four of `rules.sums`.
     """
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @_compiled(nogil=True, error_model="numpy")
     def walk(addresses, chunks, numbers, tags, strict, keys, counts, sums, first, last):
         for k in range(first, last):
             tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
@@ -388,7 +408,7 @@ def _walk(rule: Callable[..., Any]) -> Callable[..., None]:
     return walk_of
 
 
-@njit(nogil=True, cache=True)
+@_compiled(nogil=True)
 def _advance(addresses, tag, steps):
     """Increase the counters at ``addresses`` by one, and note them in ``steps``."""
     for i in range(len(addresses)):
@@ -573,7 +593,9 @@ def _run(
         while (i := next(turn)) < turns:
             walk(addresses, chunks, numbers, tags, strict, keys, counts, sums, cuts[i], cuts[i + 1])
 
-    others = [_pool(threads).submit(take_turns) for _ in range(threads - 1)]
+    others: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # while Python exits no thread can be started: this one does all the work
+        others.extend(_pool(threads).submit(take_turns) for _ in range(threads - 1))
     take_turns()
     for other in others:
         other.result()

@@ -150,9 +150,16 @@ def _root(a):
 
 
 @triton.jit
+def _lerp(m, g, weight):
+    # The twin of rules.lerp.
+    low = weight < 0.5
+    return tl.where(low, m, g) + tl.where(low, weight, weight - 1) * (g - m)
+
+
+@triton.jit
 def _adam(g, m, v, largest, eta, root, rest1, beta2, rest2, eps):
     # eta and root: eta / (1 - beta1**t) and sqrt(1 - beta2**t); rest: 1 - beta.
-    m = m + rest1 * (g - m)
+    m = _lerp(m, g, rest1)
     v = beta2 * v + rest2 * g * g
     most = v
     if largest is not None:
@@ -173,9 +180,9 @@ def _sgd(g, m, v, largest, eta, root, momentum, rest, nesterov, eps):
 
 @triton.jit
 def _lion(g, m, v, largest, eta, root, rest1, rest2, beta, eps):
-    u = m + rest1 * (g - m)
+    u = _lerp(m, g, rest1)
     u = (u > 0).to(g.dtype) - (u < 0).to(g.dtype)
-    m = m + rest2 * (g - m)
+    m = _lerp(m, g, rest2)
     return u, eta * u, m, m, m
 
 
