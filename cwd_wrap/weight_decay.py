@@ -82,7 +82,7 @@ def decays(group: Group, fallback: float | None) -> bool:
     return value.device.type != "cpu" or bool(value != 0) if isinstance(value, Tensor) else value != 0
 
 
-def take_lam(groups: Sequence[Group], lam: float | None, took: Collection[int] = ()) -> list[bool]:
+def take_lam(groups: Sequence[Group], lam: float | None, took: Collection[int]) -> list[bool]:
     """Which groups ``lam`` is written into: those that decay; if none does, those that ``took`` one before, or all."""
     chosen = [decays(group, None) or "weight_decay" not in group for group in groups]
     if not any(chosen):
