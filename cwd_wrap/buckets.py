@@ -2,12 +2,15 @@
 
 The columns of a bucket run in parallel, one entry for each tensor. ``eta_lam`` is the share that a step takes off a
 weight where the mask is 1. ``draws`` are the random numbers of rules that draw some; a kernel that gets them rounds
-16-bit tensors stochastically. ``of`` says which parameters the tensors belong to, for reports.
-`coming`, `whole` and `stepped` fill the buckets from the `Members` of a param group.
+16-bit tensors stochastically. ``of`` says which parameters the tensors belong to, ``held`` which columns are the base's
+state. `coming`, `whole` and `stepped` fill the buckets from the `Members` of a param group.
+
+A plan uses its buckets for many steps: `renew` takes over the gradients and numbers of the next one.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -63,7 +66,26 @@ class Report:
         return sum(sum(part.weights) for part in self.parts)
 
 
-@dataclass
+class Held(NamedTuple):
+    """Columns that are entries of the base's state."""
+
+    states: Sequence[Mapping[str, Any]] = ()
+    """The state of each parameter."""
+    columns: Sequence[tuple[str, Sequence[Tensor]]] = ()
+    """A key of the state, and the entries under it."""
+
+    def is_same(self) -> bool:
+        """True if the state still has these very tensors."""
+        for key, column in self.columns:
+            if not all(map(is_, [state.get(key) for state in self.states], column)):
+                return False
+        return True
+
+
+_NOT_HELD = Held()
+
+
+@dataclass(eq=False)
 class Coming:
     """Weights ``w`` before a step whose update has the sign of a*m + b*g; ``m`` is None without momentum."""
 
@@ -75,14 +97,32 @@ class Coming:
     eta_lam: float | Tensor
     draws: Draws | None = None
     of: "Of | None" = None
+    held: Held = _NOT_HELD
+    kept: object = None
+    """What the backend keeps for a call that begins with this bucket."""
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
         """The columns that are there, the weights first."""
         return (self.w, self.g) if self.m is None else (self.w, self.m, self.g)
 
+    def renew(self) -> bool:
+        """Take over the members' gradients and decay. Returns False if the state has other tensors."""
+        of = cast("Of", self.of)
+        self.eta_lam, self.g = of.members.eta_lam, of.gradients(self.w)
+        return self.held.is_same()
 
-@dataclass
+    def take_coefficients(self, base: Optimizer) -> bool:
+        """Take over the group's coefficients. Returns False if they make another direction."""
+        of = cast("Of", self.of)
+        found = directions.find(base, of.members.group)
+        if isinstance(found, str) or found.varying is not None:
+            return False
+        self.a, self.b = (0.0, found.first) if self.m is None else found.pair
+        return [key for key, _ in self.held.columns] == ([] if self.m is None else [found.state_key])
+
+
+@dataclass(eq=False)
 class Stepped:
     """Weights ``w`` after the base's step, and ``x``, the same weights before it.
 
@@ -97,14 +137,25 @@ class Stepped:
     eta_lam: float | Tensor
     draws: Draws | None = None
     of: "Of | None" = None
+    kept: object = None
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
         """The columns that are there, the weights first."""
         return (self.w, self.x) if self.g is None else (self.w, self.x, self.g)
 
+    def renew(self) -> bool:
+        """Take over the members' decay."""
+        self.eta_lam = cast("Of", self.of).members.eta_lam
+        return self.g is None
 
-@dataclass
+    def take_coefficients(self, base: Optimizer) -> bool:
+        """A comparison of weights has no coefficients."""
+        del base
+        return True
+
+
+@dataclass(eq=False)
 class Whole:
     """Weights ``w`` to be decayed and stepped at once, by ``update``, on the base's own state.
 
@@ -121,11 +172,28 @@ class Whole:
     eta_lam: float | Tensor
     draws: Draws | None = None
     of: "Of | None" = None
+    held: Held = _NOT_HELD
+    kept: object = None
+    """What the backend keeps for a call that begins with this bucket."""
 
     @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
         """The columns that are there, the weights first."""
         return (self.w, self.g, *self.state)
+
+    def renew(self) -> bool:
+        """Take over the members' gradients, decay and learning rate. Returns False if the state has other tensors."""
+        of = cast("Of", self.of)
+        self.eta_lam, self.g, self.lr = of.members.eta_lam, of.gradients(self.w), _lr(of.members.group)
+        return self.held.is_same()
+
+    def take_coefficients(self, base: Optimizer) -> bool:
+        """Take over the group's coefficients. Returns False if they make another update."""
+        found = updates.find(base, cast("Of", self.of).members.group)
+        if isinstance(found, str) or (found.kernel, found.state_keys) != (self.update.kernel, self.update.state_keys):
+            return False
+        self.update = found
+        return True
 
 
 Bucket: TypeAlias = Coming | Stepped | Whole
@@ -187,6 +255,11 @@ class Of(NamedTuple):
     def name(self) -> str:
         """The group's ``name``, or ``group 0``."""
         return str(self.members.group.get("name", f"group {self.members.index}"))
+
+    def gradients(self, w: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The members' gradients, for the weights ``w`` of a bucket."""
+        gradients = cast("list[Tensor]", _at(cast("list[Tensor]", self.members.gradients), self.rows))
+        return companions(gradients, w, w)
 
     def parts(self, path: str, weights: Sequence[int], sums: Tensor) -> Iterator[Part]:
         """The reports on the parameters: one `Part` for all parameters that the same number of ranks hold."""
@@ -255,7 +328,8 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
             m_of = None if average is None else _at(average, some)
             rows = [chosen[i] for i in some]
             of = Of(members, rows)
-            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, members.draws(rows), of)
+            held = Held() if m_of is None else Held([states[i] for i in rows], [(cast("str", found.state_key), m_of)])
+            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, members.draws(rows), of, held)
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
@@ -267,14 +341,20 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     g = companions(cast("list[Tensor]", members.gradients), p, w)
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
     steps = [of_one["step"] for of_one in states] if update.counts else []
-    lr = members.group["lr"]
-    lr = lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch accepts any shape, but a 0-d weight needs 0-d
+    lr = _lr(members.group)
     for some in _split((w, g, *state)):
         columns = tuple(_at(column, some) for column in state)
         counters = _at(steps, some) if update.counts else []
         draws = members.draws(some)
         of = Of(members, some)
-        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws, of)
+        held = [*zip(update.state_keys, columns, strict=True), *([("step", counters)] if update.counts else [])]
+        in_state = Held([states[i] for i in some] if states else [], held)
+        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws, of, in_state)
+
+
+def _lr(group: Mapping[str, Any]) -> float | Tensor:
+    lr: float | Tensor = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr  # torch accepts any shape, but a 0-d weight needs 0-d
 
 
 def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[Stepped]:

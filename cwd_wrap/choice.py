@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from cwd_wrap import directions, kernels, pieces, quirks, updates
 from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import Backend
+from cwd_wrap.weight_decay import Strength
 
 PATHS = ("one_pass", "direction", "pieces", "snapshot")
 
@@ -114,14 +115,13 @@ def check_path(path: str | None) -> None:
         raise ValueError(msg)
 
 
-def check_pieces(
-    rule: Rule, base: Optimizer, eta_lams: Sequence[float | Tensor], built_with: Collection[tuple[torch.Size, ...]]
-) -> None:
+def check_pieces(rule: Rule, strength: Strength, built_with: Collection[tuple[torch.Size, ...]]) -> None:
     """Raise ValueError if ``rule`` counts over each whole tensor and a group has flat pieces of tensors."""
     if rule.whole_tensors is None:
         return
-    for i, (group, eta_lam) in enumerate(zip(base.param_groups, eta_lams, strict=True)):
-        piece = quirks.flat_pieces(group, built_with) if rule.has_work(eta_lam) else None
+    base = strength.base
+    for i, group in enumerate(base.param_groups):
+        piece = quirks.flat_pieces(group, built_with) if rule.has_work(strength.eta_lam(i)) else None
         if piece is not None:
             msg = (
                 f"{rule.name} needs a count over each whole tensor, but param group {i} of {type(base).__name__} has "

@@ -34,22 +34,27 @@ def with_hooks(step: StepFunction) -> StepFunction:
     hooks, which the base's step fires already. The profiler's count steps, and would count each twice.
     """
 
+    def run(self: "Contract", *args: Any, **kwargs: Any) -> Any:
+        arguments: tuple[Any, ...] = (self, *args)
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, arguments, kwargs)
+            if changed is None:
+                continue
+            if not (isinstance(changed, tuple) and len(changed) == 2):
+                msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), not {changed!r:.80}"
+                raise RuntimeError(msg)
+            arguments, kwargs = changed
+        result = step(*arguments, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, arguments, kwargs)
+        return result
+
     @functools.wraps(step)
     def hooked(self: "Contract", *args: Any, **kwargs: Any) -> Any:
+        if not torch.autograd._profiler_enabled():  # a range of the profiler takes longer than a small step
+            return run(self, *args, **kwargs)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            arguments: tuple[Any, ...] = (self, *args)
-            for pre_hook in self._optimizer_step_pre_hooks.values():
-                changed = pre_hook(self, arguments, kwargs)
-                if changed is None:
-                    continue
-                if not (isinstance(changed, tuple) and len(changed) == 2):
-                    msg = f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), not {changed!r:.80}"
-                    raise RuntimeError(msg)
-                arguments, kwargs = changed
-            result = step(*arguments, **kwargs)
-            for post_hook in self._optimizer_step_post_hooks.values():
-                post_hook(self, arguments, kwargs)
-            return result
+            return run(self, *args, **kwargs)
 
     hooked.hooked = True  # type: ignore[attr-defined]
     return cast("StepFunction", hooked)

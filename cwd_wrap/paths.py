@@ -1,13 +1,14 @@
 """Four ways to carry a rule out around the base's own step.
 
-A path is a context manager; the base's own step runs at its ``yield``. The paths one_pass and pieces take parameters
-away from that step: until it ends, ``group["params"]`` is a list of those that are left, and then the former list.
+A path is made for some members and may be used for many steps, as long as a plan holds: `begin` is called before the
+base's own step, `end` after it. The paths one_pass and pieces take parameters away from that step: until it ends,
+``group["params"]`` is a list of those that are left, and then the former list.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from operator import attrgetter
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ from cwd_wrap import kernels, notices, quirks
 from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
+from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
-from cwd_wrap.snapshot import Buffers, Copy, Gradients
+from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
 from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
 from cwd_wrap.updates import Lion
 
 PIECE = 64 << 20  # bytes
 Counted: TypeAlias = tuple[Bucket, Tensor]
 """A bucket, and a row of `rules.sums` for each of its tensors."""
+_SHAPE = attrgetter("shape")
 
 
 def copied_bytes(whole: Sequence[Tensor], in_pieces: Sequence[Tensor]) -> int:
@@ -42,9 +45,38 @@ def copied_bytes(whole: Sequence[Tensor], in_pieces: Sequence[Tensor]) -> int:
     return sum(sizes(whole)) + min(sum(pieces_of), max([PIECE, *pieces_of]))
 
 
-@dataclass
+def index_of(groups: Sequence[dict[str, Any]], i: int, group: dict[str, Any]) -> int:
+    """The index of ``group`` among all ``groups``; it has index ``i`` in the base now."""
+    if i < len(groups) and groups[i] is group:
+        return i
+    return next((k for k, each in enumerate(groups) if each is group), i)
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of the rule for buckets of one kind."""
+
+    act: Callable[[Backend, Any, bool], Sums]
+    backend: Backend
+    buckets: list[Bucket]
+    decays: bool
+    unchanged: Callable[[], bool] | None
+    """Says whether the tensors have the types and sizes that they had when the call was made; None if it must be made
+    anew."""
+
+    def holds(self) -> bool:
+        """True if the call can be made again, with the current gradients and numbers."""
+        if self.unchanged is None:
+            return False
+        for bucket in self.buckets:
+            if not bucket.renew():
+                return False
+        return self.unchanged()
+
+
+@dataclass(eq=False)
 class Work:
-    """What the paths of one step share."""
+    """What the paths of a plan share."""
 
     base: Optimizer
     rule: Rule
@@ -52,21 +84,13 @@ class Work:
     buffers: Buffers
     gradients: Gradients
     stream: Stream
-    unchecked: bool
-    """True at the first step of a new or loaded optimizer: the state may be another model's, so shapes are compared. At
-    other steps only sizes are, which is quicker."""
+    journal: Journal
     count: bool
     """True if the step is reported to an observer."""
     groups: Sequence[dict[str, Any]]
     """All param groups. The base may have only one of them at a time (DeepSpeed steps so)."""
     parts: list[Part] = field(default_factory=list)
     """What each path did, if ``count``."""
-
-    def index(self, i: int, group: dict[str, Any]) -> int:
-        """The index among all groups of ``group``, which has index ``i`` in the base now."""
-        if i < len(self.groups) and self.groups[i] is group:
-            return i
-        return next((k for k, each in enumerate(self.groups) if each is group), i)
 
     def on(self, device: torch.device) -> Backend:
         """The backend that carries the rule out on ``device``."""
@@ -76,19 +100,27 @@ class Work:
         """The function that copies weights on ``device``."""
         return self.on(device).copy
 
-    def carry_out(self, act: Callable[[Backend, Any, bool], Sums], buckets: Sequence[Bucket]) -> list[Counted]:
-        """Call ``act`` once for all buckets of one kind. Returns the sums of those that decay, if ``count``."""
-        counted: list[Counted] = []
+    def calls(self, act: Callable[[Backend, Any, bool], Sums], buckets: Sequence[Bucket]) -> list[Call]:
+        """One call of ``act`` for all buckets of one kind."""
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
-            self._check(bucket)
-        for bucket in buckets:
+            _check(self.base, bucket)
             alike.setdefault((kind(bucket), self.rule.has_work(bucket.eta_lam)), []).append(bucket)
+        calls = []
         for (_, decays), some in alike.items():
-            count = self.count and decays
-            sums = act(self.on(some[0].w[0].device), some, count)
+            backend = self.on(some[0].w[0].device)
+            keeps = not self.count and all(bucket.draws is None for bucket in some)
+            calls.append(Call(act, backend, some, decays, backend.watch(some) if keeps else None))
+        return calls
+
+    def carry_out(self, calls: Sequence[Call]) -> list[Counted]:
+        """Make the calls. Returns the sums of the buckets that decay, if ``count``."""
+        counted: list[Counted] = []
+        for call in calls:
+            sums = call.act(call.backend, call.buckets, self.count and call.decays)
             if sums is not None:
-                counted += zip(some, torch.split(sums, [len(bucket.w) for bucket in some]), strict=True)
+                of_buckets = torch.split(sums, [len(bucket.w) for bucket in call.buckets])
+                counted += zip(call.buckets, of_buckets, strict=True)
         return counted
 
     def report(self, path: str, counted: Sequence[Counted]) -> None:
@@ -96,21 +128,6 @@ class Work:
         for bucket, sums in counted:
             if bucket.of is not None:
                 self.parts += bucket.of.parts(path, list(map(Tensor.numel, bucket.w)), sums)
-
-    def _check(self, bucket: Bucket) -> None:
-        """Raise where sizes or devices differ: the kernels read by address, and the process would crash."""
-        w, *others = bucket.columns
-        sizes = list(map(Tensor.numel, w))
-        for column in others:
-            if column[0].device != w[0].device:  # a column is on one device
-                msg = (
-                    f"{type(self.base).__name__} has weights of shape {tuple(w[0].shape)} on {w[0].device}, but their "
-                    f"gradient or state on {column[0].device}: move them to one device"
-                )
-                raise ValueError(msg)
-            if list(map(Tensor.numel, column)) != sizes or self.unchecked:
-                for weight, other in zip(w, column, strict=True):
-                    _check_shapes(self.base, weight, other)
 
     def note(self, members: Sequence[Members]) -> None:
         """Store the current gradients. A member without one does not step; `Gradients` keeps what the rule reads."""
@@ -120,131 +137,230 @@ class Work:
                 of_group.kept = self.gradients.keep(of_group.gradients)
 
 
-def _check_shapes(base: Optimizer, weight: Tensor, other: Tensor) -> None:
-    if weight.shape != other.shape:
-        msg = (
-            f"{type(base).__name__} has a weight of shape {tuple(weight.shape)} whose gradient or state has shape "
-            f"{tuple(other.shape)}: load a checkpoint of this model, and make a new optimizer when a weight is replaced"
-        )
-        raise ValueError(msg)
+def _check(base: Optimizer, bucket: Bucket) -> None:
+    """Raise where shapes or devices differ: the kernels read by address, and the process would crash."""
+    w, *others = bucket.columns
+    shapes = list(map(_SHAPE, w))
+    for column in others:
+        if column[0].device != w[0].device:  # a column is on one device
+            msg = (
+                f"{type(base).__name__} has weights of shape {tuple(w[0].shape)} on {w[0].device}, but their "
+                f"gradient or state on {column[0].device}: move them to one device"
+            )
+            raise ValueError(msg)
+        if list(map(_SHAPE, column)) == shapes:
+            continue
+        for weight, other in zip(w, column, strict=True):
+            if weight.shape != other.shape:
+                msg = (
+                    f"{type(base).__name__} has a weight of shape {tuple(weight.shape)} whose gradient or state has "
+                    f"shape {tuple(other.shape)}: load a checkpoint of this model, and make a new optimizer when a "
+                    "weight is replaced"
+                )
+                raise ValueError(msg)
 
 
 # ---- the paths
 
-Path = Callable[[Work, Sequence[Members]], AbstractContextManager[None]]
+
+class Path(Protocol):
+    """A way to carry the rule out on some members."""
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls that each step of a plan makes again."""
+
+    def begin(self) -> None:
+        """What comes before the base's own step."""
+
+    def end(self) -> None:
+        """What comes after it. The groups are as they were before `begin`."""
 
 
-@contextmanager
-def one_pass(work: Work, members: Sequence[Members]) -> Iterator[None]:
+class OnePass:
     """Decay and step the members in one kernel, on the base's own state; the base steps the other parameters."""
-    if work.rule.whole is not None:
+
+    def __init__(self, work: Work, members: Sequence[Members]) -> None:
+        self._work = work
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
-        work.report("one_pass", work.carry_out(work.rule.whole, buckets))
-        for bucket in buckets:
-            if isinstance(bucket.update, Lion):  # Lion's own step increments versions, torch's fused steps do not.
-                for w in bucket.w:  # Autograd reads them to notice a change between forward and backward.
-                    torch.autograd.graph.increment_version(w)
-    with _lent_all_but(work.base, members):
-        yield
+        self.calls = [] if work.rule.whole is None else work.calls(work.rule.whole, buckets)
+        # Lion's own step increments versions, torch's fused steps do not. Autograd reads them to notice a change
+        # between forward and backward.
+        self._versioned = [w for bucket in buckets if isinstance(bucket.update, Lion) for w in bucket.w]
+        self._left = _all_but(work.base, members)
+
+    def begin(self) -> None:
+        """Decay and step."""
+        work = self._work
+        work.report("one_pass", work.carry_out(self.calls))
+        for w in self._versioned:
+            torch.autograd.graph.increment_version(w)
+        _lend(work, self._left)
+
+    def end(self) -> None:
+        """Nothing is left to do."""
 
 
-@contextmanager
-def direction(work: Work, members: Sequence[Members]) -> Iterator[None]:
+class Direction:
     """Decay the members before the base steps them, along the sign of its coming update.
 
     Only a monitor needs the size of the update. So a copy is kept during the step if the step is counted.
     """
-    counted: list[Counted] = []
-    if work.rule.before is not None:
+
+    def __init__(self, work: Work, members: Sequence[Members]) -> None:
+        self._work = work
         buckets = [bucket for of_group in members for bucket in coming(work.base, of_group)]
-        counted = work.carry_out(work.rule.before, buckets)
-    before = [[w.clone() for w in bucket.w] for bucket, _ in counted]
-    yield
-    for (bucket, sums), x in zip(counted, before, strict=True):
-        sums.add_(work.on(x[0].device).sums_of_step([Stepped(bucket.w, bucket.w, x, None, 0.0)]))
-    work.report("direction", counted)
+        self.calls = [] if work.rule.before is None else work.calls(work.rule.before, buckets)
+        self._counted: list[tuple[Counted, list[Tensor]]] = []
+
+    def begin(self) -> None:
+        """Decay."""
+        counted = self._work.carry_out(self.calls)
+        self._counted = [(one, [w.clone() for w in one[0].w]) for one in counted]
+
+    def end(self) -> None:
+        """Add the size of the update to what is reported."""
+        for (bucket, sums), x in self._counted:
+            sums.add_(self._work.on(x[0].device).sums_of_step([Stepped(bucket.w, bucket.w, x, None, 0.0)]))
+        self._work.report("direction", [one for one, _ in self._counted])
+        self._counted = []
 
 
-@contextmanager
-def in_pieces(work: Work, members: Sequence[Members]) -> Iterator[None]:
-    """Have the base step the members piece by piece, comparing each with a copy; then the parameters that are left."""
-    step = _unhooked_step(work.base)
-    for piece in _cut(members):
-        with _lent_only(work.base, piece), snapshot(work, piece, work.buffers.take_piece):
+class Snapshot:
+    """Copy the members, have the base step them, and compare.
+
+    ``path``: "snapshot", or "pieces" for a piece, whose copies share a buffer with those of other pieces.
+    """
+
+    def __init__(self, work: Work, members: Sequence[Members], path: str = "snapshot") -> None:
+        self._work = work
+        self._members = members
+        self._path = path
+        parameters = [p for of_group in members for p in of_group.parameters]
+        views = local_real_views(parameters)
+        copies = work.buffers.piece(views) if path == "pieces" else work.buffers.whole(parameters, views)
+        self._fill = copying(copies, views, work.copy_on)
+        each = iter(copies)
+        self._x = [[next(each) for _ in of_group.parameters] for of_group in members]
+        self.calls: list[Call] = []
+
+    def begin(self) -> None:
+        """Copy the weights, and note the gradients."""
+        for copy, to, source in self._fill:
+            copy(to, source)
+        self._work.note(self._members)
+
+    def end(self) -> None:
+        """Compare, and apply the rule."""
+        work = self._work
+        if not self.calls or not all(call.holds() for call in self.calls):  # the base may have replaced tensors
+            self.calls = self._compare()
+        if work.rule.reads_gradient:
+            _check_gradients(work, self._members)
+        work.report(self._path, work.carry_out(self.calls))
+        for of_group, x in zip(self._members, self._x, strict=True):
+            for i, g in enumerate(of_group.gradients):
+                if g is not None and g.is_sparse and work.rule.has_work(of_group.eta_lam):
+                    indices = sparse_indices(g)
+                    draws = _draws_of_rows(of_group, i, indices)
+                    _finish_rows(work, Of(of_group, [i]), indices, x[i][indices], draws)
+
+    def _compare(self) -> list[Call]:
+        work = self._work
+        buckets = [
+            bucket
+            for of_group, x in zip(self._members, self._x, strict=True)
+            if work.rule.has_work(of_group.eta_lam)
+            for bucket in stepped(of_group, x, quirks.maximizes(work.base, of_group.group))
+        ]
+        return work.calls(work.rule.after, buckets)
+
+
+class Pieces:
+    """Have the base step the members piece by piece, comparing each with a copy; then the parameters that are left.
+
+    One piece for all is stepped by the base's own step, as on the path snapshot.
+    """
+
+    def __init__(self, work: Work, members: Sequence[Members]) -> None:
+        self._work = work
+        self._members = members
+        self._pieces = list(_cut(members))
+        self._only = Snapshot(work, self._pieces[0], "pieces") if len(self._pieces) == 1 else None
+
+    @property
+    def calls(self) -> list[Call]:
+        """Those of the only piece."""
+        return [] if self._only is None else self._only.calls
+
+    def begin(self) -> None:
+        """Step the pieces, or copy the only one."""
+        if self._only is not None:
+            self._only.begin()
+            return
+        work = self._work
+        step = _unhooked_step(work.base)
+        for members in self._pieces:
+            piece = Snapshot(work, members, "pieces")
+            before = len(work.journal)
+            _lend(work, _only(work.base, members))
+            piece.begin()
             step()
-    with _lent_all_but(work.base, members):
-        yield
+            work.journal.undo(before)
+            piece.end()
+        _lend(work, _all_but(work.base, self._members))
+
+    def end(self) -> None:
+        """Compare the only piece."""
+        if self._only is not None:
+            self._only.end()
 
 
-@contextmanager
-def snapshot(work: Work, members: Sequence[Members], take: Callable[..., list[Tensor]] | None = None) -> Iterator[None]:
-    """Copy the members, have the base step them, and compare. ``take`` makes the copies of a piece."""
-    parameters = [p for of_group in members for p in of_group.parameters]
-    views = local_real_views(parameters)
-    if take is None:
-        copies = iter(work.buffers.take(parameters, views, work.copy_on))
-    else:
-        copies = iter(take(views, work.copy_on))
-    before = [[next(copies) for _ in of_group.parameters] for of_group in members]
-    work.note(members)
-    yield
-    buckets: list[Stepped] = []
-    for of_group, x in zip(members, before, strict=True):
-        if work.rule.has_work(of_group.eta_lam):
-            maximizes = quirks.maximizes(work.base, of_group.group)
-            buckets += stepped(of_group, x, maximizes)
-    if work.rule.reads_gradient:
-        _check_gradients(work, members)
-    work.report("snapshot" if take is None else "pieces", work.carry_out(work.rule.after, buckets))
-    for of_group, x in zip(members, before, strict=True):
-        for i, (copy, g) in enumerate(zip(x, of_group.gradients, strict=True)):
-            if g is not None and g.is_sparse and work.rule.has_work(of_group.eta_lam):
-                indices = sparse_indices(g)
-                _finish_rows(work, Of(of_group, [i]), indices, copy[indices], _draws_of_rows(of_group, i, indices))
-
-
-@contextmanager
-def rows(work: Work, members: Sequence[Members]) -> Iterator[None]:
+class Rows:
     """Copy only the rows that the members' sparse gradients touch, have the base step, and compare."""
-    before = []
-    for of_group in members:
-        for i, (p, g) in enumerate(zip(of_group.parameters, of_group.gradients, strict=True)):
-            indices = sparse_indices(cast("Tensor", g))
-            draws = _draws_of_rows(of_group, i, indices)
-            before.append((Of(of_group, [i]), indices, local_real_view(p)[indices], draws))
-    yield
-    for row in before:
-        _finish_rows(work, *row)
+
+    def __init__(self, work: Work, members: Sequence[Members]) -> None:
+        self._work = work
+        self._members = members
+        self.calls: list[Call] = []
+        self._before: list[tuple[Of, tuple[Tensor, ...], Tensor, Draws | None]] = []
+
+    def begin(self) -> None:
+        """Copy the rows."""
+        for of_group in self._members:
+            for i, (p, g) in enumerate(zip(of_group.parameters, of_group.gradients, strict=True)):
+                indices = sparse_indices(cast("Tensor", g))
+                draws = _draws_of_rows(of_group, i, indices)
+                self._before.append((Of(of_group, [i]), indices, local_real_view(p)[indices], draws))
+
+    def end(self) -> None:
+        """Compare the rows."""
+        for row in self._before:
+            _finish_rows(self._work, *row)
 
 
-NAMED: Mapping[str, Path] = dict(zip(PATHS, (one_pass, direction, in_pieces, snapshot), strict=True))
-ORDER = (rows, snapshot, direction, one_pass, in_pieces)
-"""The order in which paths are entered. Those that shorten the base's lists of parameters come last."""
+NAMED: Mapping[str, type[OnePass | Direction | Pieces | Snapshot]] = dict(
+    zip(PATHS, (OnePass, Direction, Pieces, Snapshot), strict=True)
+)
+ORDER = (Rows, Snapshot, Direction, OnePass, Pieces)
+"""The order in which paths begin. Those that shorten the base's lists of parameters come last."""
 
 
 # ---- what the base steps
 
 
-@contextmanager
-def _lent(base: Optimizer, lists: Sequence[list[Tensor]]) -> Iterator[None]:
-    """Inside this context the base's groups hold ``lists`` as their parameters; afterwards their former lists."""
-    groups = list(base.param_groups)
-    whole = [group["params"] for group in groups]
-    try:
-        for group, parameters in zip(groups, lists, strict=True):
-            group["params"] = parameters
-        yield
-    finally:
-        for group, parameters in zip(groups, whole, strict=True):
-            group["params"] = parameters
+def _lend(work: Work, lists: Sequence[list[Tensor]]) -> None:
+    """Have the base's groups hold ``lists`` as their parameters, until the journal is undone."""
+    for group, parameters in zip(work.base.param_groups, lists, strict=True):
+        work.journal.put(group, "params", list(parameters))
 
 
-def _lent_only(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
+def _only(base: Optimizer, members: Sequence[Members]) -> list[list[Tensor]]:
     of_group = {id(some.group): some.parameters for some in members}
-    return _lent(base, [of_group.get(id(group), []) for group in base.param_groups])
+    return [of_group.get(id(group), []) for group in base.param_groups]
 
 
-def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContextManager[None]:
+def _all_but(base: Optimizer, members: Sequence[Members]) -> list[list[Tensor]]:
     taken = {id(p) for some in members for p in some.parameters}
 
     def left(parameters: list[Tensor]) -> list[Tensor]:
@@ -255,7 +371,7 @@ def _lent_all_but(base: Optimizer, members: Sequence[Members]) -> AbstractContex
         # If a parameter is listed twice, torch steps it twice: the second time is left to the base.
         return [p for i, p in enumerate(parameters) if ids[i] not in taken or (twice and ids[i] in ids[:i])]
 
-    return _lent(base, [left(group["params"]) for group in base.param_groups])
+    return [left(group["params"]) for group in base.param_groups]
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:
@@ -303,7 +419,7 @@ def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor
     w = local_real_view(p)
     touched = w[indices]
     bucket = Stepped([p], [touched], [before], None, of.members.eta_lam, draws, of)
-    work.report("rows", work.carry_out(work.rule.after, [bucket]))
+    work.report("rows", work.carry_out(work.calls(work.rule.after, [bucket])))
     w[indices] = touched
 
 

@@ -16,8 +16,8 @@ CopyOn = Callable[[torch.device], Copy]
 class Buffers:
     """Memory for copies of weights, kept from step to step. `drop` frees it.
 
-    Each `take` frees the copies that it does not need. The copies are not in the optimizer's ``state``, because many
-    optimizers treat a parameter with any state as already initialised.
+    Each call of `whole` frees the copies that it does not need. The copies are not in the optimizer's ``state``,
+    because many optimizers treat a parameter with any state as already initialised.
 
     During the capture of a CUDA graph, copies are made in the graph's own memory and are not kept here. They live as
     long as the graph, whether or not `drop` is called.
@@ -27,19 +27,18 @@ class Buffers:
         self._whole: dict[int, Tensor] = {}
         self._piece: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, owners: Sequence[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
-        """Copies of ``tensors``, equal in shape, type and device, and dense; valid until the next call.
+    def whole(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Room for copies of ``tensors``, equal in shape, type and device, and dense; valid until the next call.
 
-        ``owners``: the parameters that the tensors belong to (the tensors may be new views at each step). ``copy_on``
-        returns the function that copies on a device.
+        ``owners``: the parameters that the tensors belong to (the tensors may be new views at each step).
         """
         if capturing():
-            return _filled([_buffer_like(t) for t in tensors], tensors, copy_on)
+            return [_buffer_like(t) for t in tensors]
         self._whole = {id(owner): self._buffer(owner, t) for owner, t in zip(owners, tensors, strict=True)}
-        return _filled(list(self._whole.values()), tensors, copy_on)
+        return list(self._whole.values())
 
-    def take_piece(self, tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
-        """Like `take`, but in one buffer for each device and type, which the next call reuses."""
+    def piece(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Like `whole`, but in one buffer for each device and type, which the next call reuses."""
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         for t in tensors:
             needed[t.device, t.dtype] = needed.get((t.device, t.dtype), 0) + _aligned(t)
@@ -55,15 +54,15 @@ class Buffers:
             key = t.device, t.dtype
             copies.append(piece[key].as_strided(t.shape, _dense_stride(t), used[key]))
             used[key] += _aligned(t)
-        return _filled(copies, tensors, copy_on)
+        return copies
 
     def drop(self) -> None:
-        """Free all memory; the next `take` allocates it again."""
+        """Free all memory; the next step that needs some allocates it again."""
         self.drop_whole()
         self._piece = {}
 
     def drop_whole(self) -> None:
-        """Free the memory of `take`."""
+        """Free the memory of `whole`."""
         self._whole = {}
 
     def _buffer(self, owner: Tensor, t: Tensor) -> Tensor:
@@ -89,15 +88,19 @@ def _dense_stride(t: Tensor) -> tuple[int, ...]:
     return t.stride() if t.is_contiguous() else torch.empty_like(t, device="meta").stride()
 
 
-def _filled(copies: list[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn) -> list[Tensor]:
+def copying(
+    copies: Sequence[Tensor], tensors: Sequence[Tensor], copy_on: CopyOn
+) -> list[tuple[Copy, list[Tensor], list[Tensor]]]:
+    """The calls that fill the ``copies`` with the ``tensors``: one for each device and type, as (copy, to, source).
+
+    ``copy_on`` returns the function that copies on a device.
+    """
     alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for copy, t in zip(copies, tensors, strict=True):
         to, source = alike.setdefault((t.device, t.dtype), ([], []))
         to.append(copy)
         source.append(t)
-    for (device, _), (to, source) in alike.items():
-        copy_on(device)(to, source)
-    return copies
+    return [(copy_on(device), to, source) for (device, _), (to, source) in alike.items()]
 
 
 class Kept(NamedTuple):

@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 _DISTRIBUTED = ("torch.distributed.tensor", "torch.distributed._tensor")  # the second up to torch 2.4
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
 def local_real_view(t: Tensor) -> Tensor:
@@ -21,9 +24,22 @@ def local_real_view(t: Tensor) -> Tensor:
 
 def local_real_views(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """`local_real_view` of each; nearly always the ``parameters`` themselves, since a step has thousands of them."""
-    if _PLAIN.issuperset(map(type, parameters)) and not any(map(Tensor.is_complex, parameters)):
+    if are_plain(parameters):
         return parameters
     return [local_real_view(p) for p in parameters]
+
+
+def are_plain(ts: Sequence[Tensor]) -> bool:
+    """True if all are real tensors of torch's own classes."""
+    return _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_complex, ts))
+
+
+def marks(columns: Sequence[Sequence[Tensor]]) -> list[object]:
+    """What must not change for a kernel to find the same elements at the tensors' addresses; [] if it never may."""
+    ts = list(chain.from_iterable(columns))
+    if not (are_plain(ts) and {torch.strided}.issuperset(map(_LAYOUT, ts)) and all(map(Tensor.is_contiguous, ts))):
+        return []
+    return [*map(_DTYPE, ts), *map(Tensor.numel, ts), *map(Tensor.get_device, ts)]
 
 
 def companion(t: Tensor, parameter: Tensor) -> Tensor:

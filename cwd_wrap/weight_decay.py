@@ -5,6 +5,7 @@ lam is the group's own ``weight_decay``; eta is the step size by which the optim
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import notices, quirks
+from cwd_wrap.journal import Journal
 
 Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
@@ -125,6 +127,26 @@ def eta_lam(
     return _scalar(product)
 
 
+@dataclass(frozen=True)
+class Strength:
+    """eta*lam of the groups of ``base``; the other fields are arguments of `eta_lam`."""
+
+    base: Optimizer
+    fallback: float | None
+    step_size: StepSize | None
+    way_out: str = WAY_OUT
+
+    def eta_lam(self, index: int) -> float | Tensor:
+        """eta*lam of the group with this index, for the coming step."""
+        group = self.base.param_groups[index]
+        return eta_lam(group, index, self.fallback, self.step_size, self.base, self.way_out)
+
+    def is_settled(self, group: Group) -> bool:
+        """True if eta*lam is the same as long as the group holds the same objects."""
+        tensors = any(isinstance(group.get(key), Tensor) for key in ("lr", "weight_decay"))
+        return self.step_size is None and not tensors and type(self.base).__module__.startswith("torch.optim.")
+
+
 def _warn_once(base: Optimizer, what: str, index: int, message: str) -> None:
     """Warn once for each optimizer, kind of warning and group."""
     said = _warned.setdefault(base, set())
@@ -198,46 +220,25 @@ def _bias_correction(group: Group) -> float:
     return float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
 
 
-class DecayOff:
-    """Sets every ``weight_decay`` to 0 (`off`) and restores what was there (`on`)."""
+def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
+    """The entries of the groups that turn the base's own decay off: a group, a key and the value for it."""
+    entries: list[tuple[dict[str, Any], str, object]] = []
+    for group in base.param_groups:
+        decay = group.get("weight_decay")
+        if decay is not None and (isinstance(decay, Tensor) or decay != 0):
+            off = {"weight_decay": _OFF} | quirks.kept_while_off(base, group)
+            entries += [(group, key, value) for key, value in off.items()]
+    return entries
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._changed: list[tuple[dict[str, Any], str, object, object]] = []
 
-    def off(self) -> None:
-        """Set the decay to 0 in each group that has one."""
-        for group in self._optimizer.param_groups:
-            decay = group.get("weight_decay")
-            if decay is None or (not isinstance(decay, Tensor) and decay == 0):
-                continue
-            for key, value in ({"weight_decay": _OFF} | quirks.kept_while_off(self._optimizer, group)).items():
-                self._changed.append((group, key, group[key], value))
-                group[key] = value
-
-    def before(self) -> list[tuple[dict[str, Any], str, object]]:
-        """The groups and keys that are off now, and the values that `on` will restore."""
-        return [(group, key, value) for group, key, value, off in self._changed if group.get(key) is off]
-
-    def on(self) -> None:
-        """Restore the decay, except where a hook or a closure wrote a new value during the step (a schedule).
-
-        A 0 other than `_OFF` counts as computed from it (``group["weight_decay"] *= 0.99``): it is replaced too, with
-        a warning.
-        """
-        for group, key, before, meanwhile in self._changed:
-            now = group.get(key)
-            if now is not meanwhile and isinstance(now, Real) and abs(float(now)) <= quirks.ALMOST_ZERO:
-                index = next((i for i, g in enumerate(self._optimizer.param_groups) if g is group), 0)
-                _warn_once(
-                    self._optimizer,
-                    key,
-                    index,
-                    f"{key} of {_where(index, self._optimizer)} was set to {now!r} during the step, while the wrapper "
-                    f"had the decay off. It is {before!r} again. To change it, set it between steps, or in a hook of "
-                    "the wrapper",
-                )
-                group[key] = before
-            elif now is meanwhile:
-                group[key] = before
-        self._changed = []
+def on(base: Optimizer, journal: Journal) -> None:
+    """Undo the journal. Warn where a value that was written during the step is lost, see `Journal.undo`."""
+    for group, key, before, now in journal.undo():
+        index = next((i for i, g in enumerate(base.param_groups) if g is group), 0)
+        _warn_once(
+            base,
+            key,
+            index,
+            f"{key} of {_where(index, base)} was set to {now!r} during the step, while the wrapper had the decay off. "
+            f"It is {before!r} again. To change it, set it between steps, or in a hook of the wrapper",
+        )

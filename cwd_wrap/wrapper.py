@@ -14,7 +14,9 @@ from cwd_wrap.buckets import Report
 from cwd_wrap.choice import PathOfGroup, Rule, check_path, check_pieces, choose, paths_of
 from cwd_wrap.contract import Contract, Group, check_optimizer, with_hooks
 from cwd_wrap.draws import Stream
-from cwd_wrap.paths import Work, copied_bytes
+from cwd_wrap.journal import Journal
+from cwd_wrap.paths import Work, copied_bytes, index_of
+from cwd_wrap.plan import Plan, compile_plan
 from cwd_wrap.snapshot import Buffers, Gradients
 from cwd_wrap.step import Closure, Step
 
@@ -96,12 +98,13 @@ class OptimizerWrapper(Contract):
         self._buffers = Buffers()
         self._gradients = Gradients()
         self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
-        self._unchecked = True
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
         self._lock = RLock()
+        self._plan: Plan | None = None
         self._stepping: Step | None = None
+        self._journal = Journal()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
@@ -122,26 +125,17 @@ class OptimizerWrapper(Contract):
         ValueError if a group's ``weight_decay`` or step size is negative, NaN, infinite or unknown, and TypeError if
         it is not a number. This is checked before the base steps.
         """
-        of_wrapper = (self.backend, self._buffers, self._gradients, self._stream, self._unchecked)
-        work = Work(self.base_optimizer, self._rule(), *of_wrapper, False, self._groups)
-        work.count = count = self._is_looked_at(work)
-        step = Step(work, self._eta_lams, self.path)
+        count = self._is_looked_at()
+        if self._lock._is_owned():  # type: ignore[attr-defined]  # a step inside a step, in a hook or a closure
+            return self._run(self._new_step(Journal(), count), closure)
         with self._lock:
-            self._stepping = step
+            if self._stepping is not None:  # a step was interrupted, and again while it restored the groups
+                self._stepping.undo()
+            self._stepping = step = self._new_step(self._journal, count)
             try:
-                loss = step.run(closure)
+                return self._run(step, closure)
             finally:
                 self._stepping = None
-        self._unchecked = False
-        if not step.begun:
-            notices.warn(
-                f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
-                f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
-                "original"
-            )
-        elif count and self.observer is not None:
-            self.observer(Report(work.parts))
-        return loss
 
     @property
     def lam(self) -> float | None:
@@ -190,7 +184,7 @@ class OptimizerWrapper(Contract):
             )
             raise RuntimeError(msg)
         try:
-            with nullcontext() if self._stepping is None else self._stepping.paused():
+            with nullcontext() if self._stepping is None else self._journal.suspended():
                 return super().state_dict()
         finally:
             self._lock.release()
@@ -199,12 +193,12 @@ class OptimizerWrapper(Contract):
         """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
         super().load_state_dict(state_dict)
         self._stream.restart()
-        self._unchecked = True
         self._groups = list(self.param_groups)
         self._warn_if_idle()
 
     def drop_snapshot(self) -> None:
         """Free the copies of weights, if there are any. The next step that needs them allocates them again."""
+        self._plan = None
         self._buffers.drop()
 
     @property
@@ -236,26 +230,54 @@ class OptimizerWrapper(Contract):
 
     # ---- parts of the above
 
-    def _is_looked_at(self, work: Work) -> bool:
+    def _new_step(self, journal: Journal, count: bool) -> Step:
+        return Step(self.base_optimizer, journal, lambda closure: self._plan_of_step(journal, closure, count))
+
+    def _run(self, step: Step, closure: Closure | None) -> float | None:
+        loss = step.run(closure)
+        if not step.begun:
+            notices.warn(
+                f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
+                f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
+                "original"
+            )
+        elif step.parts is not None and self.observer is not None:
+            self.observer(Report(step.parts))
+        return loss
+
+    def _plan_of_step(self, journal: Journal, closure: bool, count: bool) -> Plan:
+        """The plan of the coming step: that of the last one, if it holds, or a new one."""
+        arguments = [self.__dict__[name] for name in self._settings]
+        fresh = closure or count or journal is not self._journal
+        if not fresh and self._plan is not None and self._plan.holds(arguments):
+            return self._plan
+        rule = self._rule()
+        of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
+        work = Work(self.base_optimizer, rule, *of_wrapper, journal, count, self._groups)
+        strength = weight_decay.Strength(self.base_optimizer, self.lam, self.step_size, self._way_out)
+        check_pieces(rule, strength, self._built_with)
+        if rule.draws:
+            self._stream.advance(self.base_optimizer)
+        with torch.no_grad():
+            plan = compile_plan(work, strength, self.path, closure=closure)
+        if not fresh:
+            plan.keep(arguments)
+            self._plan = plan
+        return plan
+
+    def _is_looked_at(self) -> bool:
         """True if the coming step is to be reported to the observer."""
         if self.observer is None or all(map(weight_decay.stands_still, self.param_groups)):
             return False
         looks_at = getattr(self.observer, "looks_at", None)
+        groups = self.base_optimizer.param_groups
         return looks_at is None or bool(
-            looks_at([work.index(i, group) for i, group in enumerate(self.param_groups) if group["params"]])
+            looks_at([index_of(self._groups, i, group) for i, group in enumerate(groups) if group["params"]])
         )
 
     @property
     def _owner(self) -> str:
         return type(self.base_optimizer).__name__
-
-    def _eta_lams(self) -> list[float | Tensor]:
-        eta_lams = [
-            weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
-            for i, group in enumerate(self.param_groups)
-        ]
-        check_pieces(self._rule(), self.base_optimizer, eta_lams, self._built_with)
-        return eta_lams
 
     def _check_base(self, base: Optimizer) -> None:
         """Raise unless ``base`` is an optimizer that this method can wrap."""

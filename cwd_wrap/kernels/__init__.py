@@ -3,14 +3,14 @@
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cwd_wrap import notices
-from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
+from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 
 BACKENDS = ("eager", "numba", "triton")
 _obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile cannot trace functools.cache
@@ -23,6 +23,12 @@ class Backend(Protocol):
 
     ``w``: the weight; ``x``: the weight before the step; ``g``: the gradient; ``u``: the update. ``strict``: > for >=.
     """
+
+    def watch(self, buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
+        """A function that returns whether the tensors have the types, sizes and layouts that they have now.
+
+        None if a kernel cannot read all of them where they are (subclasses, other layouts than contiguous).
+        """
 
     def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.

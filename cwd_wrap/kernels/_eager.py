@@ -4,7 +4,7 @@ Masks are kept as 0.0 and 1.0 in the weight's own (wide) type: on CPU a comparis
 takes four to six times as long. `kernels.Backend` says what each function does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
+from cwd_wrap.tensors import marks
 from cwd_wrap.updates import Adam, Lion, Update
 
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
@@ -21,6 +22,12 @@ BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
 PACK = 1 << 18
 _SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}  # see `_mask_by_product`
+
+
+def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
+    """`kernels.Backend.watch`."""
+    before = [marks(bucket.columns) for bucket in buckets]
+    return (lambda: [marks(bucket.columns) for bucket in buckets] == before) if all(before) else None
 
 
 def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:

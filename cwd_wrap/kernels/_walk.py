@@ -1,0 +1,552 @@
+# Functions that numba compiles are not run: their arguments have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: ANN001, ANN202
+"""The loop over the tensors of a call, compiled by numba for each rule, and the tables that it reads (`Job`).
+
+The work is cut into chunks. A table says which tensor each chunk is of, another where the tensors are. `walk_of` makes
+the loop, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eight
+numbers ``n``; it returns what to write into each of the five (None: nothing), whether to count the place, and what
+`rules.sums` sums there. The sums are compiled in only if they are asked for.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, cfunc, types
+from numba.extending import intrinsic, overload, register_jitable
+from torch import Tensor
+
+from cwd_wrap.kernels import _threads
+from cwd_wrap.tensors import Shard
+
+CHUNK = 1 << 16  # elements
+ALONE = 1 << 17  # elements below which a second thread costs more than it brings
+
+COLUMNS, NUMBERS = 5, 8
+_BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
+TAGS = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+}
+_WORD, _HALF = np.empty(0, np.int64), np.empty(0, np.int32)
+_DOUBLE, _SINGLE = TAGS[torch.float64], TAGS[torch.float32]
+
+# The places of a `_threads.Control`: three numbers, the addresses of the first and of the tables, and their sizes.
+_TAKEN, _DONE, _CHUNKS, _SELF, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(11)
+# For `_reader`: two C functions, its tables, and how many columns there are. For `_counter`: is there a counter, and t.
+_EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _HAS_COUNTER, _T = range(11, 20)
+
+
+# ---- what numba does not have
+
+
+@intrinsic
+def pointer(typing_context, address, tag):
+    """An address as a pointer to elements of the type of the array ``tag``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(tag.dtype)(address, tag), generate
+
+
+@intrinsic
+def fma(typing_context, a, b, c):
+    """a*b + c, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return a(a, b, c), generate
+
+
+@intrinsic
+def number(typing_context, flag, like):
+    """``flag`` as 0 or 1 of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        bit = builder.trunc(arguments[0], ir.IntType(1))
+        return builder.uitofp(bit, context.get_value_type(signature.return_type))
+
+    return like(flag, like), generate
+
+
+@intrinsic
+def _wide(typing_context, bits):
+    """The float32 that the 16 ``bits`` stand for."""
+
+    def generate(context, builder, signature, arguments):
+        if bits == _FLOAT16:
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        widened = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(widened, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def _narrow(typing_context, value, like):
+    """The float32 ``value`` rounded to nearest, as 16 bits of the type of ``like``."""
+
+    def generate(context, builder, signature, arguments):
+        if like == _FLOAT16:
+            return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+        not_a_number = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        chosen = builder.select(not_a_number, ir.Constant(word, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(chosen, ir.Constant(word, 16)), ir.IntType(16))
+
+    return like(value, like), generate
+
+
+@intrinsic
+def _add_square(typing_context, sums, total, value):
+    """``total`` + ``value``**2 if there are ``sums``. LLVM may reorder the additions, so that it can vectorise them."""
+
+    def generate(context, builder, signature, arguments):
+        _, total, value = arguments
+        if types.none in signature.args[::2]:
+            return total
+        return builder.fadd(total, builder.fmul(value, value), flags=("reassoc",))
+
+    return total(sums, total, value), generate
+
+
+@intrinsic
+def _take(typing_context, address):
+    """The number at ``address``, which is increased by one. No two threads get the same."""
+
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], word.as_pointer()), word(1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _call(typing_context, function, first, second):
+    """What the C function at an address returns, an int, for two pointers."""
+
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [word, word]).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], kind), arguments[1:])
+
+    return types.int32(types.int64, types.int64, types.int64), generate
+
+
+def _table(address, tag, shape):
+    """The array at ``address``; None if there is no ``tag``."""
+
+
+@overload(_table, inline="always")
+def _(address, tag, shape):
+    if tag is types.none:
+        return lambda address, tag, shape: None
+    return lambda address, tag, shape: carray(pointer(address, tag), shape)
+
+
+def _line(addresses, column, tensor, start, stop, tag):
+    """The elements of a chunk in one column; None if there is no such column."""
+
+
+@overload(_line, inline="always")
+def _(addresses, column, tensor, start, stop, tag):
+    if tag is types.none:
+        return lambda addresses, column, tensor, start, stop, tag: None
+    return lambda addresses, column, tensor, start, stop, tag: carray(pointer(addresses[column, tensor], tag), stop)[
+        start:
+    ]
+
+
+def _get(line, i, like):
+    """Element ``i`` in the type of ``like``, in which the rule computes; None if there is no such column."""
+
+
+@overload(_get, inline="always")
+def _(line, i, like):
+    if line is types.none:
+        return lambda line, i, like: None
+    if line.dtype in (_BFLOAT16, _FLOAT16):
+        return lambda line, i, like: _wide(line[i])
+    if like == types.float32:
+        return lambda line, i, like: np.float32(line[i])
+    return lambda line, i, like: line[i]
+
+
+def _put(line, i, value, random):
+    """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
+
+
+@overload(_put)  # without inline="always": numba would warn about the branches
+def _(line, i, value, random):
+    if line is types.none or value is types.none:
+        return lambda line, i, value, random: None
+    if line.dtype not in (_BFLOAT16, _FLOAT16):
+
+        def write(line, i, value, random):
+            line[i] = value
+
+    elif random is types.none:
+
+        def write(line, i, value, random):
+            line[i] = _narrow(value, line[i])
+
+    else:
+        as_bits = np.uint16 if line.dtype == _BFLOAT16 else np.int16
+
+        def write(line, i, value, random):
+            # The twin of rules.stochastic_rounding.
+            bits = _narrow(value, line[i])
+            nearest = _wide(bits)
+            other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
+            other = _wide(other_bits)
+            chance = (value - nearest) / (other - nearest)
+            line[i] = other_bits if np.float32(random) * np.float32(2**-16) < chance else bits
+
+    return write
+
+
+# ---- the walk
+
+
+@register_jitable
+def _random(key, place):
+    """The twin of rules.random_words and rules.uniform: 16 random bits for each of four tensors."""
+    word = np.uint64(key) + np.uint64(place) * np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word ^= word >> np.uint64(31)
+    low = np.uint64(0xFFFF)
+    return (
+        np.uint32(word & low),
+        np.uint32((word >> np.uint64(16)) & low),
+        np.uint32((word >> np.uint64(32)) & low),
+        np.uint32(word >> np.uint64(48)),
+    )
+
+
+def _bits(keys, tensor, place):
+    """`_random`, or None for each tensor if there are no keys."""
+
+
+@overload(_bits, inline="always")
+def _(keys, tensor, place):
+    if keys is types.none:
+        return lambda keys, tensor, place: (None, None, None, None)
+    return lambda keys, tensor, place: _random(keys[tensor], place)
+
+
+def _note(sums, k, moved, decayed, step, weight):
+    """Write the sums of chunk ``k``, if there are ``sums``."""
+
+
+@overload(_note)
+def _(sums, k, moved, decayed, step, weight):
+    if sums is types.none:
+        return lambda sums, k, moved, decayed, step, weight: None
+
+    def write(sums, k, moved, decayed, step, weight):
+        sums[k, 0], sums[k, 1], sums[k, 2], sums[k, 3] = moved, decayed, step, weight
+
+    return write
+
+
+def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """numba's njit or cfunc, with a cache on disk if numba finds a folder for one that it may write to."""
+
+    def made(function: Callable[..., Any]) -> Any:
+        try:
+            return compiler(*arguments, cache=True, **options)(function)
+        except RuntimeError:
+            return compiler(*arguments, **options)(function)
+
+    return made
+
+
+def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
+    """The loop for ``rule``: a function that compiles it for given types, and returns its address.
+
+    It takes the types of the columns, None where there is none, and of the numbers; is the rule ``strict``; are there ``keys`` for random
+    numbers, and ``sums`` to fill with the last four of `rules.sums` of each chunk? The counts of the chunks are filled
+    in any case.
+    """
+
+    @functools.cache
+    def walk(
+        columns: tuple[torch.dtype | None, ...], wide: torch.dtype, strict: bool, with_keys: bool, with_sums: bool
+    ) -> Any:
+        tags = tuple(None if dtype is None else TAGS[dtype] for dtype in columns)
+        of_numbers = TAGS[wide]
+        of_keys, of_sums = _WORD if with_keys else None, TAGS[torch.float64] if with_sums else None
+
+        @compiled(cfunc, types.void(types.CPointer(types.int64)), error_model="numpy")
+        def walk(control):
+            at = carray(control, _TENSORS + 1)
+            last, tensors = at[_CHUNKS], at[_TENSORS]
+            addresses = _table(at[_AT], _WORD, (COLUMNS, tensors))
+            chunks = _table(at[_TABLE], _WORD, (last, 4))
+            numbers = _table(at[_NUMBERS], of_numbers, (tensors, NUMBERS))
+            counts = _table(at[_COUNTS], _WORD, last)
+            keys = _table(at[_KEYS], of_keys, tensors)
+            sums = _table(at[_SUMS], of_sums, (last, 4))
+            while True:
+                k = _take(at[_SELF])
+                if k >= last:
+                    break
+                tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
+                row = numbers[tensor]
+                n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
+                line0 = _line(addresses, 0, tensor, start, stop, tags[0])
+                line1 = _line(addresses, 1, tensor, start, stop, tags[1])
+                line2 = _line(addresses, 2, tensor, start, stop, tags[2])
+                line3 = _line(addresses, 3, tensor, start, stop, tags[3])
+                line4 = _line(addresses, 4, tensor, start, stop, tags[4])
+                count = np.int32(0)
+                moved = decayed = step = weight = number(False, n[0])
+                for i in range(stop - start):
+                    new0, new1, new2, new3, new4, mask, seen = rule(
+                        _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
+                        _get(line4, i, n[0]), n, strict,
+                    )  # fmt: skip
+                    random = _bits(keys, tensor, place + i)
+                    _put(line0, i, new0, random[0])
+                    _put(line1, i, new1, None)
+                    _put(line2, i, new2, random[1])
+                    _put(line3, i, new3, random[2])
+                    _put(line4, i, new4, random[3])
+                    count = np.int32(count + mask)
+                    moved = _add_square(sums, moved, seen[0])
+                    decayed = _add_square(sums, decayed, seen[1])
+                    step = _add_square(sums, step, seen[2])
+                    weight = _add_square(sums, weight, seen[3])
+                counts[k] = count
+                _note(sums, k, moved, decayed, step, weight)
+                _take(at[_SELF] + 8)
+
+        return walk
+
+    return lambda *types_of: int(walk(*types_of).address)
+
+
+# ---- what a walk reads
+
+
+@functools.cache
+def _reader() -> Callable[[int], int]:
+    """The compiled `read`, which holds the interpreter lock."""
+
+    @compiled(cfunc, types.int32(types.CPointer(types.int64)))
+    def read(control):
+        """Note the tensors' addresses. Returns 0 if one is not as the tables of sizes and kinds say, else 1.
+
+        A function of DLPack's C exchange API says what a tensor is, in a DLTensor (``facts``).
+        """
+        at = carray(control, _ROWS + 1)
+        rows, tensors = at[_ROWS], at[_TENSORS]
+        addresses, ids = _table(at[_AT], _WORD, (COLUMNS + 1, tensors)), _table(at[_IDS], _WORD, (COLUMNS + 1, tensors))
+        sizes, kinds = _table(at[_SIZES], _WORD, tensors), _table(at[_TYPES], _WORD, COLUMNS + 1)
+        facts, halves = _table(at[_FACTS], _WORD, 6), _table(at[_FACTS], _HALF, 12)
+        for i in range(rows + at[_HAS_COUNTER]):
+            row = i if i < rows else COLUMNS
+            for tensor in range(tensors):
+                if _call(at[_EXCHANGE], ids[row, tensor], at[_FACTS]) != 0:
+                    _call(at[_CLEAR], 0, 0)
+                    return np.int32(0)
+                shape, stride, size = facts[3], facts[4], 1
+                for d in range(halves[4] - 1, -1, -1):
+                    length = carray(pointer(shape + 8 * d, _WORD), 1)[0]
+                    if length > 1 and stride != 0 and carray(pointer(stride + 8 * d, _WORD), 1)[0] != size:
+                        return np.int32(0)  # not contiguous
+                    size *= length
+                if halves[2] != 1 or halves[5] != kinds[row] or (facts[0] == 0 and size > 0):
+                    return np.int32(0)
+                if size != (sizes[tensor] if i < rows else 1):
+                    return np.int32(0)
+                addresses[row, tensor] = facts[0] + facts[5]
+        return np.int32(1)
+
+    return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(read.address)
+
+
+@functools.cache
+def _counter() -> Callable[[int], int]:
+    """The compiled `count`, which holds the interpreter lock."""
+
+    @compiled(cfunc, types.int32(types.CPointer(types.int64)))
+    def count(control):
+        """Increase the counters by one, and note them. Returns 1 if all are the same, else 0."""
+        at = carray(control, _T + 1)
+        tensors, same = at[_TENSORS], True
+        addresses, t = _table(at[_AT], _WORD, (COLUMNS + 1, tensors)), _table(at[_T], _DOUBLE, tensors)
+        for tensor in range(tensors):
+            counter = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)
+            counter[0] += np.float32(1)
+            t[tensor] = counter[0]
+            same &= t[tensor] == t[0]
+        return np.int32(same)
+
+    return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(count.address)
+
+
+class _Exchange(ctypes.Structure):
+    """DLPackExchangeAPI (DLPack 1.2 or newer)."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("older", "allocate", "from_object", "to_object", "dltensor", "stream")),
+    )
+
+
+def can_find_again() -> bool:
+    """True if torch has DLPack's C exchange API (torch 2.10 or newer)."""
+    return _exchange() is not None
+
+
+@functools.cache
+def _exchange() -> tuple[int, int] | None:
+    """The addresses of the C functions that tell what a tensor is, and that clear a Python error; None without them."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    api = _Exchange.from_address(get(capsule, b"dlpack_exchange_api"))
+    clear = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value
+    return (api.dltensor, clear) if api.major == 1 and api.dltensor else None
+
+
+_KINDS = {torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002}
+"""Each type in DLPack: its code, its bits, and one lane."""
+
+
+class Job:
+    """The tables of a call on ``columns`` of contiguous tensors, which compiled code finds by their addresses.
+
+    ``counters``: float32 tensors of one element, a counter of steps for each tensor; or None.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> None:
+        first = columns[0]
+        self.found = False
+        """True if the addresses are those of the tensors of the coming `run`."""
+        self.types = *(column[0].dtype for column in columns), *[None] * (COLUMNS - len(columns))
+        self.wide = torch.float64 if first[0].dtype == torch.float64 else torch.float32
+        self.numbers = np.zeros((len(first), NUMBERS), TAGS[self.wide].dtype)
+        self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
+        self._total = int(self._sizes.sum())
+        self._t = np.zeros(len(first))
+        self._ids = np.zeros((COLUMNS + 1, len(first)), np.int64)
+        self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + 1)
+        self._addresses = np.zeros((COLUMNS + 1, len(first)), np.int64)
+        self._kinds = np.array([_KINDS[torch.float32 if t is None else t] for t in (*self.types, None)], np.int64)
+        self._facts = np.zeros(6, np.int64)
+        self._control = _threads.Control()
+        self._at = self._control[_SELF] = ctypes.addressof(self._control)
+        self._control[_TENSORS], self._control[_ROWS] = len(first), len(columns)
+        self._control[_HAS_COUNTER] = bool(counters)
+        tables = (self._addresses, self.numbers, self._sizes, self._t, self._ids, self._kinds, self._facts)
+        for place, table in zip((_AT, _NUMBERS, _SIZES, _T, _IDS, _TYPES, _FACTS), tables, strict=True):
+            self._point(place, table)
+        self._lay_out(_chunks(self._sizes.tobytes()))
+
+    def find(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> None:
+        """Note where the tensors are. Raises ValueError for one that has no memory."""
+        for row, column in zip(self._addresses, columns, strict=False):
+            row[:] = list(map(Tensor.data_ptr, column))
+        if counters:
+            self._addresses[COLUMNS] = list(map(Tensor.data_ptr, counters))
+        if not (self._addresses[: len(columns), self._sizes > 0].all() and (not counters or self._addresses[-1].all())):
+            msg = (
+                "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
+                "give it memory before the step"
+            )
+            raise ValueError(msg)
+        self.found = True
+
+    def find_again(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> bool:
+        """Note where the tensors are now. Returns False if they have other types, sizes or layouts than at first.
+
+        Only where DLPack has a C exchange API (`can_find_again`).
+        """
+        for i, column in (*enumerate(columns), (COLUMNS, counters)):
+            if column is not self._of_ids[i]:
+                self._of_ids[i] = column
+                self._ids[i, : len(column)] = list(map(id, column))
+        self._control[_EXCHANGE], self._control[_CLEAR] = cast("tuple[int, int]", _exchange())
+        self.found = _reader()(self._at) == 1
+        return self.found
+
+    def count(self) -> list[float]:
+        """Increase the counters by one. Returns them: one for all if they are the same."""
+        same = _counter()(self._at)
+        return [float(self._t[0])] if same else self._t.tolist()
+
+    def draw(self, streams: np.ndarray, shards: np.ndarray) -> None:
+        """Use random numbers. ``streams`` has the stream of each tensor, ``shards`` the `Shard` that it holds."""
+        self._streams = streams
+        self._point(_KEYS, streams)
+        self._lay_out(_chunks(self._sizes.tobytes(), shards.tobytes()))
+
+    def run(self, walk: Callable[..., int], *, strict: bool = False, sums: bool = False) -> list[np.ndarray]:
+        """Carry out a rule, whose loop is ``walk``. Returns the count of each chunk, and its `rules.sums` if asked."""
+        of_chunks = np.zeros((len(self._table), 4)) if sums else None
+        if of_chunks is not None:
+            self._point(_SUMS, of_chunks)
+        address = walk(self.types, self.wide, strict, self._control[_KEYS] != 0, sums)
+        self.found = False
+        _threads.run(address, self._control, min(torch.get_num_threads(), 1 + self._total // ALONE))
+        return [self._counts] if of_chunks is None else [self._counts, *of_chunks.T]
+
+    def per_tensor(self, of_chunks: Sequence[np.ndarray]) -> np.ndarray:
+        """A row for each tensor, from what `run` returned for the chunks."""
+        tensors = self._table[:, 0]
+        return np.stack([np.bincount(tensors, column, len(self._sizes)) for column in of_chunks], axis=1)
+
+    def _lay_out(self, table: np.ndarray) -> None:
+        self._table = table
+        self._counts = np.zeros(len(table), np.int64)
+        self._point(_TABLE, table)
+        self._point(_COUNTS, self._counts)
+        self._control[_CHUNKS] = len(table)
+
+    def _point(self, place: int, array: np.ndarray) -> None:
+        self._control[place] = array.ctypes.data
+
+
+@functools.lru_cache(64)
+def _chunks(sizes: bytes, shards: bytes | None = None) -> np.ndarray:
+    """For each chunk: tensor, first element, the one after the last, and the place of the first in the whole parameter.
+
+    ``sizes`` are those of the tensors. With their ``shards``, each chunk lies in one run of its shard.
+    """
+    numel = np.frombuffer(sizes, np.int64)
+    tensor: np.ndarray = np.arange(len(numel))
+    start: np.ndarray = np.zeros(len(numel), np.int64)
+    length, place = numel, start
+    if shards is not None:
+        offset, run, jump, _ = np.frombuffer(shards, np.int64).reshape(-1, len(Shard._fields)).T
+        tensor, number = _cut(numel, np.maximum(run, 1))
+        start, length, place = number * run[tensor], run[tensor], offset[tensor] + number * jump[tensor]
+    of, number = _cut(length, np.full(len(length), CHUNK))
+    ahead = number * CHUNK
+    stop = start[of] + np.minimum(ahead + CHUNK, length[of])
+    return np.stack([tensor[of], start[of] + ahead, stop, place[of] + ahead], axis=1)
+
+
+def _cut(sizes: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut each of ``sizes`` into parts of at most ``parts``: for each part the index of its size, and its number."""
+    counts: np.ndarray = -(-sizes // parts)
+    of = np.repeat(np.arange(len(sizes)), counts)
+    return of, np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)

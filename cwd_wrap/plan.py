@@ -1,0 +1,335 @@
+"""What a step does with which parameter: found out once (`compile_plan`), and kept as long as it `holds`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from numbers import Real
+from operator import attrgetter, is_
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cwd_wrap import paths, quirks, weight_decay
+from cwd_wrap.buckets import Members, have_state
+from cwd_wrap.choice import choose, copying
+from cwd_wrap.graphs import capturing
+from cwd_wrap.paths import Path, Work
+from cwd_wrap.tensors import are_plain, laid_out_otherwise
+from cwd_wrap.weight_decay import Strength
+
+Taken = tuple[type[Path], Members]
+"""A path, and members that take it."""
+
+_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
+_NO_COEFFICIENT = frozenset(("lr", "weight_decay"))
+
+
+class Plan:
+    """The paths of a step with their members, in the order in which they begin.
+
+    It is kept for the next step if all that it was made from can be checked quickly. It holds no addresses.
+    """
+
+    def __init__(self, work: Work, strength: Strength, forced: str | None) -> None:
+        self.work = work
+        self.strength = strength
+        self.forced = forced
+        self.own_decay = weight_decay.own_decay(work.base)
+        """The entries that turn the base's own decay off."""
+        self.members: list[tuple[Members, int | None]] = []
+        """All members, with the index of the group that gives their decay; None if nothing decays them."""
+        self.paths: list[Path] = []
+        self._groups: list[_Group] | None = None
+
+    def begin(self) -> None:
+        """What comes before the base's own step."""
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # torch.no_grad, at a tenth of the time
+        try:
+            for path in self.paths:
+                path.begin()
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def end(self) -> None:
+        """What comes after it."""
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            for path in reversed(self.paths):
+                path.end()
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    # ---- does it still hold?
+
+    def keep(self, arguments: Sequence[object]) -> None:
+        """Note what the plan was made from, if it can be checked. ``arguments``: those of the wrapper."""
+        base = self.work.base
+        rows = any(isinstance(path, paths.Rows) for path in self.paths)
+        if rows or self.work.rule.draws or self.work.count or not isinstance(base.state, dict) or capturing():
+            return
+        groups = [_Group(self, i, group) for i, group in enumerate(base.param_groups)]
+        if all(group.is_plain for group in groups):
+            self._arguments = list(arguments)
+            self._class = _class_of(base)
+            self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
+            self._state = list(base.state), list(base.state.values())
+            self._groups = groups
+
+    def holds(self, arguments: Sequence[object]) -> bool:
+        """True if the coming step is the same, but for the values of tensors and of the groups' numbers.
+
+        The plan takes over the current gradients and numbers.
+        """
+        base, groups = self.work.base, self._groups
+        if groups is None or capturing() or _is_scaled(base):
+            return False
+        if not (
+            _same(arguments, self._arguments)
+            and _same(_class_of(base), self._class)
+            and _same(base.state, self._state[0])
+            and all(map(is_, base.state.values(), self._state[1]))
+            and len(base.param_groups) == len(groups)
+            and all(map(_Group.holds, groups, base.param_groups))
+        ):
+            return False
+        for path in self.paths:
+            for call in path.calls:
+                if not call.holds():
+                    return False
+        return True
+
+
+class _Group:
+    """What a plan was made from in one param group."""
+
+    def __init__(self, plan: Plan, index: int, group: dict[str, Any]) -> None:
+        work = plan.work
+        self._plan = plan
+        self._index = index
+        self._group = group
+        self._parameters = list(group["params"])
+        self._keys = tuple(group)
+        self._values = list(group.values())
+        self._types = list(map(type, map(_GRAD, self._parameters)))
+        self._members = [(some, i) for some, i in plan.members if some.group is group]
+        self._worked = work.rule.has_work(plan.strength.eta_lam(index))
+        self._settled = plan.strength.is_settled(group)
+        self.is_plain = are_plain(self._parameters) and {Tensor, type(None)}.issuperset(self._types)
+
+    def holds(self, group: dict[str, Any]) -> bool:
+        """True if the group is the same but for numbers, and each parameter has a gradient if it had one."""
+        gradients = list(map(_GRAD, self._parameters))
+        if not (
+            group is self._group
+            and _same(group["params"], self._parameters)
+            and list(map(type, gradients)) == self._types
+            and [g.layout for g in gradients if g is not None].count(torch.strided)
+            == len(gradients) - self._types.count(type(None))
+            and tuple(group) == self._keys
+        ):
+            return False
+        values = list(group.values())
+        same = all(map(is_, values, self._values))
+        if not (same and self._settled) and not self._takes(values):
+            return False
+        if self._plan.copies and any(g is not None and g.is_sparse for g in gradients):
+            return False
+        for members, _ in self._members:
+            whole = len(members.parameters) == len(gradients)
+            members.gradients = gradients if whole else [gradients[n - members.first] for n in members.numbers]
+        return True
+
+    def _takes(self, values: list[object]) -> bool:
+        """Take over new numbers. Returns False if more than numbers changed."""
+        plan, work = self._plan, self._plan.work
+        changed = {
+            key: was
+            for key, was, now in zip(self._keys, self._values, values, strict=True)
+            if was is not now and key != "params"
+        }
+        if not all(_is_number(was) and _is_number(self._group[key]) for key, was in changed.items()):
+            return False
+        eta_lam = plan.strength.eta_lam(self._index)
+        if work.rule.has_work(eta_lam) != self._worked:
+            return False
+        self._values = values
+        for members, i in self._members:
+            members.eta_lam = members.eta_lam if i is None else eta_lam
+        if "weight_decay" in changed:
+            plan.own_decay = weight_decay.own_decay(work.base)
+        if _NO_COEFFICIENT.issuperset(changed):
+            return True
+        return all(
+            bucket.take_coefficients(work.base) for path in plan.paths for call in path.calls for bucket in call.buckets
+        )
+
+
+def _is_scaled(base: Optimizer) -> bool:
+    """True in a step of GradScaler that leaves it to the fused optimizer to unscale the gradients."""
+    return getattr(base, "grad_scale", None) is not None or getattr(base, "found_inf", None) is not None
+
+
+def _class_of(base: Any) -> tuple[object, ...]:
+    return type(base), type(base).step, vars(base).get("step")
+
+
+def _same(now: Any, before: Sequence[object]) -> bool:
+    """Are these the same objects in the same order?"""
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _is_number(value: object) -> bool:
+    """True for a number, but no flag, and for a tuple or list of numbers."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_number, value))
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# ---- how a plan is made
+
+
+def compile_plan(work: Work, strength: Strength, forced: str | None, *, closure: bool) -> Plan:
+    """The plan of the coming step. ``forced``: the path that the user forces, or None.
+
+    ``closure``: the base calls one, so gradients and decays are known only after it.
+    """
+    plan = Plan(work, strength, forced)
+    if closure:
+        plan.members = list(_walk(plan, _could_step))
+        plan.paths = [paths.Snapshot(work, [members for members, _ in plan.members])]
+        return plan
+    plan.members = list(_walk(plan, _steps))
+    taken: dict[type[Path], list[Members]] = {path: [] for path in paths.ORDER}
+    for members, _ in plan.members:
+        for path, some in _paths_of(plan, members):
+            if some.parameters:
+                taken[path].append(some)
+    if not taken[paths.Snapshot]:
+        work.buffers.drop_whole()
+    plan.paths = [path(work, members) for path, members in taken.items() if members]
+    return plan
+
+
+def check_layouts(work: Work, gradients: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for a sparse gradient if the rule reads gradients."""
+    if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
+        msg = (
+            f"{work.rule.name} needs dense gradients, but {type(work.base).__name__} has sparse ones: pass "
+            "sparse=False to the embedding, or use CautiousDecay with mask='update'"
+        )
+        raise ValueError(msg)
+
+
+def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
+    """The path that a group takes, and the paths of members that cannot take it in this step."""
+    work = plan.work
+    path = choose(work.rule, work.base, members.group, work.backend, plan.forced).path
+    decays = work.rule.has_work(members.eta_lam)
+    if not decays and path != "one_pass":
+        return
+    gradients = cast("list[Tensor]", members.gradients)
+    sparse = [i for i, g in enumerate(gradients) if g.is_sparse]
+    if sparse:
+        check_layouts(work, gradients)
+        yield paths.Rows, members.only(sparse)
+        members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
+    if path == "one_pass":
+        members, others = have_state(work.base, members)
+        if decays:
+            yield from _along(plan, others)
+        yield paths.OnePass, members
+    elif path == "direction":
+        yield from _along(plan, members)
+    else:
+        yield paths.NAMED[path], members
+
+
+def _along(plan: Plan, members: Members) -> Iterator[Taken]:
+    """The path direction, and one with a copy for gradients in another layout than their weights (partial sums).
+
+    To read those, the direction would need a collective, as the base itself does; a comparison needs no gradient.
+    If the user forces a path, all members keep it.
+    """
+    otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
+    if otherwise and plan.forced is None:
+        yield paths.NAMED[copying(plan.work.base, members.group)], members.only(sorted(otherwise))
+        members = members.only([i for i in range(len(members.parameters)) if i not in otherwise])
+    yield paths.Direction, members
+
+
+def _walk(plan: Plan, takes_part: Callable[[Tensor, Tensor | None], bool]) -> Iterator[tuple[Members, int | None]]:
+    """The members of each group, each parameter once, and the index of the group that gives their decay.
+
+    ``takes_part``: is a parameter with this gradient a member? Parameters that the base's own decay skips are left out;
+    if the rule acts on every group, they are yielded with eta*lam 0 and the index None.
+    """
+    work = plan.work
+    seen: set[int] = set()
+    first = 0
+    for i, group in enumerate(work.base.param_groups):
+        eta_lam = plan.strength.eta_lam(i)
+        if _acts_on(work, group, eta_lam):
+            members = _members_of(work, i, eta_lam, first, seen, takes_part)
+            yield from _exempt_apart(work, members, i)
+        first += len(group["params"])
+
+
+def _acts_on(work: Work, group: dict[str, Any], eta_lam: float | Tensor) -> bool:
+    rule = work.rule
+    return rule.has_work(eta_lam) or (rule.rounds and any(p.element_size() == 2 for p in group["params"]))
+
+
+def _members_of(
+    work: Work,
+    i: int,
+    eta_lam: float | Tensor,
+    first: int,
+    seen: set[int],
+    takes_part: Callable[[Tensor, Tensor | None], bool],
+) -> Members:
+    """The members of group ``i``, if no earlier group has them; ``first`` is the number of its first parameter.
+
+    ``seen`` holds the ids of the parameters of earlier groups; those of this group are added.
+    """
+    group = work.base.param_groups[i]
+    parameters = list(group["params"])
+    gradients = [p.grad for p in parameters]
+    numbers = range(first, first + len(parameters))
+    names = group.get("param_names", ())
+    names = names if len(names) == len(parameters) else ()
+    stream = work.stream if work.rule.draws else None
+    index = paths.index_of(work.groups, i, group)
+    members = Members(group, eta_lam, parameters, gradients, numbers, stream, index, first, names)
+    ids = list(map(id, parameters))
+    once = len(set(ids)) == len(ids) and seen.isdisjoint(ids)
+    if not once or any(g is None for g in gradients):
+        rows: dict[int, int] = {}
+        for row, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+            if ids[row] not in seen and takes_part(p, g):
+                rows.setdefault(ids[row], row)
+        members = members.only(list(rows.values()))
+    seen.update(ids)
+    return members
+
+
+def _exempt_apart(work: Work, members: Members, i: int) -> Iterator[tuple[Members, int | None]]:
+    """The members with the index ``i`` of their decay; those that the base's own decay skips apart, or left out."""
+    skips = quirks.exempt(work.base, members.group)
+    if skips is not None:
+        exempt = {j for j, p in enumerate(members.parameters) if skips(p)}
+        if exempt and work.rule.every_group:
+            yield replace(members.only(sorted(exempt)), eta_lam=0.0), None
+        members = members.only([j for j in range(len(members.parameters)) if j not in exempt])
+    if members.parameters:
+        yield members, i
+
+
+def _steps(_: Tensor, gradient: Tensor | None) -> bool:
+    return gradient is not None
+
+
+def _could_step(p: Tensor, gradient: Tensor | None) -> bool:
+    return gradient is not None or p.requires_grad
