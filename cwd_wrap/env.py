@@ -114,7 +114,7 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
 def _paths(*, optimizers: bool) -> Iterator[str]:
     """How many optimizers of each installed library take each path."""
     yield "the first path that each class can take. Its options and the device can rule it out: opt.paths() shows it."
-    yield "one_pass needs a compiled backend, and fused=True where the class has that option."
+    yield "one_pass needs a compiled backend, and an optimizer built without foreach=... and fused=False."
     for module in LIBRARIES:
         if importlib.util.find_spec(module.partition(".")[0]) is None:
             continue

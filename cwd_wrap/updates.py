@@ -73,24 +73,32 @@ Update: TypeAlias = Adam | SGD | Lion
 
 
 def find(optimizer: Optimizer, group: Group) -> Update | str:
-    """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it.
-
-    If the optimizer has the option ``fused``, a kernel steps only groups with ``fused=True``; else (Lion) all groups.
-    """
+    """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it."""
     cls = type(optimizer)
     make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
     if make is None:
         return f"no compiled kernel computes the whole update of {cls.__name__}"
-    if "fused" in group and not group["fused"]:
-        return f"{cls.__name__} was not built with fused=True"
+    if (asked := _asked_for(group)) is not None:
+        return f"{asked} was passed, so {cls.__name__}'s own step runs"
+    if group.get("caution"):
+        return f"{cls.__name__} masks its own update in a group with caution=True"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "GradScaler has not unscaled its gradients yet"
     update = make(group)
-    if isinstance(update, str):
-        return update
-    if any(isinstance(value, Tensor) for value in vars(update).values()):
+    if not isinstance(update, str) and any(isinstance(value, Tensor) for value in vars(update).values()):
         return "its coefficients (momentum, betas, eps) are tensors: pass numbers"
     return update
+
+
+def _asked_for(group: Group) -> str | None:
+    """The option by which the user asked for an implementation of the optimizer's own; None if there is none.
+
+    ``fused=True`` asks for one pass over the weights, which a kernel of ours is too.
+    """
+    options = {key: group.get(key) for key in ("fused", "foreach")}
+    if options["fused"] is True:
+        return None
+    return next((f"{key}={value}" for key, value in options.items() if value is not None), None)
 
 
 def _adam(group: Group) -> Update | str:
@@ -103,8 +111,6 @@ def _sgd(group: Group) -> Update | str:
 
 
 def _lion(group: Group) -> Update | str:
-    if group.get("caution"):
-        return "Lion masks its own update in a group with caution=True"
     if any(map(Tensor.is_complex, group["params"])):
         return "Lion's update of a complex weight is u/|u|, not the signs of two real ones"
     beta1, beta2 = group["betas"]

@@ -25,7 +25,7 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ("cls", "options", "path"),
     [
         (AdamW, {"fused": True}, "one_pass"),
-        (SGD, {"fused": True}, "one_pass"),
+        (SGD, {}, "one_pass"),
         (NAdam, {}, "direction"),
         (Rprop, {}, "pieces"),
         (LBFGS, {}, "snapshot"),

@@ -80,7 +80,10 @@ def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
     ("base", "options", "expected"),
     [
         (AdamW, {"fused": True}, ("direction", NO_KERNEL)),
-        (AdamW, {}, ("direction", "AdamW was not built with fused=True")),
+        (AdamW, {}, ("direction", NO_KERNEL)),
+        (AdamW, {"fused": False}, ("direction", "fused=False was passed, so AdamW's own step runs")),
+        (SGD, {"foreach": True}, ("direction", "foreach=True was passed, so SGD's own step runs")),
+        (SGD, {"foreach": False}, ("direction", "foreach=False was passed, so SGD's own step runs")),
         (Adagrad, {"fused": True}, ("direction", "no compiled kernel computes the whole update of Adagrad")),
         (
             Rprop,
@@ -97,9 +100,9 @@ def test_paths_gives_the_reason(base: Any, options: dict[str, Any], expected: tu
 
 
 def test_one_pass_is_the_first_choice() -> None:
-    """A fused AdamW on the CPU takes one pass where numba is installed; Lion needs no fused=True for it."""
+    """AdamW on the CPU, fused or as it is built by default, and Lion take one pass where numba is installed."""
     pytest.importorskip("numba")
-    bases = [AdamW([weight(1.0)], fused=True)]
+    bases = [AdamW([weight(1.0)], fused=True), AdamW([weight(1.0)])]
     bases += [pytest.importorskip("timm.optim").Lion([weight(1.0)], lr=0.1)]
 
     for base in bases:
@@ -111,7 +114,10 @@ def lookahead(params: list[nn.Parameter]) -> Optimizer:
 
 
 IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
-    "not fused": (CautiousDecay, AdamW, "one_pass", "AdamW was not built with fused=True"),
+    "not fused": (
+        CautiousDecay, lambda params: AdamW(params, fused=False), "one_pass",
+        "fused=False was passed, so AdamW's own step runs",
+    ),
     "no kernel": (CautiousDecay, Adagrad, "one_pass", "no compiled kernel computes the whole update of Adagrad"),
     "a subclass": (
         CautiousDecay, type("Mine", (AdamW,), {}), "one_pass",
@@ -637,9 +643,9 @@ def test_repr_of_a_path_that_a_checkpoint_rules_out() -> None:
     pytest.importorskip("numba")
     (w,) = sizes(3)
     opt = CautiousDecay(AdamW([w], weight_decay=0.1, fused=True), path="one_pass")
-    opt.load_state_dict(AdamW([w], weight_decay=0.1).state_dict())
+    opt.load_state_dict(AdamW([w], weight_decay=0.1, fused=False).state_dict())
 
     assert "path='one_pass'" in repr(opt)
     assert "snapshot_bytes=?" in repr(opt)
-    with pytest.raises(ValueError, match="was not built with fused=True"):
+    with pytest.raises(ValueError, match="fused=False was passed"):
         opt.step()

@@ -205,7 +205,7 @@ def test_groups_of_both_paths_in_one_base() -> None:
     p, q = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
     base = SGD([{"params": [p]}, {"params": [q]}], lr=LR, weight_decay=LAM, momentum=0.5)
     base.param_groups[1]["caution"] = True
-    opt = CautiousDecay(base)
+    opt = CautiousDecay(base, backend="eager")
     opt.step()
 
     assert 4 == opt.snapshot_bytes
