@@ -76,10 +76,10 @@ class Held(NamedTuple):
 
     def is_same(self) -> bool:
         """True if the state still has these very tensors."""
+        same = True
         for key, column in self.columns:
-            if not all(map(is_, [state.get(key) for state in self.states], column)):
-                return False
-        return True
+            same = same and all(map(is_, [state.get(key) for state in self.states], column))
+        return same
 
 
 _NOT_HELD = Held()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def with_hooks(step: StepFunction) -> StepFunction:
 
     @functools.wraps(step)
     def hooked(self: "Contract", *args: Any, **kwargs: Any) -> Any:
-        if not torch.autograd._profiler_enabled():  # a range of the profiler takes longer than a small step
+        if not _profiler_enabled():  # a range of the profiler takes longer than a small step
             return run(self, *args, **kwargs)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             return run(self, *args, **kwargs)

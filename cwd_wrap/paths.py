@@ -166,6 +166,8 @@ def _check(base: Optimizer, bucket: Bucket) -> None:
 class Path(Protocol):
     """A way to carry the rule out on some members."""
 
+    def __init__(self, work: Work, members: Sequence[Members]) -> None: ...
+
     @property
     def calls(self) -> list[Call]:
         """The calls that each step of a plan makes again."""

@@ -1,7 +1,7 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cwd_wrap.buckets import Part
 
 Closure = Callable[[], float]
+_untraced: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
 
 
 class Step:
@@ -33,13 +34,13 @@ class Step:
     def __init__(self, base: Optimizer, journal: Journal, plan: Callable[[bool], Plan]) -> None:
         self.begun = False
         """True once the rule has begun. Still False after the step if the base did not fire its hooks."""
-        self.parts: "list[Part] | None" = None
+        self.parts: list[Part] | None = None
         """What the step did, if the plan counts."""
         self._base = base
         self._journal = journal
         self._make_plan = plan
         self._plan: Plan | None = None  # from the begin of the rule to its end
-        self._hooks: "tuple[OrderedDict[int, object], ...] | None" = None
+        self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
 
@@ -65,26 +66,24 @@ class Step:
         """Restore all that the step has changed and not yet restored."""
         if self._journal:
             weight_decay.on(self._base, self._journal)
-        if self._hooks is not None:
-            for hooks in self._hooks:
-                hooks.pop(id(self), None)
+        for hooks in self._hooks:
+            hooks.pop(id(self), None)
 
     def _step(self) -> float | None:
         base = self._base
         step = type(base).step
         if getattr(step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
-            before: OrderedDict[int, object] = base._optimizer_step_pre_hooks
-            after: OrderedDict[int, object] = base._optimizer_step_post_hooks
+            before, after = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
             self._hooks = before, after
             traced = hasattr(base.step, "_torchdynamo_orig_callable")  # a step that is compiled traces its hooks
-            before[id(self)] = torch.compiler.disable(self._before_base) if traced else self._before_base
-            after[id(self)] = torch.compiler.disable(self._after_base) if traced else self._after_base
-            after.move_to_end(id(self), last=False)
+            before[id(self)] = _untraced(self._before_base) if traced else self._before_base
+            after[id(self)] = _untraced(self._after_base) if traced else self._after_base
+            cast("OrderedDict[int, object]", after).move_to_end(id(self), last=False)
         else:
             self._begin()
         stepped = base.step() if self._closure is None else base.step(self._call_closure)
         self._end()
-        return cast("float | None", stepped)
+        return stepped
 
     def _before_base(self, *_: object) -> None:
         self._depth += 1

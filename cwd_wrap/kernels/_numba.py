@@ -239,7 +239,8 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
 def _of_updates(buckets: Sequence[Whole], job: Job) -> list[_Row]:
     """The numbers ``n`` of the update's rule: sign of the gradient, lr, eta*lam, and then its own."""
     t = job.count() if buckets[0].update.counts else []
-    first, rows = 0, []
+    first = 0
+    rows: list[_Row] = []
     for bucket in buckets:
         update = bucket.update
         sign, lr, eta_lam = -1.0 if update.maximize else 1.0, float(bucket.lr), float(bucket.eta_lam)
@@ -253,8 +254,8 @@ def _of_updates(buckets: Sequence[Whole], job: Job) -> list[_Row]:
         elif isinstance(update, Lion):
             rows.append((len(bucket.w), (sign, lr, eta_lam, 1 - update.beta1, 1 - update.beta2)))
         else:
-            row = (sign, lr, eta_lam, update.momentum, 1 - update.dampening, float(update.nesterov))
-            rows.append((len(bucket.w), row))
+            rest = update.momentum, 1 - update.dampening, float(update.nesterov)
+            rows.append((len(bucket.w), (sign, lr, eta_lam, *rest)))
     return rows
 
 
@@ -275,7 +276,7 @@ def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
     lines = _in_lines(columns)
     job = Job(lines)
     job.find(lines)
-    return torch.from_numpy(job.per_tensor(job.run(_walks[rule]))[:, 0].astype(np.int64))
+    return torch.from_numpy(job.per_tensor(job.run(_walks[rule], sums=1))[:, 0].astype(np.int64))
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
@@ -297,7 +298,8 @@ def _launch(
     ``rows``: the numbers of the rule, or a function that returns them when the tensors have been found.
     """
     columns = _columns(buckets)
-    job, lines = buckets[0].kept, columns
+    job: object = buckets[0].kept
+    lines: Sequence[Sequence[Tensor]] = columns
     if not isinstance(job, Job):
         lines = _in_lines(columns)
         job = _job(buckets, lines)
@@ -313,7 +315,7 @@ def _launch(
     for tensors, numbers in rows(buckets, job) if callable(rows) else rows:
         job.numbers[first : first + tensors, : len(numbers)] = numbers
         first += tensors
-    of_chunks = job.run(_walks[rule], strict=strict, sums=count)
+    of_chunks = job.run(_walks[rule], strict=strict, sums=5 if count else 0)
     for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
+from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels._eager import _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
 from cwd_wrap.updates import SGD, Adam, Update
@@ -449,6 +450,8 @@ def _sweep(
 
 
 # ---- the launch
+
+watch = _eager.watch
 
 
 def _uncompiled(function: _Function) -> _Function:

@@ -247,6 +247,32 @@ def _(keys, tensor, place):
     return lambda keys, tensor, place: _random(keys[tensor], place)
 
 
+def _add_one(counts, count, mask):
+    """The ``count`` with ``mask`` added, if there are ``counts``. In 32 bits: 64 would halve the width of vectors."""
+
+
+@overload(_add_one, inline="always")
+def _(counts, count, mask):
+    if counts is types.none:
+        return lambda counts, count, mask: count
+    return lambda counts, count, mask: np.int32(count + mask)
+
+
+def _note_count(counts, k, count):
+    """Write the count of chunk ``k``, if there are ``counts``."""
+
+
+@overload(_note_count)
+def _(counts, k, count):
+    if counts is types.none:
+        return lambda counts, k, count: None
+
+    def write(counts, k, count):
+        counts[k] = count
+
+    return write
+
+
 def _note(sums, k, moved, decayed, step, weight):
     """Write the sums of chunk ``k``, if there are ``sums``."""
 
@@ -277,18 +303,19 @@ def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> C
 def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
     """The loop for ``rule``: a function that compiles it for given types, and returns its address.
 
-    It takes the types of the columns, None where there is none, and of the numbers; is the rule ``strict``; are there ``keys`` for random
-    numbers, and ``sums`` to fill with the last four of `rules.sums` of each chunk? The counts of the chunks are filled
-    in any case.
+    It takes the types of the columns, None where there is none, and of the numbers; is the rule ``strict``; does it
+    draw random numbers; and how many of `rules.sums` are made for each chunk: 0, 1 or 5.
     """
 
     @functools.cache
-    def walk(
-        columns: tuple[torch.dtype | None, ...], wide: torch.dtype, strict: bool, with_keys: bool, with_sums: bool
-    ) -> Any:
+    def walk(columns: tuple[torch.dtype | None, ...], wide: torch.dtype, strict: bool, draws: bool, counts: int) -> Any:
         tags = tuple(None if dtype is None else TAGS[dtype] for dtype in columns)
         of_numbers = TAGS[wide]
-        of_keys, of_sums = _WORD if with_keys else None, TAGS[torch.float64] if with_sums else None
+        of_keys, of_counts, of_sums = (
+            _WORD if draws else None,
+            _WORD if counts else None,
+            _DOUBLE if counts > 1 else None,
+        )
 
         @compiled(cfunc, types.void(types.CPointer(types.int64)), error_model="numpy")
         def walk(control):
@@ -297,7 +324,7 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
             addresses = _table(at[_AT], _WORD, (COLUMNS, tensors))
             chunks = _table(at[_TABLE], _WORD, (last, 4))
             numbers = _table(at[_NUMBERS], of_numbers, (tensors, NUMBERS))
-            counts = _table(at[_COUNTS], _WORD, last)
+            counts = _table(at[_COUNTS], of_counts, last)
             keys = _table(at[_KEYS], of_keys, tensors)
             sums = _table(at[_SUMS], of_sums, (last, 4))
             while True:
@@ -325,12 +352,12 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
                     _put(line2, i, new2, random[1])
                     _put(line3, i, new3, random[2])
                     _put(line4, i, new4, random[3])
-                    count = np.int32(count + mask)
+                    count = _add_one(counts, count, mask)
                     moved = _add_square(sums, moved, seen[0])
                     decayed = _add_square(sums, decayed, seen[1])
                     step = _add_square(sums, step, seen[2])
                     weight = _add_square(sums, weight, seen[3])
-                counts[k] = count
+                _note_count(counts, k, count)
                 _note(sums, k, moved, decayed, step, weight)
                 _take(at[_SELF] + 8)
 
@@ -423,8 +450,8 @@ def _exchange() -> tuple[int, int] | None:
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     api = _Exchange.from_address(get(capsule, b"dlpack_exchange_api"))
-    clear = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value
-    return (api.dltensor, clear) if api.major == 1 and api.dltensor else None
+    clear = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p).value or 0
+    return (int(api.dltensor), clear) if api.major == 1 and api.dltensor else None
 
 
 _KINDS = {torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002}
@@ -441,7 +468,8 @@ class Job:
         first = columns[0]
         self.found = False
         """True if the addresses are those of the tensors of the coming `run`."""
-        self.types = *(column[0].dtype for column in columns), *[None] * (COLUMNS - len(columns))
+        of_columns: list[torch.dtype | None] = [column[0].dtype for column in columns]
+        self.types = (*of_columns, *[None] * (COLUMNS - len(columns)))
         self.wide = torch.float64 if first[0].dtype == torch.float64 else torch.float32
         self.numbers = np.zeros((len(first), NUMBERS), TAGS[self.wide].dtype)
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
@@ -480,7 +508,8 @@ class Job:
 
         Only where DLPack has a C exchange API (`can_find_again`).
         """
-        for i, column in (*enumerate(columns), (COLUMNS, counters)):
+        rows: list[tuple[int, Sequence[Tensor]]] = [*enumerate(columns), (COLUMNS, counters)]
+        for i, column in rows:
             if column is not self._of_ids[i]:
                 self._of_ids[i] = column
                 self._ids[i, : len(column)] = list(map(id, column))
@@ -499,15 +528,15 @@ class Job:
         self._point(_KEYS, streams)
         self._lay_out(_chunks(self._sizes.tobytes(), shards.tobytes()))
 
-    def run(self, walk: Callable[..., int], *, strict: bool = False, sums: bool = False) -> list[np.ndarray]:
-        """Carry out a rule, whose loop is ``walk``. Returns the count of each chunk, and its `rules.sums` if asked."""
-        of_chunks = np.zeros((len(self._table), 4)) if sums else None
-        if of_chunks is not None:
-            self._point(_SUMS, of_chunks)
+    def run(self, walk: Callable[..., int], *, strict: bool = False, sums: int = 0) -> list[np.ndarray]:
+        """Carry out a rule, whose loop is ``walk``. Returns the first 0, 1 or 5 of `rules.sums` of each chunk."""
+        made = np.zeros((len(self._table), 4)) if sums > 1 else None
+        if made is not None:
+            self._point(_SUMS, made)
         address = walk(self.types, self.wide, strict, self._control[_KEYS] != 0, sums)
         self.found = False
         _threads.run(address, self._control, min(torch.get_num_threads(), 1 + self._total // ALONE))
-        return [self._counts] if of_chunks is None else [self._counts, *of_chunks.T]
+        return [self._counts] if made is None else [self._counts, *made.T]
 
     def per_tensor(self, of_chunks: Sequence[np.ndarray]) -> np.ndarray:
         """A row for each tensor, from what `run` returned for the chunks."""
