@@ -3,20 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from cwd_wrap import quirks
 
 Group = dict[str, Any]
 
 
-class Entry(NamedTuple):
-    """One change: ``group[key]`` was ``before`` and is ``now``, an object that nobody else has."""
-
-    group: Group
-    key: str
-    before: Any
-    now: Any
+Entry = tuple[Group, str, Any, Any]
+"""A change: a group, a key, the value before, and the value now, an object that nobody else has."""
 
 
 class Journal:
@@ -31,7 +26,7 @@ class Journal:
 
     def put(self, group: Group, key: str, value: object) -> None:
         """Set ``group[key]`` to ``value``."""
-        self._entries.append(Entry(group, key, group[key], value))
+        self._entries.append((group, key, group[key], value))
         group[key] = value
 
     def __len__(self) -> int:
@@ -44,13 +39,12 @@ class Journal:
         ours (``group["weight_decay"] *= 0.99``): these entries are returned, with what was written as ``now``.
         """
         overwritten: list[Entry] = []
-        for entry in reversed(self._entries[since:]):
-            group, key, before, ours = entry
+        for group, key, before, ours in reversed(self._entries[since:]):
             now = group.get(key)
             if now is ours or key == "params":
                 group[key] = before
             elif now is not before and isinstance(now, Real) and abs(float(now)) <= quirks.ALMOST_ZERO:
-                overwritten.append(entry._replace(now=now))
+                overwritten.append((group, key, before, now))
                 group[key] = before
         del self._entries[since:]
         return overwritten
@@ -58,7 +52,7 @@ class Journal:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside this context the groups are as they are between steps, for whoever reads them during one."""
-        between = [entry for entry in reversed(self._entries) if entry.group.get(entry.key) is entry.now]
+        between = [entry for entry in reversed(self._entries) if entry[0].get(entry[1]) is entry[3]]
         try:
             for group, key, before, _ in between:
                 group[key] = before

@@ -194,7 +194,9 @@ class OnePass:
     def begin(self) -> None:
         """Decay and step."""
         work = self._work
-        work.report("one_pass", work.carry_out(self.calls))
+        counted = work.carry_out(self.calls)
+        if work.count:
+            work.report("one_pass", counted)
         for w in self._versioned:
             torch.autograd.graph.increment_version(w)
         _lend(work, self._left)

@@ -19,7 +19,7 @@ from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
-from cwd_wrap.kernels._walk import Job, can_find_again, walk_of
+from cwd_wrap.kernels._walk import Job, Row, can_find_again, walk_of
 from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
 from cwd_wrap.tensors import Shard
@@ -29,10 +29,6 @@ __all__ = [
     "cautious_update", "copy", "count_agreeing", "count_nonzero", "decay_along", "decay_from_snapshot", "p_norm_decay",
     "step_whole", "sums_of_step", "vector", "watch",
 ]  # fmt: skip
-
-
-_Row = tuple[int, tuple[float, ...]]
-"""How many tensors share a row of numbers ``n``, and the row."""
 
 
 # ---- the rules, each the twin of functions in rules.py. The numbers n come from the functions of the backend below.
@@ -180,7 +176,7 @@ def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
     unchanged = _eager.watch(buckets)
     if unchanged is None:
         return None
-    job = buckets[0].kept = _job(buckets, _columns(buckets))
+    job = buckets[0].kept = Job(_columns(buckets), _counters(buckets))
     return (lambda: job.find_again(_columns(buckets), _counters(buckets))) if can_find_again() else unchanged
 
 
@@ -236,11 +232,11 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
     _eager.p_norm_decay(buckets, p, nonzero)
 
 
-def _of_updates(buckets: Sequence[Whole], job: Job) -> list[_Row]:
+def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
     """The numbers ``n`` of the update's rule: sign of the gradient, lr, eta*lam, and then its own."""
     t = job.count() if buckets[0].update.counts else []
     first = 0
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for bucket in buckets:
         update = bucket.update
         sign, lr, eta_lam = -1.0 if update.maximize else 1.0, float(bucket.lr), float(bucket.eta_lam)
@@ -264,11 +260,7 @@ def _counters(buckets: Sequence[Bucket]) -> Sequence[Tensor]:
     return of_buckets[0] if len(of_buckets) == 1 else list(chain.from_iterable(of_buckets))
 
 
-def _job(buckets: Sequence[Bucket], columns: Sequence[Sequence[Tensor]]) -> Job:
-    return Job(columns, _counters(buckets))
-
-
-def _per_bucket(buckets: Sequence[Bucket], rows: Sequence[tuple[float, ...]]) -> list[_Row]:
+def _per_bucket(buckets: Sequence[Bucket], rows: Sequence[tuple[float, ...]]) -> list[Row]:
     return [(len(bucket.w), row) for bucket, row in zip(buckets, rows, strict=True)]
 
 
@@ -276,7 +268,7 @@ def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
     lines = _in_lines(columns)
     job = Job(lines)
     job.find(lines)
-    return torch.from_numpy(job.per_tensor(job.run(_walks[rule], sums=1))[:, 0].astype(np.int64))
+    return torch.from_numpy(job.per_tensor(job.run(_walks[rule], (), sums=1))[:, 0].astype(np.int64))
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
@@ -288,7 +280,7 @@ def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
 def _launch(
     rule: str,
     buckets: Sequence[Any],
-    rows: Sequence[_Row] | Callable[[Sequence[Any], Job], Sequence[_Row]] = (),
+    rows: Sequence[Row] | Callable[[Sequence[Any], Job], Sequence[Row]] = (),
     *,
     strict: bool = False,
     count: bool = False,
@@ -297,25 +289,23 @@ def _launch(
 
     ``rows``: the numbers of the rule, or a function that returns them when the tensors have been found.
     """
+    job, walk, sums = buckets[0].kept, _walks[rule], 5 if count else 0
+    if isinstance(job, Job):  # its tensors are contiguous
+        if not job.found:
+            job.find(_columns(buckets), _counters(buckets))
+        of_chunks = job.run(walk, rows(buckets, job) if callable(rows) else rows, strict=strict, sums=sums)
+        return torch.from_numpy(job.per_tensor(of_chunks)) if count else None
     columns = _columns(buckets)
-    job: object = buckets[0].kept
-    lines: Sequence[Sequence[Tensor]] = columns
-    if not isinstance(job, Job):
-        lines = _in_lines(columns)
-        job = _job(buckets, lines)
+    lines = _in_lines(columns)
+    job = Job(lines, _counters(buckets))
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     draws = [bucket.draws for bucket in buckets if bucket.draws is not None]
     if draws and any(columns[i][0].element_size() == 2 for i in written):
         streams = [rules.stream(each.stream, torch.tensor(each.numbers)).numpy() for each in draws]
         shards = np.array([shard for each in draws for shard in each.shards], np.int64)
         job.draw(np.concatenate(streams), shards.reshape(-1, len(Shard._fields)))
-    if not job.found:
-        job.find(lines, _counters(buckets))
-    first = 0
-    for tensors, numbers in rows(buckets, job) if callable(rows) else rows:
-        job.numbers[first : first + tensors, : len(numbers)] = numbers
-        first += tensors
-    of_chunks = job.run(_walks[rule], strict=strict, sums=5 if count else 0)
+    job.find(lines, _counters(buckets))
+    of_chunks = job.run(walk, rows(buckets, job) if callable(rows) else rows, strict=strict, sums=sums)
     for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))

@@ -12,7 +12,7 @@ numbers ``n``; it returns what to write into each of the five (None: nothing), w
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ TAGS = {
     torch.bfloat16: np.empty(0, np.uint16),
     torch.float16: np.empty(0, np.int16),
 }
+Row = tuple[int, tuple[float, ...]]
+"""How many tensors share a row of numbers ``n``, and the row."""
 _WORD, _HALF = np.empty(0, np.int64), np.empty(0, np.int32)
 _DOUBLE, _SINGLE = TAGS[torch.float64], TAGS[torch.float32]
 
@@ -149,7 +151,7 @@ def _table(address, tag, shape):
     """The array at ``address``; None if there is no ``tag``."""
 
 
-@overload(_table, inline="always")
+@overload(_table)
 def _(address, tag, shape):
     if tag is types.none:
         return lambda address, tag, shape: None
@@ -321,9 +323,9 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
         def walk(control):
             at = carray(control, _TENSORS + 1)
             last, tensors = at[_CHUNKS], at[_TENSORS]
-            addresses = _table(at[_AT], _WORD, (COLUMNS, tensors))
-            chunks = _table(at[_TABLE], _WORD, (last, 4))
-            numbers = _table(at[_NUMBERS], of_numbers, (tensors, NUMBERS))
+            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS, tensors))
+            chunks = carray(pointer(at[_TABLE], _WORD), (last, 4))
+            numbers = carray(pointer(at[_NUMBERS], of_numbers), (tensors, NUMBERS))
             counts = _table(at[_COUNTS], of_counts, last)
             keys = _table(at[_KEYS], of_keys, tensors)
             sums = _table(at[_SUMS], of_sums, (last, 4))
@@ -381,9 +383,10 @@ def _reader() -> Callable[[int], int]:
         """
         at = carray(control, _ROWS + 1)
         rows, tensors = at[_ROWS], at[_TENSORS]
-        addresses, ids = _table(at[_AT], _WORD, (COLUMNS + 1, tensors)), _table(at[_IDS], _WORD, (COLUMNS + 1, tensors))
-        sizes, kinds = _table(at[_SIZES], _WORD, tensors), _table(at[_TYPES], _WORD, COLUMNS + 1)
-        facts, halves = _table(at[_FACTS], _WORD, 6), _table(at[_FACTS], _HALF, 12)
+        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors))
+        ids = carray(pointer(at[_IDS], _WORD), (COLUMNS + 1, tensors))
+        sizes, kinds = carray(pointer(at[_SIZES], _WORD), tensors), carray(pointer(at[_TYPES], _WORD), COLUMNS + 1)
+        facts, halves = carray(pointer(at[_FACTS], _WORD), 6), carray(pointer(at[_FACTS], _HALF), 12)
         for i in range(rows + at[_HAS_COUNTER]):
             row = i if i < rows else COLUMNS
             for tensor in range(tensors):
@@ -415,7 +418,7 @@ def _counter() -> Callable[[int], int]:
         """Increase the counters by one, and note them. Returns 1 if all are the same, else 0."""
         at = carray(control, _T + 1)
         tensors, same = at[_TENSORS], True
-        addresses, t = _table(at[_AT], _WORD, (COLUMNS + 1, tensors)), _table(at[_T], _DOUBLE, tensors)
+        addresses, t = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors)), carray(pointer(at[_T], _DOUBLE), tensors)
         for tensor in range(tensors):
             counter = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)
             counter[0] += np.float32(1)
@@ -474,6 +477,7 @@ class Job:
         self.numbers = np.zeros((len(first), NUMBERS), TAGS[self.wide].dtype)
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
         self._total = int(self._sizes.sum())
+        self._draws = False
         self._t = np.zeros(len(first))
         self._ids = np.zeros((COLUMNS + 1, len(first)), np.int64)
         self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + 1)
@@ -487,6 +491,7 @@ class Job:
         tables = (self._addresses, self.numbers, self._sizes, self._t, self._ids, self._kinds, self._facts)
         for place, table in zip((_AT, _NUMBERS, _SIZES, _T, _IDS, _TYPES, _FACTS), tables, strict=True):
             self._point(place, table)
+        self._control[_EXCHANGE], self._control[_CLEAR] = _exchange() or (0, 0)
         self._lay_out(_chunks(self._sizes.tobytes()))
 
     def find(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> None:
@@ -508,14 +513,17 @@ class Job:
 
         Only where DLPack has a C exchange API (`can_find_again`).
         """
-        rows: list[tuple[int, Sequence[Tensor]]] = [*enumerate(columns), (COLUMNS, counters)]
-        for i, column in rows:
+        for i, column in enumerate(columns):
             if column is not self._of_ids[i]:
-                self._of_ids[i] = column
-                self._ids[i, : len(column)] = list(map(id, column))
-        self._control[_EXCHANGE], self._control[_CLEAR] = cast("tuple[int, int]", _exchange())
+                self._take_ids(i, column)
+        if counters is not self._of_ids[COLUMNS]:
+            self._take_ids(COLUMNS, counters)
         self.found = _reader()(self._at) == 1
         return self.found
+
+    def _take_ids(self, row: int, column: Sequence[Tensor]) -> None:
+        self._of_ids[row] = column
+        self._ids[row, : len(column)] = list(map(id, column))
 
     def count(self) -> list[float]:
         """Increase the counters by one. Returns them: one for all if they are the same."""
@@ -524,16 +532,22 @@ class Job:
 
     def draw(self, streams: np.ndarray, shards: np.ndarray) -> None:
         """Use random numbers. ``streams`` has the stream of each tensor, ``shards`` the `Shard` that it holds."""
-        self._streams = streams
+        self._draws, self._streams = True, streams
         self._point(_KEYS, streams)
         self._lay_out(_chunks(self._sizes.tobytes(), shards.tobytes()))
 
-    def run(self, walk: Callable[..., int], *, strict: bool = False, sums: int = 0) -> list[np.ndarray]:
+    def run(
+        self, walk: Callable[..., int], rows: Sequence[Row], *, strict: bool = False, sums: int = 0
+    ) -> list[np.ndarray]:
         """Carry out a rule, whose loop is ``walk``. Returns the first 0, 1 or 5 of `rules.sums` of each chunk."""
         made = np.zeros((len(self._table), 4)) if sums > 1 else None
         if made is not None:
             self._point(_SUMS, made)
-        address = walk(self.types, self.wide, strict, self._control[_KEYS] != 0, sums)
+        first = 0
+        for tensors, numbers in rows:
+            self.numbers[first : first + tensors, : len(numbers)] = numbers
+            first += tensors
+        address = walk(self.types, self.wide, strict, self._draws, sums)
         self.found = False
         _threads.run(address, self._control, min(torch.get_num_threads(), 1 + self._total // ALONE))
         return [self._counts] if made is None else [self._counts, *made.T]
