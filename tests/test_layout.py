@@ -24,20 +24,26 @@ ARROWS: dict[str, set[str]] = {
     "plot": set(),
     "graphs": set(),
     "snapshot": {"graphs", "tensors"},
-    "weight_decay": {"notices", "quirks"},
+    "journal": {"quirks"},
+    "weight_decay": {"journal", "notices", "quirks"},
     "draws": {"rules", "tensors"},
     "buckets": {"directions", "draws", "snapshot", "tensors", "updates"},
-    "kernels._eager": {"buckets", "draws", "rules", "updates"},
-    "kernels._numba": {"buckets", "draws", "kernels._eager", "rules", "tensors", "updates"},
+    "kernels._eager": {"buckets", "draws", "rules", "tensors", "updates"},
+    "kernels._threads": set(),
+    "kernels._walk": {"kernels._threads", "tensors"},
+    "kernels._numba": {"buckets", "kernels._eager", "kernels._walk", "rules", "tensors", "updates"},
     "kernels._tables": {"graphs"},
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates"},
-    "paths": {"buckets", "choice", "draws", "kernels", "notices", "quirks", "snapshot", "tensors", "updates"},
-    "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
+    "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates", "weight_decay"},
+    "paths": {
+        "buckets", "choice", "draws", "journal", "kernels", "notices", "quirks", "snapshot", "tensors", "updates",
+    },
+    "plan": {"buckets", "choice", "graphs", "paths", "quirks", "tensors", "weight_decay"},
+    "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
     "wrapper": {
-        "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",
-        "step", "weight_decay",
+        "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",
+        "quirks", "snapshot", "step", "weight_decay",
     },
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},
@@ -45,14 +51,14 @@ ARROWS: dict[str, set[str]] = {
     "__main__": {"env"},
     "__init__": {"monitor", "plot", "wrappers"},
 }  # fmt: skip
-# Each other package, with the only module that may import it.
+# Each other package, with the only modules that may import it.
 OUTSIDE = {
-    "llvmlite": "kernels._numba",
-    "matplotlib": "plot",
-    "numba": "kernels._numba",
-    "numpy": "kernels._numba",
-    "timm": "timm",
-    "triton": "kernels._triton",
+    "llvmlite": {"kernels._walk"},
+    "matplotlib": {"plot"},
+    "numba": {"kernels._numba", "kernels._walk"},
+    "numpy": {"kernels._numba", "kernels._walk"},
+    "timm": {"timm"},
+    "triton": {"kernels._triton"},
 }
 
 
@@ -112,11 +118,11 @@ def test_the_check_can_fail() -> None:
 
 
 def test_only_torch_is_needed() -> None:
-    """Each optional package is imported only by the one module that needs it."""
+    """Each optional package is imported only by the modules that need it."""
     needed = {"cwd_wrap", "torch", "typing_extensions", *sys.stdlib_module_names}
     for name, source in modules().items():
         for imported in {module.split(".")[0] for module in imports(source)} - needed:
-            assert OUTSIDE.get(imported) == name, (name, imported)
+            assert name in OUTSIDE.get(imported, set()), (name, imported)
 
 
 LOADED = "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
