@@ -1,6 +1,6 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from cwd_wrap.plan import Plan, check_layouts
 if TYPE_CHECKING:
     from collections import OrderedDict
 
-    from cwd_wrap.buckets import Part
 
 Closure = Callable[[], float]
+_READERS = ("state_dict", "__getstate__")
+"""Methods that save a base. During its step they must see the groups as they are between steps: see `Step._guarded`."""
 _untraced: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
 
 
@@ -34,12 +35,13 @@ class Step:
     def __init__(self, base: Optimizer, journal: Journal, plan: Callable[[bool], Plan]) -> None:
         self.begun = False
         """True once the rule has begun. Still False after the step if the base did not fire its hooks."""
-        self.parts: list[Part] | None = None
-        """What the step did, if the plan counts."""
+        self.done: Plan | None = None
+        """The plan, once it has been carried out."""
         self._base = base
         self._journal = journal
         self._make_plan = plan
         self._plan: Plan | None = None  # from the begin of the rule to its end
+        self._readers: Sequence[str] = ()
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
@@ -68,6 +70,8 @@ class Step:
             weight_decay.on(self._base, self._journal)
         for hooks in self._hooks:
             hooks.pop(id(self), None)
+        for name in self._readers:
+            vars(self._base).pop(name, None)
 
     def _step(self) -> float | None:
         base = self._base
@@ -81,9 +85,22 @@ class Step:
             cast("OrderedDict[int, object]", after).move_to_end(id(self), last=False)
         else:
             self._begin()
+        self._readers = [name for name in _READERS if name not in vars(base)]
+        for name in self._readers:
+            vars(base)[name] = self._guarded(getattr(base, name))
         stepped = base.step() if self._closure is None else base.step(self._call_closure)
         self._end()
         return stepped
+
+    def _guarded(self, read: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        """A method that reads the groups as they are between steps. It returns copies of them."""
+
+        def read_between() -> dict[str, Any]:
+            with self._journal.suspended():
+                found = read()
+                return found | {"param_groups": [dict(group) for group in found.get("param_groups", ())]}
+
+        return read_between
 
     def _before_base(self, *_: object) -> None:
         self._depth += 1
@@ -108,7 +125,7 @@ class Step:
             weight_decay.on(self._base, self._journal)
         if plan is not None:
             plan.end()
-            self.parts = plan.work.parts if plan.work.count else None
+            self.done = plan
 
     def _call_closure(self) -> float:
         """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""

@@ -235,22 +235,25 @@ class OptimizerWrapper(Contract):
 
     def _run(self, step: Step, closure: Closure | None) -> float | None:
         loss = step.run(closure)
+        self._plan = step.done
         if not step.begun:
             notices.warn(
                 f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
                 f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
                 "original"
             )
-        elif step.parts is not None and self.observer is not None:
-            self.observer(Report(step.parts))
+        elif step.done is not None and step.done.work.count and self.observer is not None:
+            self.observer(Report(step.done.work.parts))
         return loss
 
     def _plan_of_step(self, journal: Journal, closure: bool, count: bool) -> Plan:
         """The plan of the coming step: that of the last one, if it holds, or a new one."""
         arguments = [self.__dict__[name] for name in self._settings]
         fresh = closure or count or journal is not self._journal
-        if not fresh and self._plan is not None and self._plan.holds(arguments):
-            return self._plan
+        last = None if fresh else self._plan
+        self._plan = None  # until the step is done: an interrupt may leave it half changed
+        if last is not None and last.holds(arguments):
+            return last
         rule = self._rule()
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
         work = Work(self.base_optimizer, rule, *of_wrapper, journal, count, self._groups)
@@ -262,7 +265,6 @@ class OptimizerWrapper(Contract):
             plan = compile_plan(work, strength, self.path, closure=closure)
         if not fresh:
             plan.keep(arguments)
-            self._plan = plan
         return plan
 
     def _is_looked_at(self) -> bool:

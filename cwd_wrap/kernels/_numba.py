@@ -234,7 +234,7 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
 
 def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
     """The numbers ``n`` of the update's rule: sign of the gradient, lr, eta*lam, and then its own."""
-    t = job.count() if buckets[0].update.counts else []
+    t = job.steps() if buckets[0].update.counts else []
     first = 0
     rows: list[Row] = []
     for bucket in buckets:

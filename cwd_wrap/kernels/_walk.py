@@ -322,8 +322,8 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
         @compiled(cfunc, types.void(types.CPointer(types.int64)), error_model="numpy")
         def walk(control):
             at = carray(control, _TENSORS + 1)
-            last, tensors = at[_CHUNKS], at[_TENSORS]
-            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS, tensors))
+            last, tensors = at[_CHUNKS] - at[_HAS_COUNTER], at[_TENSORS]
+            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors))
             chunks = carray(pointer(at[_TABLE], _WORD), (last, 4))
             numbers = carray(pointer(at[_NUMBERS], of_numbers), (tensors, NUMBERS))
             counts = _table(at[_COUNTS], of_counts, last)
@@ -331,6 +331,11 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
             sums = _table(at[_SUMS], of_sums, (last, 4))
             while True:
                 k = _take(at[_SELF])
+                if k == last and at[_HAS_COUNTER] != 0:  # here, so that no interrupt can part counters and weights
+                    for tensor in range(tensors):
+                        counter = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)
+                        counter[0] += np.float32(1)
+                    _take(at[_SELF] + 8)
                 if k >= last:
                     break
                 tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
@@ -415,14 +420,15 @@ def _counter() -> Callable[[int], int]:
 
     @compiled(cfunc, types.int32(types.CPointer(types.int64)))
     def count(control):
-        """Increase the counters by one, and note them. Returns 1 if all are the same, else 0."""
+        """Note the number of each tensor's coming step. Returns 1 if all are the same, else 0."""
         at = carray(control, _T + 1)
         tensors, same = at[_TENSORS], True
-        addresses, t = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors)), carray(pointer(at[_T], _DOUBLE), tensors)
+        addresses, t = (
+            carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors)),
+            carray(pointer(at[_T], _DOUBLE), tensors),
+        )
         for tensor in range(tensors):
-            counter = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)
-            counter[0] += np.float32(1)
-            t[tensor] = counter[0]
+            t[tensor] = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)[0] + np.float32(1)
             same &= t[tensor] == t[0]
         return np.int32(same)
 
@@ -522,11 +528,11 @@ class Job:
         return self.found
 
     def _take_ids(self, row: int, column: Sequence[Tensor]) -> None:
-        self._of_ids[row] = column
         self._ids[row, : len(column)] = list(map(id, column))
+        self._of_ids[row] = column
 
-    def count(self) -> list[float]:
-        """Increase the counters by one. Returns them: one for all if they are the same."""
+    def steps(self) -> list[float]:
+        """The number of the coming step of each tensor; one for all if they are the same. `run` counts it."""
         same = _counter()(self._at)
         return [float(self._t[0])] if same else self._t.tolist()
 
@@ -562,7 +568,7 @@ class Job:
         self._counts = np.zeros(len(table), np.int64)
         self._point(_TABLE, table)
         self._point(_COUNTS, self._counts)
-        self._control[_CHUNKS] = len(table)
+        self._control[_CHUNKS] = len(table) + self._control[_HAS_COUNTER]
 
     def _point(self, place: int, array: np.ndarray) -> None:
         self._control[place] = array.ctypes.data
