@@ -2,7 +2,9 @@
 
 import inspect
 import warnings
+from weakref import WeakKeyDictionary
 
+_said: WeakKeyDictionary[object, set[tuple[str, int]]] = WeakKeyDictionary()
 _NOT_THE_USERS = ("cwd_wrap", "torch", "contextlib")
 
 
@@ -17,3 +19,11 @@ def warn(text: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+def warn_once(owner: object, what: str, index: int, text: str) -> None:
+    """`warn`, once for each owner (an optimizer), kind of warning and param group."""
+    said = _said.setdefault(owner, set())
+    if (what, index) not in said:
+        said.add((what, index))
+        warn(text)

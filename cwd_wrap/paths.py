@@ -257,6 +257,8 @@ class Snapshot:
     def end(self) -> None:
         """Compare, and apply the rule."""
         work = self._work
+        if self._path == "snapshot" and self._was_skipped():
+            return
         if not self.calls or not all(call.holds() for call in self.calls):  # the base may have replaced tensors
             self.calls = self._compare()
         if work.rule.reads_gradient:
@@ -268,6 +270,17 @@ class Snapshot:
                     indices = sparse_indices(g)
                     draws = _draws_of_rows(of_group, i, indices)
                     _finish_rows(work, Of(of_group, [i]), indices, x[i][indices], draws)
+
+    def _was_skipped(self) -> bool:
+        """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays."""
+        of_groups = list(zip(self._members, self._x, strict=True))
+        for members, x in reversed(of_groups):  # a head moves in nearly every step, an embedding may not
+            for p, g, before in zip(
+                reversed(members.parameters), reversed(members.gradients), reversed(x), strict=True
+            ):
+                if g is not None and not torch.equal(local_real_view(p), before):
+                    return False
+        return _skipped(self._work, [g for members in self._members for g in members.gradients if g is not None])
 
     def _compare(self) -> list[Call]:
         work = self._work
@@ -339,6 +352,12 @@ class Rows:
 
     def end(self) -> None:
         """Compare the rows."""
+        parameters = [of.members.parameters[of.rows[0]] for of, *_ in self._before]
+        moved = zip(parameters, self._before, strict=True)
+        if all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved) and _skipped(
+            self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before]
+        ):
+            return
         for row in self._before:
             _finish_rows(self._work, *row)
 
@@ -425,6 +444,23 @@ def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor
     bucket = Stepped([p], [touched], [before], None, of.members.eta_lam, draws, of)
     work.report("rows", work.carry_out(work.calls(work.rule.after, [bucket])))
     w[indices] = touched
+
+
+def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
+    """True if one of the ``gradients`` of a step that moved no weight is not 0. Says so once."""
+    values = (g.coalesce().values() if g.is_sparse else local_real_view(g) for g in gradients)
+    if not any(bool(value.any()) for value in values):
+        return False
+    name = type(work.base).__name__
+    notices.warn_once(
+        work.base,
+        "skipped",
+        -1,
+        f"a step of {name} moved no weight although its gradients are not 0. It was taken for a step that {name} skips, "
+        f"and {work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside "
+        "it. 16-bit weights whose every update is rounded away look the same: keep float32 weights",
+    )
+    return True
 
 
 def _check_gradients(work: Work, members: Sequence[Members]) -> None:

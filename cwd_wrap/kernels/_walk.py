@@ -29,7 +29,7 @@ ALONE = 1 << 17  # elements below which a second thread costs more than it bring
 
 COLUMNS, NUMBERS = 5, 8
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
-TAGS = {
+TAGS: dict[torch.dtype, np.ndarray] = {
     torch.float32: np.empty(0, np.float32),
     torch.float64: np.empty(0, np.float64),
     torch.bfloat16: np.empty(0, np.uint16),
@@ -478,7 +478,7 @@ class Job:
         self.found = False
         """True if the addresses are those of the tensors of the coming `run`."""
         of_columns: list[torch.dtype | None] = [column[0].dtype for column in columns]
-        self.types = (*of_columns, *[None] * (COLUMNS - len(columns)))
+        self.types = tuple(of_columns + [None] * (COLUMNS - len(columns)))
         self.wide = torch.float64 if first[0].dtype == torch.float64 else torch.float32
         self.numbers = np.zeros((len(first), NUMBERS), TAGS[self.wide].dtype)
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
