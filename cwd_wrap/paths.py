@@ -456,9 +456,9 @@ def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
         work.base,
         "skipped",
         -1,
-        f"a step of {name} moved no weight although its gradients are not 0. It was taken for a step that {name} skips, "
-        f"and {work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside "
-        "it. 16-bit weights whose every update is rounded away look the same: keep float32 weights",
+        f"a step of {name} moved no weight although its gradients are not 0. It was taken for one that {name} skips, so "
+        f"{work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside it. "
+        "16-bit weights whose every update is rounded away look the same: keep float32 weights",
     )
     return True
 
