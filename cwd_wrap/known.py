@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
@@ -46,7 +46,9 @@ def _examine(cls: type[Optimizer], step: object) -> tuple[str | None, str | None
     if not isinstance(own, FunctionType):
         return None, None
     source = _library_of(own.__globals__["__name__"])
-    if not any(own.__qualname__ == f"{c.__qualname__}.step" and _library_of(c.__module__) == source for c in cls.__mro__):
+    if not any(
+        own.__qualname__ == f"{c.__qualname__}.step" and _library_of(c.__module__) == source for c in cls.__mro__
+    ):
         return None, None  # another function was put in place of the step of the class body
     exported: Any = sys.modules.get(cls.__module__)
     for part in cls.__qualname__.split("."):
@@ -76,4 +78,4 @@ def _foreign(cls: type, step: FunctionType, source: str) -> Iterator[bool]:
 
 
 def _library_of(module: str) -> str:
-    return module.split(".")[0]
+    return module.split(".", 1)[0]

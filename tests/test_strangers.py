@@ -130,8 +130,10 @@ def test_x(cls: Any, options: Any, patch: Any, when: str, marked: bool, monkeypa
         build = functools.partial(cls, **options)
         wrap = CautiousDecay
     patch = wraps(patch) if marked else patch
+
     def act():
         monkeypatch.setattr(cls, "step", patch(cls.step))
+
     if when == "before it is built":
         act()
     both = Beside(build, eta=0.1, wrap=wrap)
