@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwd_wrap import quirks
 
-STEPS = 3
 _SHAPE = (4, 3, 2, 2, 2, 2)
+_RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
 _SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
 _OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
 
 
 class Taken(NamedTuple):
-    """A step that a copy has taken: its group before the step, and its weights before and after."""
+    """A step of a copy: its group before the step, and its weights before and after."""
 
     own: Optimizer
     group: dict[str, Any]
@@ -69,20 +69,18 @@ class Copies:
         ]
         self.kinds = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]][:16]
 
-    def run(
-        self, decay: float, *, off: bool = False, rate: float = 1.0, size: float = 1.0, slope: float = 1.0
-    ) -> list[Taken]:
+    def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
-        ``rate`` multiplies the learning rate, ``size`` the weights and ``slope`` the gradients.
+        ``slope`` multiplies the gradients, and ``size`` the weights after the first step.
         """
         own, parameters = self._build(decay)
         taken = []
-        for number in range(STEPS):
+        for number, rate in enumerate(_RATES):
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
-                p.data.copy_(sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * size)
+                p.data.copy_(sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1))
                 p.grad = (torch.randn(p.shape, generator=generator, device="cpu") * slope).to(self.device)
             for group in own.param_groups:
                 if "lr" in group:
@@ -148,6 +146,14 @@ class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+def _put_back(cls: type[Optimizer], step: Any) -> None:
+    """Undo what torch does when it builds the first of the copies: it replaces the step of the class by one with hooks."""
+    if step is not None:
+        cls.step = step  # type: ignore[method-assign]
+    elif "step" in vars(cls):
+        del cls.step
+
+
 @contextlib.contextmanager
 def unnoticed(copies: Copies) -> Iterator[None]:
     """Inside this context steps of the copies are not noticed."""
@@ -156,8 +162,7 @@ def unnoticed(copies: Copies) -> Iterator[None]:
         for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
             stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
             hooks.clear()
-        step = vars(cls).get("step")  # torch replaces it by one with hooks when a copy is built
-        stack.callback(type.__delattr__, cls, "step") if step is None else stack.callback(setattr, cls, "step", step)
+        stack.callback(_put_back, cls, vars(cls).get("step"))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())

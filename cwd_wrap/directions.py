@@ -5,8 +5,9 @@
 Then the mask is known before the step: no copy is needed, and rounding of the step (bfloat16) cannot change the mask.
 A class is in the table, as its library ships it (`known`), only if its update reads no weight (so that decay and step
 give the same in either order) and a test holds it equal to the snapshot path. These are left out because the equation
-does not hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own scale),
-all that read the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
+does not hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by
+its own scale), all that read the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with
+``caution`` on.
 """
 
 from collections.abc import Callable, Mapping

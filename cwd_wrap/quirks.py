@@ -205,10 +205,10 @@ def says_coupled(group: Group) -> bool:
     return any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
 
 
-def coupling(optimizer: Optimizer, group: Group) -> str | None:
+def coupling(optimizer: Optimizer, group: Group, *, measured: bool) -> str | None:
     """What makes of a coupled decay another one than ``lr * weight_decay``; None if it is the same, or not coupled."""
     by_torch = known.library(type(optimizer)) == "torch" and not _COUPLED.isdisjoint(_names(optimizer))
-    if not says_coupled(group) and (not by_torch or group.get("decoupled_weight_decay")):
+    if not (measured or says_coupled(group) or (by_torch and not group.get("decoupled_weight_decay"))):
         return None
     if "dampening" not in group:
         return "it adds the decay to the gradient, and scales it with the gradient"

@@ -229,6 +229,14 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     return found
 
 
+def coupling(group: Group, index: int, base: Optimizer) -> str | None:
+    """Why the group's ``weight_decay`` is another strength in the base's own, coupled decay; None if it is not."""
+    if not decays(group, None):
+        return None
+    found = measured(group, _where(index, base), base)
+    return quirks.coupling(quirks.stepper(base, group), group, measured=found is not None and found.coupled)
+
+
 def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> float | Tensor:
     """The step size by which an optimizer with these options multiplies its decay.
 

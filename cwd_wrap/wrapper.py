@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -340,11 +339,11 @@ class OptimizerWrapper(Contract):
 
     def _warn_if_coupled(self) -> None:
         """Warn if ``weight_decay`` was chosen for a coupled decay, so that it is another strength here."""
-        for group in filter(partial(weight_decay.decays, fallback=None), self.param_groups):
-            if (why := quirks.coupling(quirks.stepper(self.base_optimizer, group), group)) is not None:
+        for i, group in enumerate(self.param_groups):
+            if (why := weight_decay.coupling(group, i, self.base_optimizer)) is not None:
                 notices.warn(
-                    f"{type(self).__name__} decays by lr * weight_decay. {self._owner}'s own decay is coupled: {why}. So "
-                    "the same weight_decay is another strength here: choose it anew, and pass it as lam="
+                    f"{type(self).__name__} decays by lr * weight_decay. {self._owner}'s own decay is coupled: {why}. "
+                    "So the same weight_decay is another strength here: choose it anew, and pass it as lam="
                 )
                 return
 
