@@ -49,7 +49,7 @@ class Copies:
         self.own = own
         self.options = {key: value for key, value in group.items() if key != "params"}
         for key, value in self.options.items():
-            if not _is_plain(value, tensors=True):
+            if not _is_plain(value, option=True):
                 msg = f"its group holds a {type(value).__name__} as {key}"
                 raise TypeError(msg)
         self.attributes = {
@@ -64,10 +64,11 @@ class Copies:
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
         # One parameter of each kind: steps can depend on the number of dimensions, and on attributes (``p.wd_mul``).
-        kinds = [
-            (p.ndim, {name: value for name, value in vars(p).items() if _is_plain(value)}) for p in group["params"]
-        ]
-        self.kinds = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]][:16]
+        kinds = dict.fromkeys(
+            (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
+            for p in group["params"]
+        )
+        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds][:100]
 
     def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
@@ -80,7 +81,9 @@ class Copies:
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
-                p.data.copy_(sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1))
+                p.data.copy_(
+                    sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1)
+                )
                 p.grad = (torch.randn(p.shape, generator=generator, device="cpu") * slope).to(self.device)
             for group in own.param_groups:
                 if "lr" in group:
@@ -121,19 +124,24 @@ def _like(value: object, number: float) -> float | Tensor:
     return torch.full_like(value, number) if isinstance(value, Tensor) else number
 
 
-def _is_plain(value: object, *, tensors: bool = False) -> bool:
-    """True if a copy of the value is small, and does not lead back to what it was copied from."""
+def _is_plain(value: object, *, option: bool = False) -> bool:
+    """True if a copy of the value is small, and does not lead back to the optimizer.
+
+    An ``option`` of a group may also be a small tensor, or an object with plain attributes (a schedule).
+    """
     if isinstance(value, Tensor):
-        return tensors and value.numel() <= 16
+        return option and value.numel() <= 16
     if isinstance(value, MethodType | functools.partial | torch.nn.Module | Optimizer):
         return False
     if isinstance(value, FunctionType):
         return not value.__closure__
     if isinstance(value, dict):
-        return all(_is_plain(each, tensors=tensors) for each in value.values())
+        return all(_is_plain(each, option=option) for each in value.values())
     if isinstance(value, list | tuple | set):
-        return all(_is_plain(each, tensors=tensors) for each in value)
-    return isinstance(value, _SCALARS) or (hasattr(value, "__dict__") and _is_plain(vars(value), tensors=tensors))
+        return all(_is_plain(each, option=option) for each in value)
+    return isinstance(value, _SCALARS) or (
+        option and hasattr(value, "__dict__") and _is_plain(vars(value), option=True)
+    )
 
 
 class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -147,7 +155,7 @@ class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _put_back(cls: type[Optimizer], step: Any) -> None:
-    """Undo what torch does when it builds the first of the copies: it replaces the step of the class by one with hooks."""
+    """Undo what torch does when it builds the first copy: it puts a step with hooks in place of the class's."""
     if step is not None:
         cls.step = step  # type: ignore[method-assign]
     elif "step" in vars(cls):
