@@ -3,10 +3,11 @@
     sign(u) = sign(a*m + b*g)        m: a tensor in the parameter's state, g: its gradient, a > 0 and b scalars
 
 Then the mask is known before the step: no copy is needed, and rounding of the step (bfloat16) cannot change the mask.
-A class is in the table, by its exact name, only if its update reads no weight (so that decay and step give the same in
-either order) and a test holds it equal to the snapshot path. These are left out because the equation does not hold:
-Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by its own scale),
-all that read the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with ``caution`` on.
+A class is in the table, as its library ships it (`known`), only if its update reads no weight (so that decay and step
+give the same in either order) and a test holds it equal to the snapshot path. These are left out because the equation
+does not hold: Rprop (its update is 0 after a change of sign), RMSprop with momentum (each past gradient was divided by
+its own scale), all that read the weight (ASGD, Adafactor, LAMB, LARS, AdamP, SGDP), Muon, LBFGS, and all with
+``caution`` on.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from cwd_wrap import known
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
@@ -44,7 +47,7 @@ class Direction(NamedTuple):
 def find(optimizer: Optimizer, group: Group) -> Direction | str:
     """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is unknown."""
     cls = type(optimizer)
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = known.name(cls) or ""
     if name not in TABLE:
         return f"the gradient and the state of {cls.__name__} alone are not known to give the sign of its next update"
     if group.get("caution"):

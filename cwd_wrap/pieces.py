@@ -1,10 +1,10 @@
 """Optimizers that take the same step when their parameters are stepped in pieces, one subset after another.
 
 During the step of a piece, each ``group["params"]`` holds only the piece's parameters (an empty list where a group has
-none), and the optimizer's own ``step`` is called without its hooks. A class is in the table, by its exact name, only
-if its step on a parameter reads and writes only the parameter's weight, gradient and state, and reads its group's
-options. A test compares each row with the whole step, weights and state, bit for bit on a CPU, in pieces of several
-sizes and also in reverse order. These optimizers are left out, because they do not pass:
+none), and the optimizer's own ``step`` is called without its hooks. A class is in the table, as its library ships it
+(`known`), only if its step on a parameter reads and writes only the parameter's weight, gradient and state, and reads
+its group's options. A test compares each row with the whole step, weights and state, bit for bit on a CPU, in pieces of
+several sizes and also in reverse order. These optimizers are left out, because they do not pass:
 
 - a counter in the group or in the optimizer, counted up at each call: all of pytorch_optimizer, Adan and Lamb of timm,
   MADGRAD of torch_optimizer, Lookahead, schedule-free ones;
@@ -24,13 +24,15 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from cwd_wrap import known
+
 Group = Mapping[str, Any]
 
 
 def why_not(optimizer: Optimizer, group: Group) -> str | None:
     """The reason why ``group`` of ``optimizer`` may not be stepped in pieces, or None if it may."""
     cls = type(optimizer)
-    row = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    row = TABLE.get(known.name(cls) or "")
     if row is None:
         return f"{cls.__name__} is not known to take the same step in pieces"
     return row(group)

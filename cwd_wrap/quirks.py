@@ -1,16 +1,18 @@
 """Special cases of particular optimizers, by name or option, all in one place.
 
-A name is ``library.Class``; a bare class name holds for every library. Each name holds for subclasses too.
+A name is ``library.Class``, and holds for subclasses too. Classes of the same name in other libraries are not meant.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from functools import cache
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from cwd_wrap import known
 
 Group = Mapping[str, Any]
 Eta = float | Tensor | str | None  # a factor, or the reason why there is no single one; None: no special case
@@ -20,26 +22,47 @@ _OWN_COPY = (
     "Use the optimizer without a wrapper"
 )
 _IN_BACKWARD = "it updates the weights during backward, before its step is called. Use it without a wrapper"
+_SKIPS = "it may skip a step"
+_BEFORE_LIGHTNING = f"{_SKIPS}. Wrap the optimizer before Lightning gets it: return it from configure_optimizers"
+_BEFORE_FABRIC = f"{_SKIPS}. Wrap the optimizer first, then call fabric.setup"
+
+Row = TypeVar("Row")
+
+
+def _of(libraries: str, name: str, row: Row) -> dict[str, Row]:
+    """The same row for a class of this name in each of the libraries."""
+    return {f"{library}.{name}": row for library in libraries.split()}
+
 
 _REFUSED: Mapping[str, str] = {
-    "TRAC": _OWN_COPY,
-    "FTRL": _OWN_COPY,
-    "Nero": _OWN_COPY,
-    "DAdaptAdaGrad": _OWN_COPY,
+    "pytorch_optimizer.TRAC": _OWN_COPY,
+    "pytorch_optimizer.FTRL": _OWN_COPY,
+    "pytorch_optimizer.Nero": _OWN_COPY,
+    "pytorch_optimizer.DAdaptAdaGrad": _OWN_COPY,
+    "dadaptation.DAdaptAdaGrad": _OWN_COPY,
     "dadaptation.DAdaptSGD": _OWN_COPY,
-    "MSAMLaProp": _OWN_COPY,
-    "BSAM": "its weight_decay is the precision of a prior and multiplies the gradient: at 0 it does not train",
-    "SafeFP16Optimizer": "it keeps the weights in a flat float32 copy. Wrap the optimizer inside it",
-    "LOMO": _IN_BACKWARD,
-    "AdaLOMO": _IN_BACKWARD,
-    "PCGrad": "it edits gradients and is not an optimizer. Wrap the optimizer inside it",
-    "accelerate.AcceleratedOptimizer": "it may skip a step. Wrap the optimizer first, then call accelerator.prepare",
-    "SaRA": "it trains only the weights below its threshold, and a decay would change those that it freezes",
-    "GSAM": "it computes the gradients inside its own step, where a wrapper cannot read them. "
+    "heavyball.MSAMLaProp": _OWN_COPY,
+    "pytorch_optimizer.BSAM": "its weight_decay is the precision of a prior and multiplies the gradient: at 0 it does "
+    "not train",
+    "pytorch_optimizer.SafeFP16Optimizer": "it keeps the weights in a flat float32 copy. Wrap the optimizer inside it",
+    "pytorch_optimizer.LOMO": _IN_BACKWARD,
+    "pytorch_optimizer.AdaLOMO": _IN_BACKWARD,
+    "lomo_optim.Lomo": _IN_BACKWARD,
+    "lomo_optim.AdaLomo": _IN_BACKWARD,
+    "pytorch_optimizer.PCGrad": "it edits gradients and is not an optimizer. Wrap the optimizer inside it",
+    "accelerate.AcceleratedOptimizer": f"{_SKIPS}. Wrap the optimizer first, then call accelerator.prepare",
+    **_of("lightning pytorch_lightning", "LightningOptimizer", _BEFORE_LIGHTNING),
+    **_of("lightning lightning_fabric", "_FabricOptimizer", _BEFORE_FABRIC),
+    "opacus.DPOptimizer": f"{_SKIPS} (virtual steps). Wrap the optimizer first, then call privacy_engine.make_private",
+    "torchft.OptimizerWrapper": f"{_SKIPS} (when the quorum does not commit). Wrap the optimizer inside it",
+    "hivemind.Optimizer": f"{_SKIPS} (until the peers have a whole batch). Wrap the optimizer inside it",
+    "pytorch_optimizer.SaRA": "it trains only the weights below its threshold, and a decay would change those that it "
+    "freezes",
+    "pytorch_optimizer.GSAM": "it computes the gradients inside its own step, where a wrapper cannot read them. "
     "Wrap the optimizer inside it",
-    "CPUOffloadOptimizer": "it steps copies of the weights, with one optimizer for each, and copies them back. Have "
-    "those optimizers wrapped: optimizer_class=CautiousDecay.over(AdamW)",
-    "PostLocalSGDOptimizer": "its step also averages the weights over the ranks, which is not an update. "
+    "torchao.CPUOffloadOptimizer": "it steps copies of the weights, with one optimizer for each, and copies them back. "
+    "Have those optimizers wrapped: optimizer_class=CautiousDecay.over(AdamW)",
+    "torch.PostLocalSGDOptimizer": "its step also averages the weights over the ranks, which is not an update. "
     "Wrap the optimizer inside it",
 }
 
@@ -48,12 +71,12 @@ _PULLED_BACK = (
 )
 
 _WARNED: Mapping[str, str] = {
-    "MADGRAD": _PULLED_BACK,
-    "MirrorMADGRAD": _PULLED_BACK,
-    "A2Grad": _PULLED_BACK,
-    "A2GradExp": _PULLED_BACK,
-    "A2GradInc": _PULLED_BACK,
-    "A2GradUni": _PULLED_BACK,
+    **_of("madgrad pytorch_optimizer timm torch_optimizer", "MADGRAD", _PULLED_BACK),
+    "madgrad.MirrorMADGRAD": _PULLED_BACK,
+    "pytorch_optimizer.A2Grad": _PULLED_BACK,
+    "torch_optimizer.A2GradExp": _PULLED_BACK,
+    "torch_optimizer.A2GradInc": _PULLED_BACK,
+    "torch_optimizer.A2GradUni": _PULLED_BACK,
     "pytorch_optimizer.DAdaptSGD": _PULLED_BACK,
 }
 
@@ -64,6 +87,13 @@ def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
     """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can."""
     if (by_class := refusal_of(type(optimizer))) is not None:
         return by_class
+    if (overridden := _overridden(optimizer)) is not None:
+        return overridden
+    if (passes := getattr(optimizer, "backward_passes_per_step", 1)) != 1 or hasattr(optimizer, "_starting_models"):
+        of_horovod = any(name.startswith("horovod.") for name in _names(optimizer))
+        if of_horovod:
+            how = "Adasum steps during backward" if passes == 1 else f"backward_passes_per_step={passes} accumulates"
+            return f"{how}. Wrap inside: hvd.DistributedOptimizer(CautiousDecay.over(SGD)(params, ...), ...)"
     if rounding != "stochastic" and any(map(_has_master_bits, getattr(optimizer, "param_groups", ()))):
         return (
             "it keeps the low bits of its 16-bit weights in other tensors. The wrapper writes the weights alone, so a "
@@ -74,8 +104,8 @@ def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
 
 def refusal_of(cls: type[Optimizer]) -> str | None:
     """Why no optimizer of class ``cls`` can be wrapped; None if they can."""
-    names = _names_of(cast("Hashable", cls))
-    if any("ScheduleFree" in name for name in names):
+    names = _names_of(cls)
+    if any("ScheduleFree" in name for name in names):  # in any library: the name says what it is
         return _OWN_COPY
     return next((_REFUSED[name] for name in names if name in _REFUSED), None)
 
@@ -128,8 +158,8 @@ def flat_pieces(group: Group, built_with: Collection[tuple[torch.Size, ...]]) ->
 
 def many_gradients(optimizer: Optimizer) -> str | None:
     """Why the gradients after a step of ``optimizer`` are not those at the weights before it; None if they are."""
-    known = {"LBFGS", "SAM", "LookSAM", "FriendlySAM", "GSAM", "WSAM"}
-    found = known.intersection(_names(optimizer))
+    climbs = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")  # SAM and its like, of any library
+    found = climbs or {"pytorch_optimizer.LBFGS", "torch.LBFGS"} & {*_names(optimizer)}
     return "it evaluates several gradients in one step, and only the last is left after it" if found else None
 
 
@@ -152,6 +182,38 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
     if group.get("corrected_weight_decay"):  # timm before 1.0.23 keeps no maximum, and divides by the default lr
         return cast("Eta", size * group["lr"] / group.get("max_lr_snapshot", optimizer.defaults.get("lr")))
     return size if group.get("unscaled_wd") else None
+
+
+def constraint(group: Group) -> str | None:
+    """Why parameters on a manifold (geoopt) cannot decay; None if the group has none."""
+    for p in group["params"]:
+        manifold = getattr(p, "manifold", None)
+        if manifold is not None and type(manifold).__name__ != "Euclidean":
+            return (
+                f"its parameters lie on the manifold {type(manifold).__name__}, and a decay after its step would take "
+                "them off it: give them a group of their own with weight_decay=0"
+            )
+    return None
+
+
+_BY_TORCH = ("Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
+_COUPLED = {f"torch.{name}" for name in _BY_TORCH}
+
+
+def says_coupled(group: Group) -> bool:
+    """True if an option says that the decay is added to the gradient."""
+    return any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
+
+
+def coupling(optimizer: Optimizer, group: Group, *, measured: bool) -> str | None:
+    """What makes of a coupled decay another one than ``lr * weight_decay``; None if it is the same, or not coupled."""
+    by_torch = known.library(type(optimizer)) == "torch" and not _COUPLED.isdisjoint(_names(optimizer))
+    if not (measured or says_coupled(group) or (by_torch and not group.get("decoupled_weight_decay"))):
+        return None
+    if "dampening" not in group:
+        return "it adds the decay to the gradient, and scales it with the gradient"
+    factor = (1 - group["dampening"]) / (1 - group["momentum"])
+    return None if factor == 1 else f"its momentum makes the decay {factor:.3g} times as strong"
 
 
 def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | None:
@@ -211,7 +273,7 @@ def _rose(_: Any, group: Group) -> Any:
 def _decoupled_lr(optimizer: Any, group: Group) -> Any:
     if not (group.get("decouple_lr") or getattr(optimizer, "_decouple_lr", False)):
         return None
-    return group["lr"] / group["max_lr" if "OptimiOptimizer" in _names(optimizer) else "initial_lr"]
+    return group["lr"] / group["max_lr" if "optimi.OptimiOptimizer" in _names(optimizer) else "initial_lr"]
 
 
 def _apollo(_: Any, group: Group) -> Any:
@@ -236,7 +298,7 @@ def _prodigy(optimizer: Any, group: Group) -> Any:
     """pytorch_optimizer's Prodigy counts its steps from 1, its DAdaptAdam from 0."""
     if not group["bias_correction"] or group.get("fixed_decay"):
         return None
-    (beta1, beta2), t = group["betas"][:2], group.get("step", 0) + ("DAdaptAdam" in _names(optimizer))
+    (beta1, beta2), t = group["betas"][:2], group.get("step", 0) + ("pytorch_optimizer.DAdaptAdam" in _names(optimizer))
     return group["d"] * group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
 
 
@@ -246,7 +308,7 @@ def _heavyball(optimizer: Any, group: Group) -> Any:
         done = group.get("step_count")
         t = torch.tensor(1) if done is None else done + 1
         lr = lr * t / t.clamp(min=group["warmup_steps"] + 1)
-    return lr * lr / group["max_lr"] if "AdamC" in _names(optimizer) else lr
+    return lr * lr / group["max_lr"] if "heavyball.AdamC" in _names(optimizer) else lr
 
 
 def _adabelief(optimizer: Any, _: Group) -> Any:
@@ -258,15 +320,16 @@ def _lion(optimizer: Any, group: Group) -> Any:
 
 
 _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
-    "AdamP": _projected,
-    "SGDP": _sgdp,
+    **_of("adamp pytorch_optimizer timm torch_optimizer", "AdamP", _projected),
+    **_of("adamp pytorch_optimizer timm torch_optimizer", "SGDP", _sgdp),
+    "bitsandbytes.Optimizer8bit": lambda optimizer, _: _overridden(optimizer),
     "timm.Adafactor": _timm_adafactor,
     "timm.Kron": _kron,
     "timm.Muon": _timm_muon,
-    "ROSE": _rose,
+    "pytorch_optimizer.ROSE": _rose,
     "rose_opt.Rose": _rose,
-    "StableAdamW": _differs("it divides the learning rate by a size of each tensor's update"),
-    "OptimiOptimizer": _decoupled_lr,
+    **_of("optimi pytorch_optimizer", "StableAdamW", _differs("it divides lr by a size of each tensor's update")),
+    "optimi.OptimiOptimizer": _decoupled_lr,
     "flashoptim.FlashOptimizer": _decoupled_lr,
     "pytorch_optimizer.FlashAdamW": _decoupled_lr,
     "pytorch_optimizer.APOLLO": _apollo,
@@ -276,13 +339,34 @@ _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
     "heavyball.ChainOpt": _heavyball,
     "torch_optimizer.AdaBelief": _adabelief,
     "lion_pytorch.Lion": _lion,
-    "SPlus": _differs("it scales the learning rate by the shape of each tensor"),
-    "AdamS": _never("it divides the decay by the mean of its second moments"),
-    "Ranger21": _never("it divides the decay by the size of its second moments, and sets its own learning rate"),
-    "Magma": _never("it scales each tensor's whole step by a random factor", "wrap the optimizer inside it"),
+    "pytorch_optimizer.SPlus": _differs("it scales the learning rate by the shape of each tensor"),
+    "pytorch_optimizer.AdamS": _never("it divides the decay by the mean of its second moments"),
+    **_of(
+        "pytorch_optimizer ranger21",
+        "Ranger21",
+        _never("it divides the decay by the size of its second moments, and sets its own learning rate"),
+    ),
+    "pytorch_optimizer.Magma": _never(
+        "it scales each tensor's whole step by a random factor", "wrap the optimizer inside it"
+    ),
     "pytorch_optimizer.ASGD": _differs("it changes its learning rate during the step"),
     "pytorch_optimizer.DAdaptSGD": _differs("it divides the learning rate by the norm of its first gradient"),
 }
+
+
+def _overridden(optimizer: Any) -> str | None:
+    """Why a decay that bitsandbytes' GlobalOptimManager gives to single parameters cannot be replaced."""
+    if "bitsandbytes.Optimizer8bit" not in _names(optimizer):
+        return None
+    manager, own = optimizer.mng, {id(p) for group in optimizer.param_groups for p in group["params"]}
+    configs = [config for key, config in manager.pid2config.items() if key in own]
+    configs += [*manager.index2config.values(), *(config for _, _, config in manager.module_weight_config_triple)]
+    if any("weight_decay" in config or "lr" in config for config in configs):
+        return (
+            "GlobalOptimManager overrides weight_decay or lr of single parameters, where the wrapper cannot read it. "
+            "Give these parameters a group of their own"
+        )
+    return None
 
 
 def layers(optimizer: object) -> Iterator[Optimizer]:
@@ -295,10 +379,56 @@ def layers(optimizer: object) -> Iterator[Optimizer]:
         optimizer = next((inner for name in names if (inner := getattr(optimizer, name, None)) is not None), None)
 
 
+def all_layers(optimizer: Optimizer) -> list[Optimizer]:
+    """The same, and all in attributes of any name, and in lists, tuples and dicts there. It takes longer."""
+    found = list(layers(optimizer))
+    for layer in found:  # the list grows meanwhile
+        found += [inner for inner in _held(layer) if not any(inner is each for each in found)]
+    return found
+
+
+def _held(optimizer: Optimizer) -> Iterator[Optimizer]:
+    for name, value in vars(optimizer).items():
+        if name in {"param_groups", "state", "defaults"}:
+            continue
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        yield from (each for each in inside if isinstance(each, Optimizer))
+
+
+def stepper(optimizer: Optimizer, group: Group) -> Optimizer:
+    """The innermost layer that has the parameters of ``group``: the one that decays them."""
+    of_group = {id(p) for p in group["params"]}
+    for layer in reversed(all_layers(optimizer)):
+        if any(id(p) in of_group for own in layer.param_groups for p in own["params"]):
+            return layer
+    return optimizer
+
+
+def apart(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers inside ``optimizer`` that step its parameters with groups of their own, which it does not see."""
+    if {"torch.ZeroRedundancyOptimizer", "fairscale.OSS"} & {*_names(optimizer)}:
+        return []  # they copy the values of their groups into those of the optimizer inside, before each step
+    own = {id(group) for group in optimizer.param_groups}
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def is_apart(inner: Optimizer) -> bool:
+        others = [p for group in inner.param_groups if id(group) not in own for p in group["params"]]
+        return bool(others) and (not parameters or any(id(p) in parameters for p in others))
+
+    return [inner for inner in _held(optimizer) if is_apart(inner)]
+
+
 def _names(optimizer: Optimizer) -> tuple[str, ...]:
-    return _names_of(cast("Hashable", type(optimizer)))
+    return _names_of(type(optimizer))
 
 
-@cache
-def _names_of(cls: Any) -> tuple[str, ...]:
-    return tuple(name for c in cls.__mro__ for name in (f"{c.__module__.split('.')[0]}.{c.__name__}", c.__name__))
+_names_found: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _names_of(cls: type) -> tuple[str, ...]:
+    """The names of the class and its parents."""
+    names = _names_found.get(cls)
+    if names is None:
+        names = tuple(f"{c.__module__.split('.')[0]}.{c.__name__}" for c in cls.__mro__)
+        _names_found[cls] = names
+    return names

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cwd_wrap import known
+
 Group = Mapping[str, Any]
 
 
@@ -75,7 +77,7 @@ Update: TypeAlias = Adam | SGD | Lion
 def find(optimizer: Optimizer, group: Group) -> Update | str:
     """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it."""
     cls = type(optimizer)
-    make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
+    make = TABLE.get(known.name(cls) or "")
     if make is None:
         return f"no compiled kernel computes the whole update of {cls.__name__}"
     if (asked := _asked_for(group)) is not None:

@@ -4,7 +4,7 @@ lam is the group's own ``weight_decay``; eta is the step size by which the optim
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import notices, quirks
+from cwd_wrap import known, notices, probe, quirks
 from cwd_wrap.journal import Journal
 
 Group = Mapping[str, Any]
@@ -23,6 +23,8 @@ StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # An object of its own: `is` tells this 0.0 from one that a hook wrote.
 _NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
 _warned: WeakKeyDictionary[Optimizer, set[tuple[str, int]]] = WeakKeyDictionary()
+# What was measured of the groups of optimizers that no table vouches for; None for other optimizers.
+_measured: WeakKeyDictionary[Optimizer, dict[Hashable, probe.Found] | None] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -57,13 +59,19 @@ def check_group(
     step_size: StepSize | None,
     base: Optimizer,
     way_out: str = WAY_OUT,
+    acts: bool = True,
 ) -> None:
-    """Raise if `eta_lam` of the group would, and for ``differentiable=True``: autograd does not record the decay."""
+    """Raise if `eta_lam` of the group would, and for ``differentiable=True``: autograd does not record the decay.
+
+    If the method ``acts`` on the group, what was measured of it must not rule that out.
+    """
     where = _where(index, base)
     if group.get("differentiable"):
         msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
+    if acts:
+        measured(group, where, base)
     if step_size is None and decays(group, fallback):
         eta(group, where, base, way_out)
 
@@ -175,6 +183,63 @@ def stands_still(group: Group) -> bool:
 def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> float | Tensor:
     """The factor of the optimizer's own decoupled decay, read at each step.
 
+    It is what the group's options say. For an optimizer that no table vouches for, it is also measured once (`probe`).
+    """
+    found = measured(group, where, base)
+    if found is None:
+        return _by_options(group, where, base, way_out)
+    if found.no_eta is not None:
+        msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
+        raise ValueError(msg)
+    if found.unmeasured is not None:
+        _warn_once(
+            base,
+            "unmeasured",
+            -1,
+            f"the decay of {type(base).__name__} could not be measured ({found.unmeasured}). It is taken to be "
+            "lr * weight_decay, as in AdamW"
+            + (
+                '. Pass step_size=lambda group: group["lr"] if that is right, else another step_size='
+                if way_out
+                else ""
+            ),
+        )
+    return _by_options(group, where, base, way_out) if found.eta is None else found.eta(base, group)
+
+
+def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
+    """What `probe` finds out about the group at its first use; None if tables vouch for its optimizer.
+
+    Raises ValueError if the group cannot be wrapped.
+    """
+    if base not in _measured:
+        libraries = {known.library(type(layer)) for layer in quirks.all_layers(base)}
+        _measured[base] = None if libraries <= probe.VOUCHED else {}
+    of_base = _measured[base]
+    if of_base is None or not group.get("params"):
+        return None
+    switches = (item for item in group.items() if isinstance(item[1], bool | str))
+    key = (where, *switches)
+    if key not in of_base:
+        of_base[key] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
+    found = of_base[key]
+    if found.fault is not None:
+        msg = f"{where} cannot be wrapped: {found.fault}"
+        raise ValueError(msg)
+    return found
+
+
+def coupling(group: Group, index: int, base: Optimizer) -> str | None:
+    """Why the group's ``weight_decay`` is another strength in the base's own, coupled decay; None if it is not."""
+    if not decays(group, None):
+        return None
+    found = measured(group, _where(index, base), base)
+    return quirks.coupling(quirks.stepper(base, group), group, measured=found is not None and found.coupled)
+
+
+def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> float | Tensor:
+    """The step size by which an optimizer with these options multiplies its decay.
+
     =====================================================  ==========================================
     group                                                  eta
     =====================================================  ==========================================
@@ -192,13 +257,12 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     lr: float | Tensor | None = group.get("lr")
     if lr is not None and not stands_still(group):
         check(lr, "lr", where)
-    coupled = any(group.get(key) is False for key in ("weight_decouple", "decoupled_decay", "decoupled"))
-    known = None if coupled else quirks.eta(base, group)
-    if isinstance(known, str):
-        msg = f"{where} has no single step size for its decay: {known}{way_out}"
+    special = None if quirks.says_coupled(group) else quirks.eta(base, group)
+    if isinstance(special, str):
+        msg = f"{where} has no single step size for its decay: {special}{way_out}"
         raise ValueError(msg)
-    if known is not None:
-        return known
+    if special is not None:
+        return special
     if lr is None or group.get("relative_step"):
         had = "relative_step=True" if group.get("relative_step") else "lr=None" if "lr" in group else "no lr"
         msg = (

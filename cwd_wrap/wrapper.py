@@ -70,6 +70,8 @@ class OptimizerWrapper(Contract):
         """The groups that took lam when it was last set."""
         self._start()
         self._give_lam(lam)
+        if lam is None:
+            self._warn_if_coupled()
         if (remark := quirks.warning(base_optimizer)) is not None:
             notices.warn(f"{type(self).__name__} over {self._owner}: {remark}")
         self._warn_if_idle()
@@ -285,7 +287,7 @@ class OptimizerWrapper(Contract):
         """Raise unless ``base`` is an optimizer that this method can wrap."""
         name = type(self).__name__
         check_optimizer(name, base)
-        for layer in quirks.layers(base):
+        for layer in quirks.all_layers(base):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
                 msg = f"{name} cannot wrap {layer!r}: {text}"
                 raise ValueError(msg)
@@ -298,6 +300,12 @@ class OptimizerWrapper(Contract):
             if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
                 msg = f"{name} cannot wrap {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
+            if inside := [type(inner).__name__ for inner in quirks.apart(layer)]:
+                msg = (
+                    f"{name} cannot wrap {type(layer).__name__}: it holds optimizers with param groups of their own "
+                    f"({', '.join(inside)}), whose decay would stay on. Wrap each of these instead"
+                )
+                raise ValueError(msg)
 
     def _clash(self, inner: "OptimizerWrapper") -> str | None:
         """Why this method cannot wrap ``inner``; None if it can."""
@@ -306,8 +314,9 @@ class OptimizerWrapper(Contract):
         return f"it {inner._what}s already, and two wrappers would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
-        weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
-        if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
+        acts = self._rule().has_work(weight_decay.lam(group, lam))
+        weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out, acts)
+        if self.path is not None and acts:
             choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
@@ -327,6 +336,16 @@ class OptimizerWrapper(Contract):
         for group, take in zip(self.param_groups, chosen, strict=True):
             if take and "weight_decay" in group:
                 group["weight_decay"] = lam
+
+    def _warn_if_coupled(self) -> None:
+        """Warn if ``weight_decay`` was chosen for a coupled decay, so that it is another strength here."""
+        for i, group in enumerate(self.param_groups):
+            if (why := weight_decay.coupling(group, i, self.base_optimizer)) is not None:
+                notices.warn(
+                    f"{type(self).__name__} decays by lr * weight_decay. {self._owner}'s own decay is coupled: {why}. "
+                    "So the same weight_decay is another strength here: choose it anew, and pass it as lam="
+                )
+                return
 
     def _warn_if_idle(self) -> None:
         if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):

@@ -1,0 +1,183 @@
+"""Small copies of an optimizer, to see what its steps do to a few weights.
+
+The optimizer, its parameters, its hooks, all random generators and other ranks do not notice.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import io
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cwd_wrap import quirks
+
+_SHAPE = (4, 3, 2, 2, 2, 2)
+_RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
+_SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
+_OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
+
+
+class Taken(NamedTuple):
+    """A step of a copy: its group before the step, and its weights before and after."""
+
+    own: Optimizer
+    group: dict[str, Any]
+    before: list[Tensor]
+    after: list[Tensor]
+
+    @property
+    def lr(self) -> tuple[float, float]:
+        """The learning rate before and after."""
+        return float(self.group.get("lr", 0)), float(self.own.param_groups[0].get("lr", 0))
+
+
+class Copies:
+    """Makes copies of ``own`` for one of its groups, and has them step."""
+
+    def __init__(self, own: Optimizer, group: Mapping[str, Any]) -> None:
+        self.own = own
+        self.options = {key: value for key, value in group.items() if key != "params"}
+        for key, value in self.options.items():
+            if not _is_plain(value, option=True):
+                msg = f"its group holds a {type(value).__name__} as {key}"
+                raise TypeError(msg)
+        self.attributes = {
+            name: value
+            for name, value in vars(own).items()
+            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
+        }
+        rates = (group.get("lr"), group.get("initial_lr"), own.defaults.get("lr"), 1e-3)
+        self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)
+        self.lam = 2.0**-10 / self.lr
+        """A ``weight_decay`` that takes about 0.001 off the weights."""
+        device = group["params"][0].device
+        self.device = torch.device("cpu") if device.type == "meta" else device
+        # One parameter of each kind: steps can depend on the number of dimensions, and on attributes (``p.wd_mul``).
+        kinds = dict.fromkeys(
+            (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
+            for p in group["params"]
+        )
+        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds][:100]
+
+    def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
+        """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
+
+        ``slope`` multiplies the gradients, and ``size`` the weights after the first step.
+        """
+        own, parameters = self._build(decay)
+        taken = []
+        for number, rate in enumerate(_RATES):
+            generator = torch.Generator("cpu").manual_seed(number)
+            for p in parameters:
+                sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
+                p.data.copy_(
+                    sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1)
+                )
+                p.grad = (torch.randn(p.shape, generator=generator, device="cpu") * slope).to(self.device)
+            for group in own.param_groups:
+                if "lr" in group:
+                    group["lr"] = _like(self.options.get("lr"), self.lr * rate)
+                if off and "weight_decay" in group:
+                    group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group))
+            group, before = dict(own.param_groups[0]), [p.detach().clone() for p in parameters]
+            torch.default_generator.manual_seed(number)
+            own.step()
+            taken.append(Taken(own, group, before, [p.detach().clone() for p in parameters]))
+            if taken[-1].lr[0] != taken[-1].lr[1]:
+                break
+        return taken
+
+    def _build(self, decay: float) -> tuple[Optimizer, list[torch.nn.Parameter]]:
+        parameters = []
+        for ndim, attributes in self.kinds:
+            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=torch.float32))
+            vars(p).update(attributes)
+            parameters.append(p)
+        options, attributes = copy.deepcopy(self.options), copy.deepcopy(self.attributes)
+        options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
+        options |= {"weight_decay": decay} if "weight_decay" in options else {}
+        cls = type(self.own)
+        takes = list(inspect.signature(cls).parameters)[1:]
+        arguments = attributes | options
+        own = cls([{"params": parameters, **options}], **{name: arguments[name] for name in takes if name in arguments})
+        decays = {self.own.defaults.get("weight_decay"), self.options.get("weight_decay")} - {0, None}
+        # An attribute that holds the decay keeps what the constructor made of ``decay``.
+        vars(own).update(
+            {name: value for name, value in attributes.items() if not any(value == each for each in decays)}
+        )
+        own.param_groups[0].update(options)
+        return own, parameters
+
+
+def _like(value: object, number: float) -> float | Tensor:
+    return torch.full_like(value, number) if isinstance(value, Tensor) else number
+
+
+def _is_plain(value: object, *, option: bool = False) -> bool:
+    """True if a copy of the value is small, and does not lead back to the optimizer.
+
+    An ``option`` of a group may also be a small tensor, or an object with plain attributes (a schedule).
+    """
+    if isinstance(value, Tensor):
+        return option and value.numel() <= 16
+    if isinstance(value, MethodType | functools.partial | torch.nn.Module | Optimizer):
+        return False
+    if isinstance(value, FunctionType):
+        return not value.__closure__
+    if isinstance(value, dict):
+        return all(_is_plain(each, option=option) for each in value.values())
+    if isinstance(value, list | tuple | set):
+        return all(_is_plain(each, option=option) for each in value)
+    return isinstance(value, _SCALARS) or (
+        option and hasattr(value, "__dict__") and _is_plain(vars(value), option=True)
+    )
+
+
+class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises where an optimizer would communicate with other ranks: they do not take part."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            msg = "its step communicates with other ranks"
+            raise RuntimeError(msg)
+        return func(*args, **(kwargs or {}))
+
+
+def _put_back(cls: type[Optimizer], step: Any) -> None:
+    """Undo what torch does when it builds the first copy: it puts a step with hooks in place of the class's."""
+    if step is not None:
+        cls.step = step  # type: ignore[method-assign]
+    elif "step" in vars(cls):
+        del cls.step
+
+
+@contextlib.contextmanager
+def unnoticed(copies: Copies) -> Iterator[None]:
+    """Inside this context steps of the copies are not noticed."""
+    cls, device = type(copies.own), copies.device
+    with contextlib.ExitStack() as stack:
+        for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
+            stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
+            hooks.clear()
+        stack.callback(_put_back, cls, vars(cls).get("step"))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type))
+        no_messages = _NoMessages()  # type: ignore[no-untyped-call]
+        for context in (torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings(), no_messages):
+            stack.enter_context(context)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,161 @@
+"""Measures the weight decay of an optimizer that no table vouches for, on small copies of it.
+
+The copies step with decay and without, at two learning rates. What the decay takes off a weight is its step size times
+``weight_decay`` times the weight, unless the decay is coupled.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cwd_wrap import known, quirks
+from cwd_wrap.copies import Copies, Taken, unnoticed
+
+Group = Mapping[str, Any]
+Eta = Callable[[Optimizer, Group], float | Tensor]
+
+VOUCHED = {
+    "cwd_wrap", "dadaptation", "flashoptim", "heavyball", "lion_pytorch", "optimi", "prodigyopt", "pytorch_optimizer",
+    "rose_opt", "schedulefree", "timm", "torch", "torch_optimizer",
+}  # fmt: skip
+"""The libraries whose optimizers are measured in tests, with all their options."""
+
+_LOST = (
+    "its step takes the weights from a copy of its own, or forces them onto a constraint. The decay would be lost, or "
+    "break the constraint. Use it without a wrapper"
+)
+_STAYS_ON = (
+    "its own decay stays on while the group's weight_decay is 0, so the weights would decay twice. Build it with "
+    "weight_decay=0, and pass lam="
+)
+_EXACT = 5e-3  # relative: a decay by division, w / (1 + eta*lam), differs by 1e-3
+
+
+def _one(_: Optimizer, group: Group) -> float:
+    del group
+    return 1.0
+
+
+# How optimizers multiply their own decay, if not as their options say.
+_FORMS: tuple[Eta, ...] = (
+    _one,
+    lambda _, group: group["lr"] / group.get("initial_lr", group["lr"]),
+    lambda _, group: group["lr"] / group.get("max_lr", group["lr"]),
+    lambda _, group: group["lr"] ** 2 / group.get("initial_lr", group["lr"]),
+    lambda _, group: group["lr"] ** 2 / max(group["lr"], group.get("max_lr", 0)),
+    lambda own, group: group["lr"] / getattr(quirks.stepper(own, group), "_init_lr", group["lr"]),
+)
+
+
+class Found(NamedTuple):
+    """What was found out about one param group."""
+
+    eta: Eta | None = None
+    """The step size of its decay, if it is not what the options say."""
+    no_eta: str | None = None
+    """Why it has no single step size."""
+    fault: str | None = None
+    """Why it cannot be wrapped."""
+    coupled: bool = False
+    """True if the decay is no multiple of the weights."""
+    unmeasured: str | None = None
+    """Why nothing was measured."""
+
+
+def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
+    """Measure the decay of ``group``. ``by_options`` is its step size as the options say."""
+    own = quirks.stepper(base, group)
+    if known.library(type(own)) in VOUCHED:
+        return Found()
+    if (constraint := quirks.constraint(group)) is not None:
+        return Found(fault=constraint)
+    try:
+        copies = Copies(own, group)
+        with unnoticed(copies):
+            return _measure(copies, (by_options, *_FORMS))
+    except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
+        return Found(unmeasured=f"{type(error).__name__}: {error!s:.100}")
+
+
+def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
+    off = copies.run(copies.lam, off=True)
+    if _is_lost(off, copies.run(copies.lam, off=True, size=7 / 8)):
+        return Found(fault=_LOST)
+    before, after = off[-1].lr
+    if before != after:
+        return Found(no_eta=f"its step changes lr, from {before:g} to {after:g}")
+    if "weight_decay" not in copies.options:
+        return Found()
+    at_rest = [copies.run(decay, off=True, slope=0.0)[0].after for decay in (copies.lam, 0.0)]
+    if any((w - v).abs().max() > _noise(w, v) for w, v in zip(*at_rest, strict=True)):
+        return Found(fault=_STAYS_ON)
+    return _step_size(copies, off, etas)
+
+
+def _is_lost(steps: list[Taken], smaller: list[Taken]) -> bool:
+    """True if a step undoes much of a change that was made to the weights before it."""
+    return any(
+        bool(((w - smaller_w) / (x - smaller_x)).median() < 0.75)
+        for a, b in zip(steps[1:], smaller[1:], strict=True)
+        for x, w, smaller_x, smaller_w in zip(a.before, a.after, b.before, b.after, strict=True)
+    )
+
+
+def _step_size(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
+    factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
+    for x, w, v, step in _side_by_side(copies.run(copies.lam), off):
+        if (factor := _factor(x, w, v, copies.lam)) is None:
+            return Found(coupled=True)
+        factors.append((factor, _noise(x, v) / copies.lam, step))
+    if not factors:
+        return Found(unmeasured="its first steps do not move the weights")
+    if not any(factor for factor, _, _ in factors):
+        return Found()  # no decay, or a coupled one that is too small to see
+    for i, eta in enumerate(etas):
+        if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
+            return Found(eta=eta if i else None)
+    measured = [*dict.fromkeys(f"{factor:.3g} at lr={step.lr[0]:.3g}" for factor, _, step in factors)]
+    why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
+    return Found(no_eta=f"{why}: give the group weight_decay=0")
+
+
+def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:
+    """The weights before the step, after it with decay and without, and the step; only where a step was made."""
+    for with_decay, without in zip(on, off, strict=True):
+        for x, w, v in zip(without.before, with_decay.after, without.after, strict=True):
+            if not torch.equal(v, x):
+                yield x, w, v, without
+
+
+def _factor(x: Tensor, w: Tensor, v: Tensor, lam: float) -> float | None:
+    """The step size of a decay that made ``w`` of ``v``, before or after the step from ``x``; None if it has none."""
+    taken, noise = v - w, _noise(x, v)
+    if taken.abs().max() <= noise:
+        return 0.0
+    for decayed in (lam * x, lam * v):
+        factor = (taken / decayed).median()
+        if (taken - factor * decayed).abs().max() <= noise + _EXACT * (factor * decayed).abs().max():
+            return float(factor)
+    return None
+
+
+def _noise(*weights: Tensor) -> float:
+    return 4 * torch.finfo(torch.float32).eps * max(float(w.abs().max()) for w in weights)
+
+
+def _tried(eta: Eta, step: Taken) -> float:
+    try:
+        return float(eta(step.own, step.group))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return float("nan")
+
+
+def _differing(copies: Copies) -> str:
+    """The attributes in which the group's parameters differ, in brackets."""
+    attributes = [attributes for _, attributes in copies.kinds]
+    names = dict.fromkeys(name for each in attributes for name in each)
+    differing = [name for name in names if any(each.get(name) != attributes[0].get(name) for each in attributes)]
+    return f" (its parameters differ in {', '.join(differing)})" if differing else ""

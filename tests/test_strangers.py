@@ -1,0 +1,1074 @@
+"""Optimizers as people write and patch them, each wrapped, with the plain one beside it.
+
+They skip steps, accumulate gradients, hold other optimizers, multiply the decay in ways of their own, set their own
+learning rate, or keep weights under a constraint. The wrapper must give the right weights, or say why it cannot.
+"""
+
+import functools
+import gc
+import importlib
+import importlib.util
+import math
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import reference
+import torch
+from support import weight
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop, Rprop
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions, known, pieces, probe, updates
+
+LAM = 0.5
+
+
+@pytest.fixture
+def silent() -> Iterator[None]:
+    """Warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# --------------------------------------------------------------------------- steps that are not taken
+
+
+class SkipsOutliers(SGD):
+    """Returns before the step if the gradient is large."""
+
+    def step(self, closure: Any = None) -> Any:
+        if any(p.grad.norm() > 10 for group in self.param_groups for p in group["params"]):
+            return None
+        return super().step(closure)
+
+
+class ScalesOutliersAway(SGD):
+    """Multiplies the learning rate by 0 if the gradient is large."""
+
+    def step(self, closure: Any = None) -> Any:
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] *= all(p.grad.norm() <= 10 for p in group["params"])
+        super().step(closure)
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            group["lr"] = lr
+
+
+class VirtualSteps(Optimizer):
+    """Adds gradients up, and has the optimizer inside step at each eighth call."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups, self.optimizer, self.calls = optimizer.param_groups, optimizer, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        return None if self.calls % 8 else self.optimizer.step(closure)
+
+
+SKIPPED = "a base that moves no weight is taken for u = 0; the redesign of the step tells a skipped step"
+every_skipping = pytest.mark.parametrize("cls", [SkipsOutliers, ScalesOutliersAway])
+
+
+@pytest.mark.xfail(reason=SKIPPED)
+@pytest.mark.filterwarnings("ignore")
+@every_skipping
+@pytest.mark.parametrize("wrap", [CautiousDecay, functools.partial(PNormDecay, p=2)], ids=["decay", "p-norm"])
+def test_a_step_that_the_base_skips_does_not_decay(wrap: Any, cls: Any) -> None:
+    """Ten skipped steps leave the weight 1.0 as it is. Decaying by 0.05 each would leave 0.599."""
+    p = weight(1.0, grad=[100.0])
+    opt = wrap(cls([p], lr=0.1, weight_decay=0.5))
+    for _ in range(10):
+        opt.step()
+
+    assert 1.0 == p.item()
+
+
+@pytest.mark.filterwarnings("ignore")
+@every_skipping
+def test_a_step_that_the_base_skips_does_not_decay_with_strict(cls: Any) -> None:
+    """With strict=True a weight that stays in place does not decay in any case."""
+    p = weight(1.0, grad=[100.0])
+    opt = CautiousDecay(cls([p], lr=0.1, weight_decay=0.5), strict=True)
+    opt.step()
+
+    assert 1.0 == p.item()
+
+
+@pytest.mark.xfail(reason=SKIPPED)
+@pytest.mark.parametrize("strict", [False, True])
+@every_skipping
+def test_a_skipped_step_warns_once_with_the_way_out(cls: Any, strict: bool) -> None:
+    """The first skipped step warns, and the warning says what to wrap instead; later ones are silent."""
+    opt = CautiousDecay(cls([weight(1.0, grad=[100.0])], lr=0.1, weight_decay=0.5), strict=strict)
+    with pytest.warns(UserWarning, match=rf"{cls.__name__}.*skip") as caught:
+        for _ in range(3):
+            opt.step()
+
+    assert 1 == len(caught)
+
+
+@pytest.mark.xfail(reason=SKIPPED)
+@pytest.mark.filterwarnings("ignore")
+def test_virtual_steps_decay_only_where_the_optimizer_inside_steps() -> None:
+    """Of 16 calls two step. Gradients of 1e-8 leave only the decay: (1 - 0.05)**2 = 0.9025, not 0.95**16 = 0.44."""
+    p = weight(1.0, grad=[1e-8])
+    opt = CautiousDecay(VirtualSteps(SGD([p], lr=0.1, weight_decay=0.5)))
+    for _ in range(16):
+        opt.step()
+
+    assert pytest.approx(0.9025) == p.item()
+
+
+def test_zero_gradients_are_no_skipped_step(silent: None) -> None:
+    """With gradients of 0 the update is 0, and the weight decays: 0.95**3."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(SkipsOutliers([p], lr=0.1, weight_decay=0.5))
+    for _ in range(3):
+        opt.step()
+
+    assert pytest.approx(0.95**3) == p.item()
+
+
+@pytest.mark.xfail(reason=SKIPPED)
+def test_a_16_bit_step_that_is_rounded_away_is_mentioned() -> None:
+    """A bfloat16 weight whose step is lost in rounding looks the same: it does not decay, and the warning says so."""
+    p = weight(1.0, grad=[1e-4], dtype=torch.bfloat16)
+    opt = CautiousDecay(SkipsOutliers([p], lr=0.1, weight_decay=0.5))
+    with pytest.warns(UserWarning, match="bfloat16"):
+        opt.step()
+
+    assert 1.0 == p.item()
+
+
+def of_library(base: type, module: str, name: str, **members: Any) -> type:
+    """A subclass that looks as if ``module`` had made it."""
+    return type(name, (base,), {"__module__": module, **members})
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "way_out"),
+    [
+        ("opacus.optimizers.optimizer", "DPOptimizer", "make_private"),
+        ("lightning.pytorch.core.optimizer", "LightningOptimizer", "configure_optimizers"),
+        ("pytorch_lightning.core.optimizer", "LightningOptimizer", "configure_optimizers"),
+        ("lightning.fabric.wrappers", "_FabricOptimizer", "fabric.setup"),
+        ("accelerate.optimizer", "AcceleratedOptimizer", "accelerator.prepare"),
+        ("torchft.optim", "OptimizerWrapper", "Wrap the optimizer inside it"),
+        ("hivemind.optim.optimizer", "Optimizer", "Wrap the optimizer inside it"),
+    ],
+)
+def test_an_optimizer_that_is_known_to_skip_steps_is_refused(module: str, name: str, way_out: str) -> None:
+    """In these libraries the class and its subclasses are refused, with the way out. The name alone is not."""
+    base = type("Sub", (of_library(SGD, module, name),), {})([weight(1.0)], lr=0.1, weight_decay=0.5)
+    with pytest.raises(ValueError, match=rf"cannot wrap Sub: it may skip a step.*{way_out}"):
+        CautiousDecay(base)
+    CautiousDecay(of_library(SGD, "mine", name)([weight(1.0)], lr=0.1, weight_decay=0.5))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [({"backward_passes_per_step": 4}, "backward_passes_per_step=4 accumulates"), ({"_starting_models": {}}, "Adasum")],
+    ids=["accumulates", "Adasum"],
+)
+def test_what_horovod_makes_is_refused_if_it_accumulates(attributes: dict[str, Any], text: str) -> None:
+    """horovod makes a subclass with the same name. It is refused if it accumulates, or steps during backward."""
+    base = of_library(SGD, "horovod.torch.optimizer", "SGD")([weight(1.0)], lr=0.1, weight_decay=0.5)
+    base.backward_passes_per_step = 1
+    CautiousDecay(base)
+    vars(base).update(attributes)
+    with pytest.raises(ValueError, match=rf"cannot wrap SGD: {text}.*hvd.DistributedOptimizer\(CautiousDecay.over"):
+        CautiousDecay(base)
+
+
+# --------------------------------------------------------------------------- a class is trusted by its code
+
+
+class Beside:
+    """A wrapped optimizer and the plain one without decay, on the same weights and gradients."""
+
+    def __init__(self, build: Callable[..., Optimizer], eta: float) -> None:
+        self.eta_lam = eta * LAM
+        self.weights, self.plain_weights = self.make(), self.make()
+        self.wrapped = CautiousDecay(build(self.weights), LAM, step_size=lambda group: group["lr"])
+        self.plain = build(self.plain_weights)
+        for group in self.plain.param_groups:
+            group["weight_decay"] = 0.0
+
+    @staticmethod
+    def make() -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (2, 2))]
+
+    def step(self, number: int) -> float:
+        """The largest difference to the rule after a step of both from the same weights."""
+        generator = torch.Generator().manual_seed(number)
+        for p, q in zip(self.weights, self.plain_weights, strict=True):
+            q.data.copy_(p.data)
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone().double() for p in self.weights]
+        self.wrapped.step()
+        self.plain.step()
+        return max(
+            float((p.detach() - reference.ruled(x, q.detach().double(), self.eta_lam)).abs().max())
+            for x, p, q in zip(before, self.weights, self.plain_weights, strict=True)
+        )
+
+
+def clips(step: Any) -> Any:
+    """Clip the gradients first."""
+
+    def patched(self: Optimizer, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.01)
+        return step(self, closure)
+
+    return patched
+
+
+def centralises(step: Any) -> Any:
+    """Take twice the mean off each gradient, which turns the signs of some."""
+
+    def patched(self: Optimizer, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad - 2 * p.grad.mean()
+        return step(self, closure)
+
+    return patched
+
+
+def halves(step: Any) -> Any:
+    """Undo half of the step."""
+
+    def patched(self: Optimizer, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        loss = step(self, closure)
+        for p, x in zip(parameters, before, strict=True):
+            p.data.lerp_(x, 0.5)
+        return loss
+
+    return patched
+
+
+def with_marks(patch: Any) -> Any:
+    """The same patch with functools.wraps, which copies the name of the step and torch's mark ``hooked``."""
+    return lambda step: functools.wraps(step)(patch(step))
+
+
+PATCHES = {
+    "clips": clips,
+    "centralises": centralises,
+    "halves": halves,
+    "clips with functools.wraps": with_marks(clips),
+    "centralises with functools.wraps": with_marks(centralises),
+    "clips with torch.no_grad": lambda step: torch.no_grad()(clips(step)),
+}
+# Each class with the path that it takes unpatched.
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one_pass": (AdamW, {"fused": True}),
+    "direction": (AdamW, {"foreach": True}),
+    "one_pass of SGD": (SGD, {"momentum": 0.9, "fused": True}),
+    "direction of NAdam": (NAdam, {}),
+    "pieces": (Muon, {}),
+    "pieces of Rprop": (Rprop, {}),
+}
+every_base = pytest.mark.parametrize(("cls", "options"), BASES.values(), ids=list(BASES))
+every_patch = pytest.mark.parametrize("patch", PATCHES.values(), ids=list(PATCHES))
+
+
+@every_base
+@every_patch
+@pytest.mark.parametrize("when", ["before it is built", "after", "after, and another is built"])
+def test_a_patched_step_obeys_the_rule(
+    cls: Any, options: dict[str, Any], patch: Any, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a program replaces the step of a class, then the rule acts around the whole new step."""
+    build = functools.partial(cls, lr=0.1, **options)
+    if when == "before it is built":
+        monkeypatch.setattr(cls, "step", patch(cls.step))
+    beside = Beside(build, eta=0.1)
+    if when != "before it is built":
+        beside.step(-1)
+        monkeypatch.setattr(cls, "step", patch(cls.step))
+    if when == "after, and another is built":
+        build(Beside.make())
+
+    assert max(beside.step(number) for number in range(3)) < 1e-6
+    assert "snapshot" == beside.wrapped.paths()[0].path
+
+
+def test_a_step_that_is_patched_to_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the gradient 100 clipped to 0.01 three steps are almost the decay alone: 0.9**3 = 0.729."""
+    monkeypatch.setattr(SGD, "step", clips(SGD.step))
+    p = weight(1.0)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=1.0, fused=True))
+    for _ in range(3):
+        p.grad = torch.tensor([100.0])
+        opt.step()
+
+    assert pytest.approx(0.729, abs=0.004) == p.item()
+
+
+class KeepsItsParentsName(SGD):
+    """A subclass with the name and module of its parent, which clips."""
+
+    __module__, __qualname__ = SGD.__module__, SGD.__qualname__
+    step = clips(SGD.step)
+
+
+def test_a_subclass_that_keeps_its_parents_name_obeys_the_rule() -> None:
+    """A class is known only if its module exports it: this one has the name of SGD, and clips."""
+    beside = Beside(functools.partial(KeepsItsParentsName, lr=0.1, fused=True), eta=0.1)
+
+    assert (SGD.__module__, SGD.__qualname__) == (KeepsItsParentsName.__module__, KeepsItsParentsName.__qualname__)
+    assert max(beside.step(number) for number in range(3)) < 1e-6
+    assert "snapshot" == beside.wrapped.paths()[0].path
+
+
+def test_a_patched_step_of_a_parent_class_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class without a step of its own has the patched one of its parent."""
+    child = type("Child", (RMSprop,), {})
+
+    assert "torch" == known.library(child)
+    monkeypatch.setattr(RMSprop, "step", clips(RMSprop.step))
+
+    assert known.library(child) is known.library(RMSprop) is known.name(RMSprop) is None
+    assert Beside(functools.partial(child, lr=0.1), eta=0.1).step(0) < 1e-6
+
+
+def test_a_patched_part_of_a_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods and functions that the step calls by name must be the library's, too."""
+    for cls, owner, name in ((AdamW, Adam, "_init_group"), (NAdam, sys.modules[NAdam.__module__], "nadam")):
+        with monkeypatch.context() as patch:
+            known._found.pop(cls, None)
+            original = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, original=original, **options: original(*args, **options))
+
+            assert known.name(cls) is None
+        known._found.pop(cls, None)
+
+        assert f"{cls.__module__}.{cls.__qualname__}" == known.name(cls)
+
+
+def test_every_class_of_the_tables_is_known_as_installed() -> None:
+    """Each class of the tables that is installed passes the check, before it is built and after."""
+    checked = 0
+    for row in {*directions.TABLE, *pieces.TABLE, *updates.TABLE}:
+        module, _, name = row.rpartition(".")
+        if importlib.util.find_spec(module.split(".", maxsplit=1)[0]) is None:
+            continue
+        cls = getattr(importlib.import_module(module), name, None)
+        if cls is None:
+            continue  # of another version
+        for _ in range(2):
+            assert row == known.name(cls)
+            cls([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 0.1}])
+        checked += 1
+
+    assert checked > 10
+
+
+def test_a_known_class_can_be_freed() -> None:
+    """What is known of a class does not keep it alive."""
+    cls = type("Local", (SGD,), {})
+    CautiousDecay(cls([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.5)).step()
+    ref = weakref.ref(cls)
+    del cls
+    gc.collect()
+
+    assert ref() is None
+
+
+OWN_NAMES = ["AdamP", "SGDP", "ROSE", "Rose", "TRAC", "FTRL", "Nero", "StableAdamW", "SPlus", "AdamS", "Magma", "LOMO"]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_users_own_class_may_have_the_name_of_a_known_one(name: str, silent: None) -> None:
+    """Only the library's class is special, so a class of this name that steps as SGD does is wrapped."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(type(name, (SGD,), {"__module__": "mine"})([p], lr=0.1, weight_decay=0.5)).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+# --------------------------------------------------------------------------- how a stranger multiplies its decay
+
+
+class Descends(Optimizer):
+    """Plain gradient descent with a decoupled decay; subclasses say by what they multiply it."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, **options: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **options})
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(1 - self.factor(group, p) * group["weight_decay"])
+                    p.add_(p.grad, alpha=-group["lr"])
+
+
+class DecaysByRatio(Descends):
+    """lr / initial lr, as composer's DecoupledAdamW."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] / group["initial_lr"]
+
+
+class DecaysByRatioInside(Descends):
+    """The same with the first learning rate in an attribute, as optimizers of lucidrains."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay)
+        self._init_lr = lr
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] / self._init_lr
+
+
+class DecaysFixed(Descends):
+    """1, if an attribute says so."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, *, fixed: bool = False) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.is_fixed = fixed
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 1.0 if self.is_fixed else group["lr"]
+
+
+class DecaysBySquare(Descends):
+    """lr**2 / max_lr, with the largest lr so far."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        group["max_lr"] = max(group["lr"], group.get("max_lr", 0.0))
+        return group["lr"] ** 2 / group["max_lr"]
+
+
+class DecaysByDividing(Descends):
+    """w / (1 + lr * weight_decay), as Adan."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"]).div_(1 + group["lr"] * group["weight_decay"])
+
+
+MEASURED: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
+    "lr": (Descends, [0.1, 0.05, 0.025]),
+    "lr / initial_lr": (DecaysByRatio, [1.0, 0.5, 0.25]),
+    "lr / _init_lr": (DecaysByRatioInside, [1.0, 0.5, 0.25]),
+    "1": (functools.partial(DecaysFixed, fixed=True), [1.0, 1.0, 1.0]),
+    "lr, by an attribute": (DecaysFixed, [0.1, 0.05, 0.025]),
+    "lr**2 / max_lr": (DecaysBySquare, [0.1, 0.025, 0.00625]),
+    "lr, by dividing": (DecaysByDividing, [0.1, 0.05, 0.025]),
+    "inside another optimizer": (
+        lambda params, **options: Lookahead(DecaysByRatio(params, **options)),
+        [1.0, 0.5, 0.25],
+    ),
+}
+
+
+class Lookahead(Optimizer):
+    """Has the optimizer inside step, under an unusual name."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.param_groups, self.fast = optimizer.param_groups, optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.fast.step(closure)
+
+
+@pytest.mark.parametrize(("build", "etas"), MEASURED.values(), ids=list(MEASURED))
+def test_eta_is_the_factor_of_the_strangers_own_decay(build: Any, etas: list[float], silent: None) -> None:
+    """While a schedule halves lr, wrapped and plain decay by the same with gradients of 0, and nothing is said."""
+    lam = 2.0**-7
+    p, q = weight(1.0, -2.0, grad=[0.0, 0.0]), weight(1.0, -2.0, grad=[0.0, 0.0])
+    wrapped, plain = CautiousDecay(build([p], lr=0.1, weight_decay=lam)), build([q], lr=0.1, weight_decay=lam)
+    expected = torch.tensor([1.0, -2.0])
+    for number, eta in enumerate(etas):
+        for optimizer in (wrapped, plain):
+            optimizer.param_groups[0]["lr"] = 0.1 / 2**number
+            optimizer.step()
+        expected = expected * (1 - eta * lam)
+
+        torch.testing.assert_close(expected, p.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(q, p, rtol=2e-6, atol=0)
+
+
+class DecaysMore(Descends):
+    """1.5 * lr."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 1.5 * group["lr"]
+
+
+class WarmsUp(Descends):
+    """Multiplies lr by a share of the steps taken, in its own step, as BertAdam does."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, warmup: int = -1) -> None:
+        super().__init__(params, lr, weight_decay, warmup=warmup)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                lr = group["lr"] * (state["step"] / group["warmup"] if group["warmup"] > 0 else 1)
+                p.sub_(p.grad + group["weight_decay"] * p, alpha=lr)
+
+
+class SetsItsLr(Descends):
+    """Sets the lr of its groups in its own step, as Noam."""
+
+    def step(self, closure: Any = None) -> None:
+        self.count = getattr(self, "count", 0) + 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 * self.count**-0.5
+        super().step()
+
+
+class ShrinksItsLr(Descends):
+    """Multiplies the lr of its groups after each step, as ``lrd`` of pyro."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["lr"] *= 0.99
+
+
+class ReadsMultipliers(Descends):
+    """Multiplies by ``p.wd_mul``, and its steps by ``p.lr_mul``."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * getattr(p, "lr_mul", 1.0) * getattr(p, "wd_mul", 1.0)
+
+
+class SkipsVectors(Descends):
+    """Decays no vectors."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] if p.ndim > 1 else 0.0
+
+
+def with_attributes(**attributes: float) -> list[nn.Parameter]:
+    """Two parameters, one with attributes."""
+    parameters = [weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])]
+    vars(parameters[1]).update(attributes)
+    return parameters
+
+
+def a_vector_and_a_matrix() -> list[nn.Parameter]:
+    return [weight(1.0), nn.Parameter(torch.ones(1, 1))]
+
+
+REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
+    "1.5 * lr": (lambda: DecaysMore([weight(1.0)], weight_decay=0.5), "by 0.075 at lr=0.05, 0.15 at lr=0.1"),
+    "warm-up inside": (
+        lambda: WarmsUp([weight(1.0)], weight_decay=0.5, warmup=10),
+        "by 0.005 at lr=0.05, 0.02 at lr=0.1, 0.015 at lr=0.05",
+    ),
+    "sets its lr": (lambda: SetsItsLr([weight(1.0)], weight_decay=0.5), "its step changes lr"),
+    "shrinks its lr": (lambda: ShrinksItsLr([weight(1.0)], weight_decay=0.5), "changes lr, from 0.05 to 0.0495"),
+    "p.wd_mul": (lambda: ReadsMultipliers(with_attributes(wd_mul=0.0), weight_decay=0.5), "differ in wd_mul"),
+    "p.lr_mul": (lambda: ReadsMultipliers(with_attributes(lr_mul=5.0), weight_decay=0.5), "differ in lr_mul"),
+    "skips vectors": (
+        lambda: SkipsVectors(a_vector_and_a_matrix(), weight_decay=0.5),
+        "by 0 at lr=0.05, 0.05 at lr=0.05",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "text"), REFUSED.values(), ids=list(REFUSED))
+def test_a_stranger_without_a_single_eta_is_refused(build: Any, text: str, silent: None) -> None:
+    """The error says what was measured and names step_size=, which is accepted; so is a group that does not decay."""
+    with pytest.raises(
+        ValueError, match=rf"^param group 0 of \w+ has no single step size .*{text}.*, or pass step_size="
+    ):
+        CautiousDecay(build())
+    CautiousDecay(build(), step_size=lambda group: group["lr"])
+    base = build()
+    base.param_groups[0]["weight_decay"] = 0.0
+    base.add_param_group({"params": [nn.Parameter(torch.ones(1, 1))], "weight_decay": 0.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing to decay
+        opt = CautiousDecay(base)
+    opt.param_groups[0]["weight_decay"] = 0.5
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match=text):
+        opt.step()
+
+
+def test_without_its_schedule_or_multipliers_a_stranger_is_accepted(silent: None) -> None:
+    """The options and attributes in use count: without warm-up, multipliers or vectors eta is lr."""
+    for base in (
+        WarmsUp([weight(1.0)], weight_decay=0.5),
+        ReadsMultipliers(with_attributes(color=1), weight_decay=0.5),
+        SkipsVectors([nn.Parameter(torch.ones(1, 1))], weight_decay=0.5),
+    ):
+        CautiousDecay(base)
+
+
+class DecaysAnyway(Descends):
+    """Keeps the decay that it was built with in an attribute."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * self.decay).sub_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("options", [{}, {"lam": 0.5}, {"step_size": lambda group: group["lr"]}], ids=str)
+def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], silent: None) -> None:
+    """If weight_decay=0 in the group leaves the decay on, weights would decay twice. A base built with 0 is taken."""
+    with pytest.raises(ValueError, match=r"stays on while .* weight_decay is 0.*Build it with weight_decay=0.*lam="):
+        CautiousDecay(DecaysAnyway([weight(1.0)], weight_decay=0.25), **options)
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(DecaysAnyway([p]), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+class AddsToTheGradient(Descends):
+    """Adam with a coupled decay, written by hand."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                g = p.grad + group["weight_decay"] * p
+                state["m"] = state.get("m", 0) * 0.9 + g * 0.1
+                state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
+                p.sub_(state["m"] / (state["v"].sqrt() + 1e-8), alpha=group["lr"])
+
+
+def test_a_stranger_with_coupled_decay_is_accepted(silent: None) -> None:
+    """A coupled decay has no factor: eta is lr."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(AddsToTheGradient([p]), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+class NeedsAModel(Descends):
+    """Is built from a model."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(model.parameters(), lr, weight_decay)
+
+
+class Communicates(Descends):
+    """Averages the gradients over all ranks."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                torch.distributed.all_reduce(p.grad)
+        super().step()
+
+
+class HasASchedule(Descends):
+    """Its group holds an object with a tensor of many values."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, weight_decay=0.5, schedule=SimpleNamespace(of_steps=torch.ones(100)))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+UNMEASURED: dict[str, tuple[Callable[[], Optimizer], str]] = {
+    "needs a model": (lambda: NeedsAModel(nn.Linear(1, 1), weight_decay=0.5), "'list' object has no"),
+    "communicates": (lambda: Communicates([weight(1.0)], weight_decay=0.5), "its step communicates with other ranks"),
+    "holds a large object": (lambda: HasASchedule([weight(1.0)]), "its group holds a SimpleNamespace as schedule"),
+}
+
+
+@pytest.mark.parametrize(("build", "why"), UNMEASURED.values(), ids=list(UNMEASURED))
+def test_a_stranger_that_cannot_be_measured_warns_once(build: Any, why: str, one_rank: None) -> None:
+    """eta is taken to be lr then; one warning says so, with the reason and the way out, and step_size= silences it."""
+    with pytest.warns(UserWarning, match=rf"could not be measured \(.*{why}.*lr \* weight_decay.*step_size=") as caught:
+        opt = CautiousDecay(build())
+    for p in opt.param_groups[0]["params"]:
+        p.data.fill_(1.0)
+        p.grad = torch.zeros_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        CautiousDecay(build(), step_size=lambda group: group["lr"])
+
+    assert 1 == len(caught)
+    assert pytest.approx(0.95) == opt.param_groups[0]["params"][0].flatten()[0].item()
+
+
+class Noisy(Descends):
+    """Draws from all generators, prints, and counts its steps."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.counts = {"steps": 0}
+
+    def step(self, closure: Any = None) -> None:
+        print("a step", random.random(), torch.rand(1))
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.random()
+        self.counts["steps"] += 1
+        super().step()
+
+
+def test_a_measurement_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    """Measuring changes no generator, weight, gradient, state, group, attribute or class, and fires no hook."""
+    pytest.importorskip("numpy").random.seed(0)
+    random.seed(0)
+    torch.manual_seed(0)
+    numpy = sys.modules["numpy"].random
+    p = weight(1.0, 2.0, grad=[0.5, 0.25])
+    base = Noisy([p], weight_decay=0.5)
+    step, fired = vars(Noisy)["step"], []
+    handle = register_optimizer_step_pre_hook(lambda *_: fired.append("global"))
+    base.register_step_pre_hook(lambda *_: fired.append("own"))
+    generators = torch.get_rng_state(), random.getstate(), numpy.get_state()[1].copy()
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
+    CautiousDecay(base)
+    handle.remove()
+
+    assert probe.measure(base, base.param_groups[0], lambda _, group: group["lr"]) == probe.Found()
+    assert torch.equal(generators[0], torch.get_rng_state())
+    assert generators[1] == random.getstate()
+    assert (generators[2] == numpy.get_state()[1]).all()
+    assert ([1.0, 2.0], [0.5, 0.25], {}) == (p.tolist(), p.grad.tolist(), dict(base.state))
+    assert groups == [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups]
+    assert ({"steps": 0}, []) == (base.counts, fired)
+    assert step is vars(Noisy)["step"]
+    assert "" == capsys.readouterr().out
+
+
+def test_a_measurement_does_not_hook_a_patched_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch adds its hooks to a patched step when the next optimizer is built. A measurement takes them off again."""
+    base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
+    patched = clips(SGD.step)
+    monkeypatch.setattr(SGD, "step", patched)
+    CautiousDecay(base)
+
+    assert patched is vars(SGD)["step"]
+
+
+def test_an_optimizer_of_a_tested_library_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests measure these already, so no copy of them is made."""
+    monkeypatch.setattr(probe, "measure", lambda *_: pytest.fail("measured"))
+    CautiousDecay(AdamW([weight(1.0)], weight_decay=0.5))
+    CautiousDecay(CautiousUpdate(type("Mine", (AdamW,), {})([weight(1.0)], weight_decay=0.5)))
+    with pytest.raises(pytest.fail.Exception):
+        CautiousDecay(Descends([weight(1.0)], weight_decay=0.5))
+
+
+def test_a_group_is_measured_once_and_again_with_other_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One measurement for each group; a switch (a bool) that changes in it makes another."""
+    made = []
+    measure = probe.measure
+    monkeypatch.setattr(probe, "measure", lambda *args: made.append(args[1]) or measure(*args))
+    base = Descends([{"params": [weight(1.0, grad=[1.0])]}, {"params": [weight(1.0, grad=[1.0])]}], weight_decay=0.5)
+    opt = CautiousDecay(base)
+    for lr in (0.1, 0.2, 0.3):
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+
+    assert 2 == len(made)
+    opt.param_groups[1]["fixed_decay"] = False
+    opt.step()
+
+    assert 3 == len(made)
+
+
+def test_a_wrapped_stranger_can_be_freed() -> None:
+    """What was measured does not keep the optimizer alive."""
+    base = DecaysByRatio([weight(1.0, grad=[1.0])], weight_decay=0.5)
+    CautiousDecay(base).step()
+    ref = weakref.ref(base)
+    del base
+    gc.collect()
+
+    assert ref() is None
+
+
+class Override8bit(Descends):
+    """What bitsandbytes' optimizers share: a manager that overrides options of single parameters."""
+
+    __module__ = "bitsandbytes.optim.optimizer"
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.mng = SimpleNamespace(pid2config={}, index2config={}, module_weight_config_triple=[])
+
+
+Override8bit.__name__ = "Optimizer8bit"
+
+
+def test_an_override_of_bitsandbytes_is_refused() -> None:
+    """A decay that GlobalOptimManager gives to single parameters is refused, also after the wrapper is built."""
+    for where in ("pid2config", "index2config", "module_weight_config_triple"):
+        p = weight(1.0, grad=[1.0])
+        base = Override8bit([p], weight_decay=0.5)
+        opt = CautiousDecay(base)
+        config = {"weight_decay": 0.0}
+        getattr(base.mng, where).extend([(None, "weight", config)]) if where.endswith("triple") else getattr(
+            base.mng, where
+        ).update({id(p): config})
+        with pytest.raises(ValueError, match="GlobalOptimManager overrides"):
+            opt.step()
+        with pytest.raises(ValueError, match=r"cannot wrap Optimizer8bit: .*a group of their own"):
+            CautiousDecay(base, step_size=lambda group: group["lr"])
+
+
+# --------------------------------------------------------------------------- optimizers that hold others
+
+
+class Both(Optimizer):
+    """Steps several optimizers, and has groups of its own over all parameters."""
+
+    def __init__(self, *optimizers: Optimizer, hold: Callable[[Any], Any] = list) -> None:
+        parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        super().__init__(parameters, {"lr": 0.1, "weight_decay": 0.5})
+        self.inside = hold(optimizers)
+        self.each = lambda: optimizers
+
+    def step(self, closure: Any = None) -> None:
+        for optimizer in self.each():
+            optimizer.step()
+
+
+class Sharing(Both):
+    """The same, with the groups of the optimizers inside."""
+
+    def __init__(self, *optimizers: Optimizer, hold: Callable[[Any], Any] = list) -> None:
+        super().__init__(*optimizers, hold=hold)
+        self.param_groups = [group for each in optimizers for group in each.param_groups]
+
+
+class Empty(Both):
+    """The same, with no parameters of its own."""
+
+    def __init__(self, *optimizers: Optimizer, hold: Callable[[Any], Any] = list) -> None:
+        super().__init__(*optimizers, hold=hold)
+        self.param_groups[0]["params"] = []
+
+
+def two() -> list[Optimizer]:
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    return [AdamW([weight(1.0, grad=[0.0])], **options), SGD([weight(1.0, grad=[0.0])], **options)]
+
+
+@pytest.mark.parametrize("cls", [Both, Empty])
+@pytest.mark.parametrize(
+    "hold",
+    [list, tuple, lambda each: {"a": each[0], "b": each[1]}, lambda each: each[0]],
+    ids=["list", "tuple", "dict", "one"],
+)
+def test_optimizers_inside_with_groups_of_their_own_are_refused(cls: Any, hold: Any) -> None:
+    """Their decay would stay on: three steps with gradients of 0 would leave 0.95**6. The error names them."""
+    with pytest.raises(
+        ValueError, match=rf"cannot wrap {cls.__name__}: it holds optimizers .* \(AdamW.*Wrap each of these"
+    ):
+        CautiousDecay(cls(*two(), hold=hold), lam=0.5)
+
+
+def test_each_optimizer_inside_can_be_wrapped(silent: None) -> None:
+    """This is the way out: three steps with gradients of 0 leave 0.95**3."""
+    inside = two()
+    both = Both(*map(CautiousDecay, inside))
+    for _ in range(3):
+        both.step()
+
+    for optimizer in inside:
+        assert pytest.approx(0.95**3) == optimizer.param_groups[0]["params"][0].item()
+
+
+def test_optimizers_inside_that_share_the_groups_are_accepted(silent: None) -> None:
+    """With the groups of those inside, one wrapper switches each decay off: 0.95**3, as the plain ones leave."""
+    wrapped, plain = two(), two()
+    opt, beside = CautiousDecay(Sharing(*wrapped)), Sharing(*plain)
+    for _ in range(3):
+        opt.step()
+        beside.step()
+
+    for optimizer in (*wrapped, *plain):
+        assert pytest.approx(0.95**3) == optimizer.param_groups[0]["params"][0].item()
+
+
+def test_an_optimizer_of_other_parameters_may_be_an_attribute(silent: None) -> None:
+    """An attribute with an optimizer of other parameters is nobody's business."""
+    base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
+    base.teacher = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
+    CautiousDecay(base)
+
+
+def test_what_is_refused_alone_is_refused_inside() -> None:
+    """A wrapper that decays, or a class that is refused, is found in a container, too."""
+    for inner in (CautiousDecay(two()[1]), of_library(SGD, "schedulefree", "SGDScheduleFree")([weight(1.0)], lr=0.1)):
+        with pytest.raises(ValueError, match=r"decays already|SGDScheduleFree"):
+            CautiousDecay(Sharing(two()[0], inner))
+
+
+# --------------------------------------------------------------------------- constraints
+
+
+class Normalizes(Descends):
+    """Keeps each tensor at the norm 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.div_(p.norm())
+
+
+class KeepsItsOwnCopy(Descends):
+    """Computes the weights from a sum of all gradients, as dual averaging does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("start", p.clone())
+                state["sum"] = state.get("sum", 0) + p.grad
+                p.copy_(state["start"] - group["lr"] * state["sum"])
+
+
+class ToTheGrid(Descends):
+    """Rounds the weights to -1 and 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sign_()
+
+
+@pytest.mark.parametrize("cls", [Normalizes, KeepsItsOwnCopy, ToTheGrid])
+@pytest.mark.parametrize("wrap", [functools.partial(CautiousDecay, lam=0.5), CautiousUpdate])
+def test_a_step_that_undoes_a_decay_is_refused(cls: Any, wrap: Any) -> None:
+    """If the step takes the weights from elsewhere, or forces them onto a constraint, a decay is lost or breaks it."""
+    with pytest.raises(
+        ValueError, match=r"^param group 0 of \w+ cannot be wrapped: .*a copy of its own, or .*a constraint"
+    ):
+        wrap(cls([nn.Parameter(torch.ones(3, 2))]))
+
+
+class Sphere:
+    """Named as geoopt's."""
+
+
+class Euclidean:
+    """Named as geoopt's."""
+
+
+class OnManifolds(Descends):
+    """Keeps weights with a manifold at the norm 1, and others free, as geoopt's optimizers."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(getattr(p, "manifold", None), Sphere):
+                    p.div_(p.norm())
+
+
+def test_parameters_on_a_manifold_are_refused_where_they_decay() -> None:
+    """A decay after the step would take them off the manifold. In a group without decay they are left alone."""
+    bound, free = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    bound.manifold, free.manifold = Sphere(), Euclidean()
+    with pytest.raises(
+        ValueError, match=r"cannot be wrapped: .*manifold Sphere.*a group of their own with weight_decay=0"
+    ):
+        CautiousDecay(OnManifolds([bound, free], weight_decay=0.5))
+    opt = CautiousDecay(OnManifolds([{"params": [bound], "weight_decay": 0.0}, {"params": [free]}], weight_decay=0.5))
+    bound.grad, free.grad = torch.ones(4), torch.zeros(4)
+    opt.step()
+
+    assert pytest.approx(1.0) == bound.norm().item()
+    assert pytest.approx(0.95) == free[0].item()
+    opt.param_groups[0]["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match="manifold Sphere"):
+        opt.step()
+
+
+# --------------------------------------------------------------------------- coupled decay
+
+COUPLED: dict[str, tuple[Any, dict[str, Any], str | None]] = {
+    "SGD": (SGD, {}, None),
+    "SGD with momentum": (SGD, {"momentum": 0.9}, "momentum makes the decay 10 times as strong"),
+    "SGD with dampening": (SGD, {"momentum": 0.9, "dampening": 0.9}, None),
+    "Adam": (Adam, {}, "adds the decay to the gradient"),
+    "RMSprop": (RMSprop, {}, "adds the decay to the gradient"),
+    "AdamW": (AdamW, {}, None),
+    "NAdam": (NAdam, {}, "adds the decay to the gradient"),
+    "NAdam, decoupled": (NAdam, {"decoupled_weight_decay": True}, None),
+    "a stranger": (AddsToTheGradient, {}, "adds the decay to the gradient"),
+    "a stranger, decoupled": (Descends, {}, None),
+}
+
+
+@pytest.mark.parametrize(("cls", "options", "text"), COUPLED.values(), ids=list(COUPLED))
+def test_a_coupled_decay_is_told_once(cls: Any, options: dict[str, Any], text: str | None) -> None:
+    """One warning says that a coupled weight_decay is another strength. lam= is a choice, and silences it."""
+    base = cls([{"params": [weight(1.0)]}, {"params": [weight(1.0)]}], lr=0.1, weight_decay=5e-4, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CautiousDecay(base)
+    said = [str(each.message) for each in caught]
+
+    assert len(said) == (text is not None)
+    assert text is None or (text in said[0] and "pass it as lam=" in said[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CautiousDecay(base, lam=0.1)
+
+
+def test_momentum_makes_a_coupled_decay_ten_times_as_strong() -> None:
+    """The number in the warning: plain SGD with momentum 0.9 decays as the wrapper does with 10 * lam."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    plain = SGD([p], lr=0.01, momentum=0.9, weight_decay=0.01)
+    wrapped = CautiousDecay(SGD([q], lr=0.01, momentum=0.9), lam=0.1)
+    for _ in range(1000):
+        plain.step()
+        wrapped.step()
+
+    assert pytest.approx(math.log(q.item()), rel=0.02) == math.log(p.item())
