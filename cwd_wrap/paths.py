@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, notices, quirks
+from cwd_wrap import kernels, notices, probe, quirks
 from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
+from cwd_wrap.graphs import capturing
 from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
-from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import Shard, are_plain, largest_shard, local_real_view, local_real_views, sparse_indices
 from cwd_wrap.updates import Lion
 
 PIECE = 64 << 20  # bytes
@@ -272,7 +273,13 @@ class Snapshot:
                     _finish_rows(work, Of(of_group, [i]), indices, x[i][indices], draws)
 
     def _was_skipped(self) -> bool:
-        """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays."""
+        """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays.
+
+        On an accelerator the question waits for the device. There it is asked only of optimizers that no table vouches
+        for, and not in the capture of a CUDA graph.
+        """
+        if not _may_skip(self._work, [p for members in self._members for p in members.parameters]):
+            return False
         of_groups = list(zip(self._members, self._x, strict=True))
         for members, x in reversed(of_groups):  # a head moves in nearly every step, an embedding may not
             for p, g, before in zip(
@@ -354,8 +361,10 @@ class Rows:
         """Compare the rows."""
         parameters = [of.members.parameters[of.rows[0]] for of, *_ in self._before]
         moved = zip(parameters, self._before, strict=True)
-        if all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved) and _skipped(
-            self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before]
+        if (
+            _may_skip(self._work, parameters)
+            and all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved)
+            and _skipped(self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before])
         ):
             return
         for row in self._before:
@@ -446,19 +455,26 @@ def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor
     w[indices] = touched
 
 
+def _may_skip(work: Work, parameters: Sequence[Tensor]) -> bool:
+    on_cpu = are_plain(parameters) and all(p.device.type == "cpu" for p in parameters)
+    return bool(parameters) and (on_cpu or not (probe.is_vouched(work.base) or capturing()))
+
+
 def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
     """True if one of the ``gradients`` of a step that moved no weight is not 0. Says so once."""
     values = (g.coalesce().values() if g.is_sparse else local_real_view(g) for g in gradients)
     if not any(bool(value.any()) for value in values):
         return False
     name = type(work.base).__name__
+    if probe.is_vouched(work.base):  # some optimizers of libraries leave the weights alone in their first steps
+        return True
     notices.warn_once(
         work.base,
         "skipped",
         -1,
-        f"a step of {name} moved no weight although its gradients are not 0. It was taken for one that {name} skips, so "
-        f"{work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside it. "
-        "16-bit weights whose every update is rounded away look the same: keep float32 weights",
+        f"a step of {name} moved no weight although its gradients are not 0. It was taken for one that {name} skips, "
+        f"so {work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside "
+        "it. 16-bit weights whose every update is rounded away look the same: keep float32 weights",
     )
     return True
 

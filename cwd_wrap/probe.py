@@ -65,6 +65,11 @@ class Found(NamedTuple):
     """Why nothing was measured."""
 
 
+def is_vouched(base: Optimizer) -> bool:
+    """True if tables vouch for ``base`` and all optimizers inside it."""
+    return {known.library(type(layer)) for layer in quirks.all_layers(base)} <= VOUCHED
+
+
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
     """Measure the decay of ``group``. ``by_options`` is its step size as the options say."""
     own = quirks.stepper(base, group)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known, notices, probe, quirks
+from cwd_wrap import notices, probe, quirks
 from cwd_wrap.journal import Journal
 
 Group = Mapping[str, Any]
@@ -213,8 +213,7 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     Raises ValueError if the group cannot be wrapped.
     """
     if base not in _measured:
-        libraries = {known.library(type(layer)) for layer in quirks.all_layers(base)}
-        _measured[base] = None if libraries <= probe.VOUCHED else {}
+        _measured[base] = None if probe.is_vouched(base) else {}
     of_base = _measured[base]
     if of_base is None or not group.get("params"):
         return None

@@ -40,7 +40,8 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
     "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates", "weight_decay"},
     "paths": {
-        "buckets", "choice", "draws", "journal", "kernels", "notices", "quirks", "snapshot", "tensors", "updates",
+        "buckets", "choice", "draws", "graphs", "journal", "kernels", "notices", "probe", "quirks", "snapshot",
+        "tensors", "updates",
     },
     "plan": {"buckets", "choice", "graphs", "paths", "quirks", "tensors", "weight_decay"},
     "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
