@@ -474,7 +474,7 @@ def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
         -1,
         f"a step of {name} moved no weight although its gradients are not 0. It was taken for one that {name} skips, "
         f"so {work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside "
-        "it. 16-bit weights whose every update is rounded away look the same: keep float32 weights",
+        "it. bfloat16 and float16 weights whose every update is rounded away look the same: keep float32",
     )
     return True
 
