@@ -138,6 +138,12 @@ def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
     return whole
 
 
+def has_numbers(t: Tensor) -> bool:
+    """False for meta tensors and for those of FakeTensorMode: they stand for tensors, and nothing can be read."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return not (t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor)))
+
+
 def _is_distributed(t: Tensor) -> bool:
     if type(t) in _PLAIN:
         return False

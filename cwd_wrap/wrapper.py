@@ -31,15 +31,8 @@ class OptimizerWrapper(Contract):
     Every group's ``weight_decay`` is restored after the step, also if the step raises. A subclass defines `_rule`.
     """
 
-    observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
-
-    If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step. If
-    it returns False, the step is neither counted nor reported.
-    """
-
-    _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "step_size", "path", "backend")
-    seed = 0
+    _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "_step_size", "path", "backend")
+    _seed = 0
     """The seed of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
     """The end of error texts about an unknown learning rate: what the user can do about it."""
@@ -59,7 +52,6 @@ class OptimizerWrapper(Contract):
         check_path(path)
         if lam is not None:
             weight_decay.check(lam, "lam", type(self).__name__)
-        weight_decay.check_step_size(step_size)
         self.base_optimizer = base_optimizer
         self.step_size = step_size
         self.path = path
@@ -95,9 +87,9 @@ class OptimizerWrapper(Contract):
         super()._start()
         self._buffers = Buffers()
         self._gradients = Gradients()
-        self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
+        self._stream = Stream(self._seed, self.__dict__.pop("_steps_drawn", None))
         self._unchecked = True
-        self.observer = None
+        self._observer: Callable[[Report], object] | None = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
         self._lock = RLock()
@@ -157,6 +149,35 @@ class OptimizerWrapper(Contract):
         if value is not None:
             weight_decay.check(value, "lam", type(self).__name__)
         self._give_lam(value)
+
+    @property
+    def step_size(self) -> weight_decay.StepSize | None:
+        """The function of a param group that returns eta, or None. It may be set between steps."""
+        return self._step_size
+
+    @step_size.setter
+    def step_size(self, value: weight_decay.StepSize | None) -> None:
+        weight_decay.check_step_size(value)
+        self._step_size = value
+
+    @property
+    def observer(self) -> Callable[[Report], object] | None:
+        """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
+
+        If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step.
+        If it returns False, the step is neither counted nor reported.
+        """
+        return self._observer
+
+    @observer.setter
+    def observer(self, value: Callable[[Report], object] | None) -> None:
+        if isinstance(value, type):
+            msg = f"observer is the class {value.__name__}: set an instance, such as {value.__name__}()"
+            raise TypeError(msg)
+        if value is not None and not callable(value):
+            msg = f"observer={value!r:.80} cannot be called: set a MaskMonitor(), or a function that takes a Report"
+            raise TypeError(msg)
+        self._observer = value
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""

@@ -11,7 +11,7 @@ import torch
 from support import Method, PathOptions, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay, CautiousUpdate
+from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
 
 NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
 
@@ -323,17 +323,33 @@ SET_LATER = [
     (CautiousDecay, "strict", 1, "strict=1: pass one of True, False"),
     (CautiousDecay, "path", "fast", "unknown path 'fast': pass one of 'one_pass'"),
     (CautiousDecay, "backend", "cuda", "unknown backend 'cuda': pass one of 'eager'"),
+    (CautiousDecay, "seed", "x", "seed='x': pass an int from 0 up to"),
+    (CautiousDecay, "step_size", 0.1, "step_size=0.1 is not callable: pass a function of a param group"),
+    (CautiousDecay, "lam", "0.1", "lam of CautiousDecay is '0.1'"),
+    (
+        CautiousDecay,
+        "observer",
+        MaskMonitor,
+        r"observer is the class MaskMonitor: set an instance, such as MaskMonitor\(\)",
+    ),
+    (
+        CautiousDecay,
+        "observer",
+        [print],
+        r"observer=\[<built-in function print>\] cannot be called: set a MaskMonitor\(\), or",
+    ),
+    (PNormDecay, "p", 3, "p of PNormDecay is 3"),
     (CautiousUpdate, "scale", "sum", "unknown scale 'sum': pass one of 'mean', 'numel', None"),
 ]
 
 
 @pytest.mark.parametrize(("wrap", "name", "value", "text"), SET_LATER)
-def test_an_argument_that_is_set_later_is_checked_at_the_step(wrap: Any, name: str, value: object, text: str) -> None:
-    """A mistyped value that is set on a wrapper raises at the next step, which changes nothing."""
+def test_an_argument_that_is_set_later_is_checked(wrap: Any, name: str, value: object, text: str) -> None:
+    """A wrong value that is set on a wrapper raises there or at the next step, which changes nothing."""
     opt = wrap(sgd())
-    setattr(opt, name, value)
 
     with pytest.raises((TypeError, ValueError), match=text):
+        setattr(opt, name, value)
         opt.step()
     assert [1.0, 1.0] == [p.item() for group in opt.param_groups for p in group["params"]]
     assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]

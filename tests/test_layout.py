@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "weight_decay": {"notices", "quirks"},
     "draws": {"rules", "tensors"},
     "buckets": {"directions", "draws", "snapshot", "tensors", "updates"},
-    "kernels._eager": {"buckets", "draws", "rules", "updates"},
+    "kernels._eager": {"buckets", "draws", "rules", "tensors", "updates"},
     "kernels._numba": {"buckets", "draws", "kernels._eager", "rules", "tensors", "updates"},
     "kernels._tables": {"graphs"},
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "updates"},

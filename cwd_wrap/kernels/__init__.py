@@ -124,6 +124,8 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run on ``device``; None if it can."""
     if backend == "eager":
         return None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "compiled kernels read memory, and under FakeTensorMode no tensor has any"
     if (backend, device) not in _obstacles:
         _obstacles[backend, device] = _triton_obstacle(device) if backend == "triton" else _numba_obstacle(device)
     return _obstacles[backend, device]

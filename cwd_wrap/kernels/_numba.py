@@ -569,7 +569,9 @@ def _run(
     sizes = _sizes(columns[0])
     keys, chunks = None, _chunks(sizes.tobytes())
     if draws:
-        keys = np.concatenate([rules.stream(each.stream, torch.tensor(each.numbers)).numpy() for each in draws])
+        keys = np.concatenate(
+            [rules.stream(each.stream, torch.tensor(each.numbers, device="cpu")).numpy() for each in draws]
+        )
         shards = np.array([shard for each in draws for shard in each.shards], np.int64).reshape(-1, len(Shard._fields))
         chunks = _chunks(sizes.tobytes(), shards.tobytes())
     counts, sums = np.zeros(len(chunks), np.int64), np.zeros((len(chunks), 4)) if count else None
