@@ -1,7 +1,7 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -136,13 +136,17 @@ class OptimizerWrapper(Contract):
         return loss
 
     @property
-    def lam(self) -> float | None:
-        """The decay strength that was passed or set; None leaves each group its own ``weight_decay``.
+    def lam(self) -> float | Tensor | None:
+        """The decay strength that is in force: the ``weight_decay`` of the groups that decay.
 
-        The step size multiplies it. Setting it writes it into every group that decays. If none does, it is written into
-        the groups that took lam when it was last set (so lam may rise from 0), or else into all.
+        None if they differ, 0 if no group decays. The step size multiplies it. It is read from the groups, so it shows
+        what a checkpoint or a schedule has written. Setting it writes it into every group that decays. If none does, it
+        is written into the groups that took lam when it was last set (so lam may rise from 0), or else into all. None
+        leaves each group its own.
         """
-        return self._lam
+        with self._between_steps("lam"):
+            lams = [weight_decay.lam(g, self._lam) for g in self.param_groups if weight_decay.decays(g, self._lam)]
+        return 0.0 if not lams else lams[0] if all(_equal(each, lams[0]) for each in lams) else None
 
     @lam.setter
     def lam(self, value: float | None) -> None:
@@ -181,7 +185,7 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""
-        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
         return paths_of(self._rule(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -190,13 +194,13 @@ class OptimizerWrapper(Contract):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
         named = "weight_decay" in param_group
-        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self.lam)
+        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         self._built_with.add(quirks.shapes(added))
         self._groups.append(added)
-        if self.lam is not None and not named and "weight_decay" in added:
-            added["weight_decay"] = self.lam
+        if self._lam is not None and not named and "weight_decay" in added:
+            added["weight_decay"] = self._lam
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same.
@@ -204,25 +208,21 @@ class OptimizerWrapper(Contract):
         In a signal handler that interrupts a step, the param groups in it are those from between steps. Another thread
         waits for the end of the step; it raises RuntimeError after a minute (a step that waits for that thread).
         """
-        if not self._lock.acquire(timeout=_PATIENCE):
-            msg = (
-                f"{type(self).__name__}.state_dict waited {_PATIENCE:g} seconds for the end of a step in another "
-                "thread: call it between steps"
-            )
-            raise RuntimeError(msg)
-        try:
-            with nullcontext() if self._stepping is None else self._stepping.paused():
-                return super().state_dict()
-        finally:
-            self._lock.release()
+        with self._between_steps("state_dict"):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
+        """Load a state dict of the base or the wrapper.
+
+        Its ``weight_decay`` replaces the current one, as in torch. If that was given as lam, a warning names both: to
+        go on with yours, set ``lam`` afterwards.
+        """
         super().load_state_dict(state_dict)
         self._stream.restart()
         self._unchecked = True
         self._groups = list(self.param_groups)
-        self._warn_if_idle()
+        if not self._lam_was_replaced():
+            self._warn_if_idle()
 
     def drop_snapshot(self) -> None:
         """Free the copies of weights, if there are any. The next step that needs them allocates them again."""
@@ -243,7 +243,7 @@ class OptimizerWrapper(Contract):
         return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
         try:
             taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
             copied = f"{self.snapshot_bytes}"
@@ -256,6 +256,21 @@ class OptimizerWrapper(Contract):
         )
 
     # ---- parts of the above
+
+    @contextmanager
+    def _between_steps(self, what: str) -> Iterator[None]:
+        """Inside this context the groups are as they are between steps. Another thread's step is waited for."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            msg = (
+                f"{type(self).__name__}.{what} waited {_PATIENCE:g} seconds for the end of a step in another thread: "
+                "call it between steps"
+            )
+            raise RuntimeError(msg)
+        try:
+            with nullcontext() if self._stepping is None else self._stepping.paused():
+                yield
+        finally:
+            self._lock.release()
 
     def _is_looked_at(self, work: Work) -> bool:
         """True if the coming step is to be reported to the observer."""
@@ -272,7 +287,7 @@ class OptimizerWrapper(Contract):
 
     def _eta_lams(self) -> list[float | Tensor]:
         eta_lams = [
-            weight_decay.eta_lam(group, i, self.lam, self.step_size, self.base_optimizer, self._way_out)
+            weight_decay.eta_lam(group, i, self._lam, self.step_size, self.base_optimizer, self._way_out)
             for i, group in enumerate(self.param_groups)
         ]
         check_pieces(self._rule(), self.base_optimizer, eta_lams, self._built_with)
@@ -325,13 +340,33 @@ class OptimizerWrapper(Contract):
             if take and "weight_decay" in group:
                 group["weight_decay"] = lam
 
+    def _lam_was_replaced(self) -> bool:
+        """Compare lam with what a checkpoint has written into the groups that took it. Warns, and keeps the new one."""
+        groups = [group for i, group in enumerate(self.param_groups) if i in self._took]
+        loaded = [weight_decay.lam(group, self._lam) for group in groups]
+        before = self._lam
+        if before is None or all(_equal(each, before) for each in loaded):
+            return False
+        least, most = min(map(float, loaded)), max(map(float, loaded))
+        by = f"{most:g}" if least == most else f"{least:g} to {most:g}"
+        notices.warn(
+            f"{type(self).__name__}.load_state_dict replaced lam={float(before):g} by weight_decay {by} of the checkpoint: "
+            f"to go on with yours, set opt.lam = {float(before):g} after loading"
+        )
+        self._lam = most if least == most else before
+        return True
+
     def _warn_if_idle(self) -> None:
-        if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):
+        if not self._rule().every_group and not any(weight_decay.decays(g, self._lam) for g in self.param_groups):
             notices.warn(
                 f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
                 "or none. Unless a schedule raises it later, pass lam=, or weight_decay= to "
                 f"{self._owner} or its groups"
             )
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    return a is b or bool(a == b)
 
 
 def _one_or_all(values: list[Any]) -> str:
