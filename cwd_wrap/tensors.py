@@ -49,7 +49,7 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
 class Shard(NamedTuple):
     """The places of a whole parameter that a tensor of ``numel`` numbers holds, in its flat order.
 
-    They are runs of ``run`` places each. The first begins at ``offset``, each other ``jump`` after the one before.
+    Run k holds ``run`` consecutive places, from ``offset + k*jump``.
     """
 
     offset: int

@@ -80,7 +80,7 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     cls = type(optimizer)
     make = TABLE.get(f"{cls.__module__}.{cls.__qualname__}")
     if make is None:
-        return f"no compiled kernel computes the whole update of {cls.__name__}"
+        return f"no kernel for {cls.__name__}"
     if "fused" in group and not group["fused"]:
         return f"{cls.__name__} was not built with fused=True"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:

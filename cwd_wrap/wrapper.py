@@ -1,6 +1,6 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_NOT_READ = {"initial_accumulator_value", "maximize"}  # by a step of Adagrad; and of others, unless it is there
 _PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
 
 
@@ -89,7 +90,7 @@ class OptimizerWrapper(Contract):
         self._gradients = Gradients()
         self._stream = Stream(self._seed, self.__dict__.pop("_steps_drawn", None))
         self._unchecked = True
-        self._observer: Callable[[Report], object] | None = None
+        self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
         self._lock = RLock()
@@ -127,9 +128,8 @@ class OptimizerWrapper(Contract):
         self._unchecked = False
         if not step.begun:
             notices.warn(
-                f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
-                f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
-                "original"
+                f"{self._owner}.step did not fire its hooks, so {type(self).__name__} had no effect and {self._owner} "
+                f"used its own weight decay. If you replaced {self._owner}.step, call the original from the replacement"
             )
         elif count and self.observer is not None:
             self.observer(Report(work.parts))
@@ -171,7 +171,7 @@ class OptimizerWrapper(Contract):
         If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step.
         If it returns False, the step is neither counted nor reported.
         """
-        return self._observer
+        return cast("Callable[[Report], object] | None", self.__dict__["observer"])
 
     @observer.setter
     def observer(self, value: Callable[[Report], object] | None) -> None:
@@ -181,7 +181,7 @@ class OptimizerWrapper(Contract):
         if value is not None and not callable(value):
             msg = f"observer={value!r:.80} cannot be called: set a MaskMonitor(), or a function that takes a Report"
             raise TypeError(msg)
-        self._observer = value
+        self.__dict__["observer"] = value
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""
@@ -217,7 +217,9 @@ class OptimizerWrapper(Contract):
         Its ``weight_decay`` replaces the current one, as in torch. If that was given as lam, a warning names both: to
         go on with yours, set ``lam`` afterwards.
         """
+        before = self.state, self.param_groups
         super().load_state_dict(state_dict)
+        self._check_options(before)
         self._stream.restart()
         self._unchecked = True
         self._groups = list(self.param_groups)
@@ -251,7 +253,7 @@ class OptimizerWrapper(Contract):
             taken, copied = [str(self.path)], "?"
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
-            f"{type(self).__name__}({self._owner}, lam={_one_or_all(lams)}, path={_one_or_all(taken)}, "
+            f"{type(self).__name__}({self._owner}, lam={_summary(lams)}, path={_summary(taken or ['plain'])}, "
             f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
         )
 
@@ -340,6 +342,19 @@ class OptimizerWrapper(Contract):
             if take and "weight_decay" in group:
                 group["weight_decay"] = lam
 
+    def _check_options(self, before: tuple[Any, list[Group]]) -> None:
+        """Raise if a checkpoint lacks options that torch's optimizer reads; then state and groups are as ``before``."""
+        if not f"{type(self.base_optimizer).__module__}.".startswith("torch.optim."):
+            return  # an option may be new in a later version, with a default for old checkpoints
+        for i, group in enumerate(self.param_groups):
+            if missing := sorted(self.defaults.keys() - group.keys() - _NOT_READ):
+                self.state, self.param_groups = before
+                msg = (
+                    f"the checkpoint is of another optimizer than {self._owner}: its param group {i} has no "
+                    f"{', '.join(missing)}. Load a checkpoint of {self._owner}"
+                )
+                raise ValueError(msg)
+
     def _lam_was_replaced(self) -> bool:
         """Compare lam with what a checkpoint has written into the groups that took it. Warns, and keeps the new one."""
         groups = [group for i, group in enumerate(self.param_groups) if i in self._took]
@@ -349,25 +364,41 @@ class OptimizerWrapper(Contract):
             return False
         least, most = min(map(float, loaded)), max(map(float, loaded))
         by = f"{most:g}" if least == most else f"{least:g} to {most:g}"
+        lam = f"{float(before):g}"
         notices.warn(
-            f"{type(self).__name__}.load_state_dict replaced lam={float(before):g} by weight_decay {by} of the checkpoint: "
-            f"to go on with yours, set opt.lam = {float(before):g} after loading"
+            f"{type(self).__name__}.load_state_dict replaced lam={lam} by weight_decay {by} of the checkpoint: to go "
+            f"on with yours, set opt.lam = {lam} after loading"
         )
         self._lam = most if least == most else before
         return True
 
     def _warn_if_idle(self) -> None:
-        if not self._rule().every_group and not any(weight_decay.decays(g, self._lam) for g in self.param_groups):
-            notices.warn(
-                f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
-                "or none. Unless a schedule raises it later, pass lam=, or weight_decay= to "
-                f"{self._owner} or its groups"
+        """Warn if nothing decays, unless lam=0 asked for that: it is the baseline of a sweep."""
+        asked = self._lam is not None and not weight_decay.decays({}, self._lam)
+        if asked or self._rule().every_group or any(weight_decay.decays(g, self._lam) for g in self.param_groups):
+            return
+        why = f"{self._owner} has no weight_decay. Pass lam="
+        if any("weight_decay" in group for group in self.param_groups):
+            why = (
+                f"weight_decay is 0 in every param group. Pass lam=, or set weight_decay in {self._owner}. "
+                "(Ignore this if a schedule raises it later.)"
             )
+        notices.warn(f"{type(self).__name__}({self._owner}) will not decay anything: {why}")
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
     return a is b or bool(a == b)
 
 
-def _one_or_all(values: list[Any]) -> str:
-    return repr(values[0]) if len(set(values)) == 1 else repr(values)
+def _summary(values: Sequence[object]) -> str:
+    """The values of all groups, for the repr: one, a short list, counts, or a range of numbers."""
+    texts = list(map(repr, values))
+    counts = {text: texts.count(text) for text in texts}
+    if len(counts) <= 1:
+        return "".join(counts)
+    if len(texts) <= 4:
+        return f"[{', '.join(texts)}]"
+    if len(counts) <= 4:
+        return ", ".join(f"{text} ({count} group{'s' * (count > 1)})" for text, count in counts.items())
+    numbers = sorted(map(float, cast("Sequence[float]", values)))
+    return f"{numbers[0]} to {numbers[-1]} ({len(numbers)} groups)"

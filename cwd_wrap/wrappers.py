@@ -155,10 +155,11 @@ class CautiousDecay(OptimizerWrapper):
                 continue
             if of.members.index not in self._warned:
                 self._warned.add(of.members.index)
-                where = notices.param_group(of.members.index, of.name)
+                where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
+                small = f"lr * weight_decay = {size:.2g} is too small for {weights} weights"
                 notices.warn(
-                    f"eta*lam = {size:.1e} of {where} is lost when {dtype} weights are rounded to nearest: they need "
-                    f'at least {_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
+                    f"{small} (needs {_HALF_ULP[dtype]:.2g}), so nothing decays in {where}. "
+                    'Pass rounding="stochastic", or keep float32 weights'
                 )
 
     def _start(self) -> None:

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, kernels
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*too small for bfloat16", "ignore:.* is lost when torch.bfloat16"),
+    pytest.mark.filterwarnings("ignore:.*is too small for bfloat16"),
     pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor"),
 ]
 

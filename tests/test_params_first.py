@@ -40,7 +40,7 @@ class StepSize:
 @pytest.mark.parametrize("wrong", [SGD([weight(1.0)]), torch.nn.Linear, 3])
 def test_over_takes_classes_and_functions(wrong: Any) -> None:
     """over() refuses an instance and a class that is not an optimizer, and says what it takes."""
-    text = r"^CautiousDecay.over takes a class of optimizers, such as torch.optim.AdamW, or a function .*, but got "
+    text = r"^CautiousDecay.over takes a class of optimizers, or a function that returns an optimizer, but got "
     with pytest.raises(TypeError, match=text):
         CautiousDecay.over(wrong)
 
@@ -154,5 +154,5 @@ def test_a_class_over_an_importable_function_is_pickled(duplicate: Any) -> None:
 
 def test_a_function_that_returns_no_optimizer_is_refused() -> None:
     """A function that returns no optimizer raises an error with the class and the returned value."""
-    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> wraps a torch.optim.Optimizer, but got list: "):
+    with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> got a list of 1 parameter from the function"):
         CautiousDecay.over(lambda params: list(params))([weight(1.0)])

@@ -33,7 +33,7 @@ from cwd_wrap.kernels import _triton  # noqa: E402
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, of infinities and NaN
-    pytest.mark.filterwarnings("ignore:.*too small for bfloat16", "ignore:.* is lost when torch.bfloat16"),
+    pytest.mark.filterwarnings("ignore:.*is too small for bfloat16"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 

@@ -42,8 +42,8 @@ class Backend(Protocol):
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
         `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
-        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written. The weight takes
-        column 0 of `rules.uniform`, the tensors of the state the next ones.
+        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column
+        0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
@@ -136,7 +136,7 @@ def _say_once(device: torch.device) -> None:
     reason = obstacle("triton", device)
     if reason is not None and reason.startswith(_BROKEN) and reason not in _said:
         _said.add(reason)
-        notices.warn(f'cwd_wrap uses torch operations on {device}: {reason}. Pass backend="eager" to choose them')
+        notices.warn(f'cwd_wrap uses torch operations on {device}: {reason}. Pass backend="eager" to silence this')
 
 
 def _numba_obstacle(device: torch.device) -> str | None:
