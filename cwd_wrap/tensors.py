@@ -144,6 +144,11 @@ def has_numbers(t: Tensor) -> bool:
     return not (t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor)))
 
 
+def made_of_others(t: Tensor) -> bool:
+    """True for a subclass whose tensors are made of other tensors (torchao's quantized weights), except for DTensor."""
+    return hasattr(type(t), "__tensor_flatten__") and not _is_distributed(t)
+
+
 def _is_distributed(t: Tensor) -> bool:
     if type(t) in _PLAIN:
         return False

@@ -17,6 +17,7 @@ from cwd_wrap.draws import Stream
 from cwd_wrap.paths import Work, copied_bytes
 from cwd_wrap.snapshot import Buffers, Gradients
 from cwd_wrap.step import Closure, Step
+from cwd_wrap.tensors import made_of_others
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -197,6 +198,12 @@ class OptimizerWrapper(Contract):
         self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        if self._rule().has_work(weight_decay.lam(added, self._lam)):
+            try:
+                self._check_weights(added, len(self.param_groups) - 1)
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self._built_with.add(quirks.shapes(added))
         self._groups.append(added)
         if self._lam is not None and not named and "weight_decay" in added:
@@ -321,10 +328,23 @@ class OptimizerWrapper(Contract):
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out)
-        if self.path is not None and self._rule().has_work(weight_decay.lam(group, lam)):
-            choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
+        if self._rule().has_work(weight_decay.lam(group, lam)):
+            self._check_weights(group, index)
+            if self.path is not None:
+                choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
+
+    def _check_weights(self, group: Group, index: int) -> None:
+        """Raise for a weight that kernels cannot write to."""
+        for p in group["params"]:
+            if p.requires_grad and made_of_others(p):
+                msg = (
+                    f"param group {index} of {self._owner} has a weight of type {type(p).__name__}, which is made of "
+                    "other tensors (as quantized weights are), and cannot be written by place: give its group "
+                    "weight_decay=0, or train a plain tensor"
+                )
+                raise ValueError(msg)
 
     def _give_lam(self, lam: float | None) -> None:
         """Write ``lam`` into the groups that decay; if none does, into those that did when lam was set before, or all.

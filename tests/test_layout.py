@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "step": {"buckets", "choice", "paths", "quirks", "tensors", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "kernels", "notices", "params_first", "paths", "quirks", "snapshot",
-        "step", "weight_decay",
+        "step", "tensors", "weight_decay",
     },
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "timm": {"wrappers", "__init__"},

@@ -23,7 +23,7 @@ from cwd_wrap.choice import PathOfGroup
 
 
 def last_reason(of_group: PathOfGroup) -> str:
-    return re.split(r"(?:^n|\. N)ot [\w ]+: ", of_group.reason)[-1]
+    return re.split(r"(?:^not|\. Not) [\w ]+: ", of_group.reason)[-1]
 
 
 NO_KERNEL = "no compiled kernel runs on cpu: backend='eager'"

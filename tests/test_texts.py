@@ -12,6 +12,7 @@ import torch
 from support import weight
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, RMSprop, Rprop, SparseAdam
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
 
@@ -161,6 +162,38 @@ def test_what_over_does_not_take(got: Any, text: str) -> None:
     over = "CautiousDecay.over takes a class of optimizers, or a function that returns an optimizer, but got "
 
     assert over + text == message(lambda: CautiousDecay.over(got))
+
+
+def two_tensors(decay: float) -> dict[str, Any]:
+    """A group with a weight of a subclass that is made of two tensors, as quantized weights are."""
+    p = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    p.grad = TwoTensor(torch.ones(2), torch.ones(2))
+    return {"params": [p], "weight_decay": decay}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_made_of_other_tensors(method: Any) -> None:
+    """A decaying weight of such a subclass is refused for what it is, when it is wrapped, added or given a lam."""
+    text = (
+        "of SGD has a weight of type TwoTensor, which is made of other tensors (as quantized weights are), and cannot "
+        "be written by place: give its group weight_decay=0, or train a plain tensor"
+    )
+    assert f"param group 0 {text}" == message(lambda: method(SGD([two_tensors(0.1)])), ValueError)
+    opt = method(SGD([{"params": [weight(1.0)], "weight_decay": 0.1}]))
+    assert f"param group 1 {text}" == message(lambda: opt.add_param_group(two_tensors(0.1)), ValueError)
+    assert 1 == len(opt.param_groups)
+
+
+def test_weights_made_of_other_tensors_that_do_not_decay() -> None:
+    """In a group that does not decay they are stepped as always, and frozen ones may be anywhere."""
+    group, frozen = two_tensors(0.0), two_tensors(0.1)
+    frozen["params"][0].requires_grad_(False).grad = None
+    opt = CautiousDecay(SGD([group, frozen, {"params": [weight(1.0)], "weight_decay": 0.1}], lr=0.5))
+    opt.step()
+
+    assert [0.5, 0.5] == group["params"][0].a.tolist()
+    off = CautiousDecay(SGD([two_tensors(0.0)]), lam=0)
+    assert "TwoTensor" in message(lambda: setattr(off, "lam", 0.1), ValueError)
 
 
 # ------------------------------------------------------------------------------------ lam
