@@ -93,8 +93,10 @@ def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, A
         raise TypeError(msg)
 
 
-@functools.lru_cache(maxsize=32)
 def _takes_set_to_none(zero_grad: Callable[..., Any]) -> bool:
+    # Nothing is remembered: a function can keep its class alive. Nearly all classes have this one.
+    if zero_grad is Optimizer.zero_grad:
+        return True
     parameters = inspect.signature(zero_grad).parameters.values()
     return any(p.name == "set_to_none" or p.kind is p.VAR_KEYWORD for p in parameters)
 

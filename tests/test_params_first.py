@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -156,3 +157,45 @@ def test_a_function_that_returns_no_optimizer_is_refused() -> None:
     """A function that returns no optimizer raises an error with the class and the returned value."""
     with pytest.raises(TypeError, match=r"^CautiousDecay<lambda> got a list of 1 parameter from the function"):
         CautiousDecay.over(lambda params: list(params))([weight(1.0)])
+
+
+# ------------------------------------------------------------------------------------ classes that are no longer used
+
+
+def stepped(wrap: Any) -> list[weakref.ref[Any]]:
+    """Weak references to a class of this call alone, its instance and its parameter, all of it used once."""
+
+    class Local(SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    p = weight(1.0, grad=[1.0])
+    opt = wrap(Local)([p], lr=0.1, weight_decay=0.1)
+    opt.step()
+    opt.zero_grad()
+    opt.load_state_dict(opt.state_dict())
+    repr(opt), opt.paths(), copy.deepcopy(opt)
+    return [weakref.ref(each) for each in (Local, opt, opt.base_optimizer, p)]
+
+
+WRAPS: dict[str, Any] = {
+    "decay": lambda cls: lambda *args, **kwargs: CautiousDecay(cls(*args, **kwargs)),
+    "update": lambda cls: lambda *args, **kwargs: CautiousUpdate(cls(*args, **kwargs)),
+    "p-norm": lambda cls: lambda *args, **kwargs: PNormDecay(cls(*args, **kwargs)),
+    "over": CautiousDecay.over,
+    "over with options": lambda cls: CautiousDecay.over(cls, strict=True, step_size=thousandth),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="quirks._names_of keeps the classes")
+@pytest.mark.parametrize("name", WRAPS)
+def test_a_class_that_is_no_longer_used_is_freed(name: str) -> None:
+    """A class of optimizers that was wrapped and stepped, as in a notebook's cell, can be freed with its instances."""
+    left = stepped(WRAPS[name])
+    for _ in range(3):  # the first frees the class that `over` made, and with it the last hold on the other
+        gc.collect()
+
+    assert [None] * len(left) == [each() for each in left]
