@@ -567,7 +567,9 @@ PARTS: dict[str, tuple[Callable[[], Iterable[Trial | Row]], int]] = {  # the mos
 
 def in_this_process(part: str) -> Iterator[Row]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "eta.lam = ")  # it is lost in bfloat16, which does not matter here
+        warnings.filterwarnings(
+            "ignore", ".*is too small for bfloat16"
+        )  # it is lost in bfloat16, which does not matter here
         yield from rows_of(part, PARTS[part][0]())
 
 

@@ -83,14 +83,14 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
             raise ValueError(msg)
         return Choice(forced, f"path={forced!r} was passed")
     device = next((p.device for p in group["params"]), torch.device("cpu"))
-    reasons: list[str] = []
-    for path in PATHS[:-1]:
+    ruled_out: dict[str, list[str]] = {}  # for each reason, the paths
+    for path in PATHS:
         reason = _why_not(path, rule, base, group, (backend, device))
         if reason is None:
-            return Choice(path, "; ".join(reasons) or "a compiled kernel makes the whole step")
-        if reason not in reasons:
-            reasons.append(reason)
-    return Choice("snapshot", "; ".join(reasons))
+            break
+        ruled_out.setdefault(reason, []).append(path)
+    because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
+    return Choice(path, f"not {because}" if because else "a compiled kernel makes the whole step")
 
 
 def paths_of(
@@ -99,7 +99,7 @@ def paths_of(
     """The path of each param group of ``base``, whose decay strengths are ``lams``."""
     of_groups = []
     for i, (group, lam) in enumerate(zip(base.param_groups, lams, strict=True)):
-        choice = Choice("plain", "its weight_decay is 0, so the base steps it alone")
+        choice = Choice("plain", "weight_decay is 0: a plain step, without decay")
         decays = rule.has_work(lam)
         if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
             taken = choose(rule, base, group, backend, forced)

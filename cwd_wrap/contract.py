@@ -16,6 +16,8 @@ import torch
 from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
+from cwd_wrap import notices
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -63,43 +65,44 @@ def with_hooks(step: StepFunction) -> StepFunction:
 
 def check_optimizer(name: str, base: object) -> None:
     """Raise TypeError unless ``base`` is an instance of an optimizer."""
+    if isinstance(base, Optimizer):
+        return
+    items = base.values() if isinstance(base, dict) else base if isinstance(base, list | tuple | set) else ()
     if isinstance(base, type) and issubclass(base, Optimizer):
-        msg = (
-            f"{name} wraps a torch.optim.Optimizer, but got the class {base.__name__}: pass "
-            f"{base.__name__}(params, ...), or make a class with {name}.over({base.__name__})"
+        cls = base.__name__
+        way_out = f": pass {name}({cls}(params, ...)), or make a class with {name}.over({cls})"
+    elif any(isinstance(each, Optimizer) for each in items):
+        way_out = f": wrap each, [{name}(each) for each in optimizers]"
+    else:
+        way_out = (
+            f". Pass {name}(AdamW(params, ...)). Code that builds the optimizer from parameters needs a class: "
+            f"{name}.over(AdamW)(params, ...)"
         )
-        raise TypeError(msg)
-    if not isinstance(base, Optimizer):
-        msg = (
-            f"{name} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. "
-            "Pass an optimizer, such as torch.optim.AdamW(params, ...)"
-        )
-        raise TypeError(msg)
+    msg = f"{name} wraps an optimizer, but got {notices.described(base)}{way_out}"
+    raise TypeError(msg)
 
 
 def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for parameters in place of an optimizer, and for arguments that belong to the optimizer."""
+    """Raise TypeError for what is no optimizer, and for arguments that belong to the optimizer."""
     parameters = inspect.signature(cls.__init__).parameters
     if "base_optimizer" not in parameters:  # classes from `over` build the optimizer themselves
         return
-    base = args[0] if args else kwargs.get("base_optimizer")
-    if base is not None and not isinstance(base, Optimizer | type):
-        msg = (
-            f"{cls.__name__} wraps a torch.optim.Optimizer, but got {type(base).__name__}: {base!r:.80}. Pass "
-            f"torch.optim.AdamW(params, ...), or use {cls.__name__}.over(torch.optim.AdamW)(params, ...)"
-        )
-        raise TypeError(msg)
+    given = [*args[:1], *([kwargs["base_optimizer"]] if "base_optimizer" in kwargs else [])]
+    for base in given:
+        check_optimizer(cls.__name__, base)
     unknown = [name for name in kwargs if name not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         takes = [name for name in parameters if name not in {"self", "base_optimizer"}]
         lam = ", or the strength of the decay as lam=" if "weight_decay" in unknown and "lam" in takes else ""
-        owner = "the optimizer" if base is None else getattr(base, "__name__", type(base).__name__)
+        owner = type(given[0]).__name__ if given else "the optimizer"
         msg = f"{cls.__name__} does not take {', '.join(unknown)}: pass that to {owner}{lam}. It takes {takes}"
         raise TypeError(msg)
 
 
-@functools.lru_cache(maxsize=32)
 def _takes_set_to_none(zero_grad: Callable[..., Any]) -> bool:
+    # Nothing is remembered: a function can keep its class alive. Nearly all classes have this one.
+    if zero_grad is Optimizer.zero_grad:
+        return True
     parameters = inspect.signature(zero_grad).parameters.values()
     return any(p.name == "set_to_none" or p.kind is p.VAR_KEYWORD for p in parameters)
 

@@ -49,7 +49,7 @@ def find(optimizer: Optimizer, group: Group) -> Direction | str:
     cls = type(optimizer)
     name = known.name(cls) or ""
     if name not in TABLE:
-        return f"the gradient and the state of {cls.__name__} alone are not known to give the sign of its next update"
+        return f"the sign of {cls.__name__}'s step is not known before it"
     if group.get("caution"):
         return f"{cls.__name__} masks its own update in a group with caution=True"
     return TABLE[name](group)

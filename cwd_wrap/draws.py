@@ -46,7 +46,7 @@ class Stream:
     """
 
     def __init__(self, seed: int, steps: int | None = None) -> None:
-        self._seed = seed
+        self.seed = seed
         self._counters: dict[torch.device, Tensor] = {}
         self.steps = steps
         """Steps that were taken before this one; None: read it from the base's state."""
@@ -69,8 +69,9 @@ class Stream:
     def on(self, device: torch.device) -> Tensor:
         """The stream of this step, on ``device``."""
         if device not in self._counters:
-            self._counters[device] = torch.tensor(self.steps, device=device)
-        return rules.stream(torch.tensor(self._seed), self._counters[device])
+            with torch.inference_mode(mode=False):  # else it could not be increased outside of it
+                self._counters[device] = torch.tensor(self.steps, device=device)
+        return rules.stream(torch.tensor(self.seed, device="cpu"), self._counters[device])
 
 
 def _steps_taken(state: Any) -> int:

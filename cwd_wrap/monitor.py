@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,6 +16,9 @@ from torch import Tensor, distributed
 from cwd_wrap import notices
 from cwd_wrap.buckets import Part, Report
 from cwd_wrap.graphs import capturing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TOGETHER = 256  # so many tensors of sums are joined into one, because each alone takes 512 bytes on a device
 LOOKS, ALMOST_NONE = 100, 0.01  # warn if less than this share of the weights decayed at so many looks in a row
@@ -110,6 +113,15 @@ class MaskMonitor:
         >>> row["name"], row["weights"], round(row["decay_norm"], 6), round(row["update_norm"], 6)
         ('group 0', 4, 0.05, 0.2)
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Self":
+        """Check the constructor's arguments before Python does: its error does not say what to do."""
+        del kwargs
+        if args and cls.__init__ is MaskMonitor.__init__:
+            got = f"MaskMonitor takes keyword arguments only, but got {notices.described(args[0])}"
+            msg = f"{got}. To watch an optimizer: opt.observer = MaskMonitor()"
+            raise TypeError(msg)
+        return super().__new__(cls)
 
     def __init__(self, *, per_parameter: bool = False, every: int = 1, keep: int = 10_000) -> None:
         for what, value in (("every", every), ("keep", keep)):

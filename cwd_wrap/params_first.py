@@ -8,6 +8,8 @@ from weakref import WeakValueDictionary
 
 from torch.optim import SGD, Optimizer
 
+from cwd_wrap import notices
+
 Options = tuple[tuple[str, object], ...]
 
 
@@ -23,10 +25,14 @@ def over(wrapper: Any, base: Callable[..., Optimizer], options: dict[str, object
     """`make`, after a check of the user's arguments. Raises TypeError if they are wrong."""
     name = wrapper.__name__
     if not (issubclass(base, Optimizer) if isinstance(base, type) else callable(base)):
-        msg = (
-            f"{name}.over takes a class of optimizers, such as torch.optim.AdamW, "
-            f"or a function that returns an optimizer, but got {base!r:.80}"
-        )
+        way_out = f"pass parameters to the class that it makes, {name}.over(AdamW)(params, ...)"
+        got = notices.described(base)
+        if isinstance(base, Optimizer):
+            cls = type(getattr(base, "base_optimizer", base)).__name__
+            got = f"an optimizer, {type(base).__name__}(...)"
+            way_out = f"pass a class, {name}.over({cls}), or wrap it, {name}(optimizer)"
+        takes = "a class of optimizers, or a function that returns an optimizer"
+        msg = f"{name}.over takes {takes}, but got {got}: {way_out}"
         raise TypeError(msg)
     known = [each for each in inspect.signature(wrapper.__init__).parameters if each not in ("self", "base_optimizer")]
     if unknown := sorted(set(options) - set(known)):
@@ -75,7 +81,12 @@ def _constructor(
     wrapper: Any, base: Callable[..., Optimizer], options: dict[str, Any], signature: inspect.Signature
 ) -> Callable[..., None]:
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        wrapper.__init__(self, base(*args, **kwargs), **options)
+        optimizer = base(*args, **kwargs)
+        if not isinstance(optimizer, Optimizer):
+            got = f"{type(self).__name__} got {notices.described(optimizer)}"
+            msg = f"{got} from the function that was passed to over: it must return an optimizer"
+            raise TypeError(msg)
+        wrapper.__init__(self, optimizer, **options)
 
     # jsonargparse (LightningCLI) reads this signature, other libraries read the class's.
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)

@@ -145,7 +145,8 @@ def mix(z: Tensor) -> Tensor:
 
 def stream(of: Tensor, number: Tensor | int) -> Tensor:
     """The stream with a ``number`` among those derived from ``of``, which is another stream or a seed; all int64."""
-    return mix(of + torch.as_tensor(number) * _GOLDEN)
+    number = number if isinstance(number, Tensor) else torch.tensor(number, device="cpu")
+    return mix(of + number * _GOLDEN)
 
 
 def random_words(of: Tensor, places: Tensor) -> Tensor:

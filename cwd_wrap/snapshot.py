@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cwd_wrap.graphs import capturing
-from cwd_wrap.tensors import local_real_view
+from cwd_wrap.tensors import has_numbers, local_real_view
 
 Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
 CopyOn = Callable[[torch.device], Copy]
@@ -147,7 +147,7 @@ def _untouched(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     of_device: dict[torch.device, list[Tensor]] = {}
     for pair in pairs:
         before, after = map(local_real_view, pair)
-        if (before.shape, before.device) != (after.shape, after.device):
+        if (before.shape, before.device) != (after.shape, after.device) or not has_numbers(before):
             return False
         of_device.setdefault(before.device, []).append(torch.stack([before.any(), (before != after).any()]))
     found = [torch.stack(flags).any(0).tolist() for flags in of_device.values()]

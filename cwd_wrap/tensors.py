@@ -65,7 +65,7 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
 class Shard(NamedTuple):
     """The places of a whole parameter that a tensor of ``numel`` numbers holds, in its flat order.
 
-    They are runs of ``run`` places each. The first begins at ``offset``, each other ``jump`` after the one before.
+    Run k holds ``run`` consecutive places, from ``offset + k*jump``.
     """
 
     offset: int
@@ -152,6 +152,17 @@ def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
         chosen = slice(None) if len(rows) == len(parameters) else rows
         whole[chosen] = module.DTensor.from_local(local[chosen], mesh, placements).full_tensor()
     return whole
+
+
+def has_numbers(t: Tensor) -> bool:
+    """False for meta tensors and for those of FakeTensorMode: they stand for tensors, and nothing can be read."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return not (t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor)))
+
+
+def made_of_others(t: Tensor) -> bool:
+    """True for a subclass whose tensors are made of other tensors (torchao's quantized weights), except for DTensor."""
+    return hasattr(type(t), "__tensor_flatten__") and not _is_distributed(t)
 
 
 def _is_distributed(t: Tensor) -> bool:

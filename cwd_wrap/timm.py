@@ -36,7 +36,7 @@ _Registry: Any = object  # `register` makes a subclass of `CautiousNames` and ti
 PREFIX = "cautious_"
 LOOKAHEAD = "lookahead_"
 
-_OPTIONS = [p.name for p in inspect.signature(CautiousDecay).parameters.values() if p.kind is p.KEYWORD_ONLY]
+_OPTIONS = [name for name in inspect.signature(CautiousDecay).parameters if name != "base_optimizer"]
 
 
 class CautiousNames(_Registry):  # type: ignore[misc]
@@ -73,7 +73,10 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         return super().get_optimizer_class(info, bind_defaults)
 
     def create_optimizer(self, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
-        """Like timm's. A name with ``cautious_`` also takes the keyword-only arguments of `CautiousDecay`."""
+        """Like timm's. A name with ``cautious_`` also takes the arguments of `CautiousDecay`.
+
+        ``lam`` takes the place of ``weight_decay``, by which timm makes the groups: biases and norms stay out.
+        """
         optimizer: Optimizer
         lookahead = LOOKAHEAD if opt.lower().startswith(LOOKAHEAD) else ""
         name = opt.lower().removeprefix(lookahead)
@@ -87,7 +90,11 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         try:
             base = super().get_optimizer_class(name.removeprefix(PREFIX), bind_defaults=False)
             only_one.register(dataclasses.replace(info, name="cautious", opt_class=CautiousDecay.over(base, **options)))
-            optimizer = only_one.create_optimizer(model_or_params, f"{lookahead}cautious", *args, **kwargs)
+            called = inspect.signature(only_one.create_optimizer).bind(model_or_params, "", *args, **kwargs)
+            called.arguments["opt"] = f"{lookahead}cautious"
+            if options.get("lam") is not None:
+                called.arguments["weight_decay"] = options["lam"]
+            optimizer = only_one.create_optimizer(*called.args, **called.kwargs)
         except (AssertionError, ImportError, ValueError) as error:
             msg = f"{opt}: {error}"
             raise ValueError(msg) from error

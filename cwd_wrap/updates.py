@@ -79,7 +79,7 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     cls = type(optimizer)
     make = TABLE.get(known.name(cls) or "")
     if make is None:
-        return f"no compiled kernel computes the whole update of {cls.__name__}"
+        return f"no kernel for {cls.__name__}"
     if (asked := _asked_for(group)) is not None:
         return f"{asked} was passed, so {cls.__name__}'s own step runs"
     if group.get("caution"):

@@ -40,8 +40,12 @@ def check(value: object, what: str, where: str) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         msg = f"{what} of {where} is {value!r} ({type(value).__name__}): pass a number, zero or above"
         raise TypeError(msg)
-    if not (math.isfinite(value) and float(value) >= 0):
-        msg = f"{what} of {where} is {value!r}: pass a finite number, zero or above"
+    try:
+        fits = math.isfinite(value) and float(value) >= 0
+    except OverflowError:
+        fits = False
+    if not fits:
+        msg = f"{what} of {where} is {value!r:.80}: pass a finite number, zero or above"
         raise ValueError(msg)
 
 

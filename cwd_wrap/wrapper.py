@@ -1,7 +1,7 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -19,11 +19,13 @@ from cwd_wrap.paths import Work, copied_bytes, index_of
 from cwd_wrap.plan import Plan, compile_plan
 from cwd_wrap.snapshot import Buffers, Gradients
 from cwd_wrap.step import Closure, Step
+from cwd_wrap.tensors import made_of_others
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_NOT_READ = {"initial_accumulator_value", "maximize"}  # by a step of Adagrad; and of others, unless it is there
 _PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
 
 
@@ -33,15 +35,8 @@ class OptimizerWrapper(Contract):
     Every group's ``weight_decay`` is restored after the step, also if the step raises. A subclass defines `_rule`.
     """
 
-    observer: Callable[[Report], object] | None
-    """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
-
-    If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step. If
-    it returns False, the step is neither counted nor reported.
-    """
-
-    _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "step_size", "path", "backend")
-    seed = 0
+    _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "_step_size", "path", "backend")
+    _seed = 0
     """The seed of the random numbers, for methods that draw some."""
     _way_out = weight_decay.WAY_OUT
     """The end of error texts about an unknown learning rate: what the user can do about it."""
@@ -61,7 +56,6 @@ class OptimizerWrapper(Contract):
         check_path(path)
         if lam is not None:
             weight_decay.check(lam, "lam", type(self).__name__)
-        weight_decay.check_step_size(step_size)
         self.base_optimizer = base_optimizer
         self.step_size = step_size
         self.path = path
@@ -99,7 +93,7 @@ class OptimizerWrapper(Contract):
         super()._start()
         self._buffers = Buffers()
         self._gradients = Gradients()
-        self._stream = Stream(self.seed, self.__dict__.pop("_steps_drawn", None))
+        self._stream = Stream(self._seed, self.__dict__.pop("_steps_drawn", None))
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
@@ -140,13 +134,17 @@ class OptimizerWrapper(Contract):
                 self._stepping = None
 
     @property
-    def lam(self) -> float | None:
-        """The decay strength that was passed or set; None leaves each group its own ``weight_decay``.
+    def lam(self) -> float | Tensor | None:
+        """The decay strength that is in force: the ``weight_decay`` of the groups that decay.
 
-        The step size multiplies it. Setting it writes it into every group that decays. If none does, it is written into
-        the groups that took lam when it was last set (so lam may rise from 0), or else into all.
+        None if they differ, 0 if no group decays. The step size multiplies it. It is read from the groups, so it shows
+        what a checkpoint or a schedule has written. Setting it writes it into every group that decays. If none does, it
+        is written into the groups that took lam when it was last set (so lam may rise from 0), or else into all. None
+        leaves each group its own.
         """
-        return self._lam
+        with self._between_steps("lam"):
+            lams = [weight_decay.lam(g, self._lam) for g in self.param_groups if weight_decay.decays(g, self._lam)]
+        return 0.0 if not lams else lams[0] if all(_equal(each, lams[0]) for each in lams) else None
 
     @lam.setter
     def lam(self, value: float | None) -> None:
@@ -154,9 +152,38 @@ class OptimizerWrapper(Contract):
             weight_decay.check(value, "lam", type(self).__name__)
         self._give_lam(value)
 
+    @property
+    def step_size(self) -> weight_decay.StepSize | None:
+        """The function of a param group that returns eta, or None. It may be set between steps."""
+        return self._step_size
+
+    @step_size.setter
+    def step_size(self, value: weight_decay.StepSize | None) -> None:
+        weight_decay.check_step_size(value)
+        self._step_size = value
+
+    @property
+    def observer(self) -> Callable[[Report], object] | None:
+        """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
+
+        If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step.
+        If it returns False, the step is neither counted nor reported.
+        """
+        return cast("Callable[[Report], object] | None", self.__dict__["observer"])
+
+    @observer.setter
+    def observer(self, value: Callable[[Report], object] | None) -> None:
+        if isinstance(value, type):
+            msg = f"observer is the class {value.__name__}: set an instance, such as {value.__name__}()"
+            raise TypeError(msg)
+        if value is not None and not callable(value):
+            msg = f"observer={value!r:.80} cannot be called: set a MaskMonitor(), or a function that takes a Report"
+            raise TypeError(msg)
+        self.__dict__["observer"] = value
+
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""
-        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
         return paths_of(self._rule(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -165,13 +192,19 @@ class OptimizerWrapper(Contract):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
         named = "weight_decay" in param_group
-        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self.lam)
+        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
+        if self._rule().has_work(weight_decay.lam(added, self._lam)):
+            try:
+                self._check_weights(added, len(self.param_groups) - 1)
+            except ValueError:
+                self.param_groups.pop()
+                raise
         self._built_with.add(quirks.shapes(added))
         self._groups.append(added)
-        if self.lam is not None and not named and "weight_decay" in added:
-            added["weight_decay"] = self.lam
+        if self._lam is not None and not named and "weight_decay" in added:
+            added["weight_decay"] = self._lam
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same.
@@ -179,24 +212,22 @@ class OptimizerWrapper(Contract):
         In a signal handler that interrupts a step, the param groups in it are those from between steps. Another thread
         waits for the end of the step; it raises RuntimeError after a minute (a step that waits for that thread).
         """
-        if not self._lock.acquire(timeout=_PATIENCE):
-            msg = (
-                f"{type(self).__name__}.state_dict waited {_PATIENCE:g} seconds for the end of a step in another "
-                "thread: call it between steps"
-            )
-            raise RuntimeError(msg)
-        try:
-            with nullcontext() if self._stepping is None else self._journal.suspended():
-                return super().state_dict()
-        finally:
-            self._lock.release()
+        with self._between_steps("state_dict"):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the base or the wrapper. Its ``weight_decay`` replaces the current one, as in torch."""
+        """Load a state dict of the base or the wrapper.
+
+        Its ``weight_decay`` replaces the current one, as in torch. If that was given as lam, a warning names both: to
+        go on with yours, set ``lam`` afterwards.
+        """
+        before = self.state, self.param_groups
         super().load_state_dict(state_dict)
+        self._check_options(before)
         self._stream.restart()
         self._groups = list(self.param_groups)
-        self._warn_if_idle()
+        if not self._lam_was_replaced():
+            self._warn_if_idle()
 
     def drop_snapshot(self) -> None:
         """Free the copies of weights, if there are any. The next step that needs them allocates them again."""
@@ -218,7 +249,7 @@ class OptimizerWrapper(Contract):
         return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        lams = [weight_decay.lam(group, self.lam) for group in self.param_groups]
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
         try:
             taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
             copied = f"{self.snapshot_bytes}"
@@ -226,7 +257,7 @@ class OptimizerWrapper(Contract):
             taken, copied = [str(self.path)], "?"
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
-            f"{type(self).__name__}({self._owner}, lam={_one_or_all(lams)}, path={_one_or_all(taken)}, "
+            f"{type(self).__name__}({self._owner}, lam={_summary(lams)}, path={_summary(taken or ['plain'])}, "
             f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
         )
 
@@ -240,9 +271,8 @@ class OptimizerWrapper(Contract):
         self._plan = step.done
         if not step.begun:
             notices.warn(
-                f"{self._owner}.step ran without its step hooks, so {type(self).__name__} did nothing and the step had "
-                f"{self._owner}'s own weight decay: if step was replaced on the instance, let the replacement call the "
-                "original"
+                f"{self._owner}.step did not fire its hooks, so {type(self).__name__} had no effect and {self._owner} "
+                f"used its own weight decay. If you replaced {self._owner}.step, call the original from the replacement"
             )
         elif step.done is not None and step.done.work.count and self.observer is not None:
             self.observer(Report(step.done.work.parts))
@@ -259,7 +289,7 @@ class OptimizerWrapper(Contract):
         rule = self._rule()
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
         work = Work(self.base_optimizer, rule, *of_wrapper, journal, count, self._groups)
-        strength = weight_decay.Strength(self.base_optimizer, self.lam, self.step_size, self._way_out)
+        strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)
         check_pieces(rule, strength, self._built_with)
         if rule.draws:
             self._stream.advance(self.base_optimizer)
@@ -268,6 +298,21 @@ class OptimizerWrapper(Contract):
         if not fresh:
             plan.keep(arguments)
         return plan
+
+    @contextmanager
+    def _between_steps(self, what: str) -> Iterator[None]:
+        """Inside this context the groups are as they are between steps. Another thread's step is waited for."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            msg = (
+                f"{type(self).__name__}.{what} waited {_PATIENCE:g} seconds for the end of a step in another thread: "
+                "call it between steps"
+            )
+            raise RuntimeError(msg)
+        try:
+            with nullcontext() if self._stepping is None else self._journal.suspended():
+                yield
+        finally:
+            self._lock.release()
 
     def _is_looked_at(self) -> bool:
         """True if the coming step is to be reported to the observer."""
@@ -316,10 +361,23 @@ class OptimizerWrapper(Contract):
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
         acts = self._rule().has_work(weight_decay.lam(group, lam))
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out, acts)
-        if self.path is not None and acts:
-            choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
+        if acts:
+            self._check_weights(group, index)
+            if self.path is not None:
+                choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
+
+    def _check_weights(self, group: Group, index: int) -> None:
+        """Raise for a weight that kernels cannot write to."""
+        for p in group["params"]:
+            if p.requires_grad and made_of_others(p):
+                msg = (
+                    f"param group {index} of {self._owner} has a weight of type {type(p).__name__}, which is made of "
+                    "other tensors (as quantized weights are), and cannot be written by place: give its group "
+                    "weight_decay=0, or train a plain tensor"
+                )
+                raise ValueError(msg)
 
     def _give_lam(self, lam: float | None) -> None:
         """Write ``lam`` into the groups that decay; if none does, into those that did when lam was set before, or all.
@@ -347,14 +405,63 @@ class OptimizerWrapper(Contract):
                 )
                 return
 
+    def _check_options(self, before: tuple[Any, list[Group]]) -> None:
+        """Raise if a checkpoint lacks options that torch's optimizer reads; then state and groups are as ``before``."""
+        if not f"{type(self.base_optimizer).__module__}.".startswith("torch.optim."):
+            return  # an option may be new in a later version, with a default for old checkpoints
+        for i, group in enumerate(self.param_groups):
+            if missing := sorted(self.defaults.keys() - group.keys() - _NOT_READ):
+                self.state, self.param_groups = before
+                msg = (
+                    f"the checkpoint is of another optimizer than {self._owner}: its param group {i} has no "
+                    f"{', '.join(missing)}. Load a checkpoint of {self._owner}"
+                )
+                raise ValueError(msg)
+
+    def _lam_was_replaced(self) -> bool:
+        """Compare lam with what a checkpoint has written into the groups that took it. Warns, and keeps the new one."""
+        groups = [group for i, group in enumerate(self.param_groups) if i in self._took]
+        loaded = [weight_decay.lam(group, self._lam) for group in groups]
+        before = self._lam
+        if before is None or all(_equal(each, before) for each in loaded):
+            return False
+        least, most = min(map(float, loaded)), max(map(float, loaded))
+        by = f"{most:g}" if least == most else f"{least:g} to {most:g}"
+        lam = f"{float(before):g}"
+        notices.warn(
+            f"{type(self).__name__}.load_state_dict replaced lam={lam} by weight_decay {by} of the checkpoint: to go "
+            f"on with yours, set opt.lam = {lam} after loading"
+        )
+        self._lam = most if least == most else before
+        return True
+
     def _warn_if_idle(self) -> None:
-        if not self._rule().every_group and not any(weight_decay.decays(g, self.lam) for g in self.param_groups):
-            notices.warn(
-                f"{type(self).__name__} over {self._owner} has nothing to decay: every param group has weight_decay 0 "
-                "or none. Unless a schedule raises it later, pass lam=, or weight_decay= to "
-                f"{self._owner} or its groups"
+        """Warn if nothing decays, unless lam=0 asked for that: it is the baseline of a sweep."""
+        asked = self._lam is not None and not weight_decay.decays({}, self._lam)
+        if asked or self._rule().every_group or any(weight_decay.decays(g, self._lam) for g in self.param_groups):
+            return
+        why = f"{self._owner} has no weight_decay. Pass lam="
+        if any("weight_decay" in group for group in self.param_groups):
+            why = (
+                f"weight_decay is 0 in every param group. Pass lam=, or set weight_decay in {self._owner}. "
+                "(Ignore this if a schedule raises it later.)"
             )
+        notices.warn(f"{type(self).__name__}({self._owner}) will not decay anything: {why}")
 
 
-def _one_or_all(values: list[Any]) -> str:
-    return repr(values[0]) if len(set(values)) == 1 else repr(values)
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    return a is b or bool(a == b)
+
+
+def _summary(values: Sequence[object]) -> str:
+    """The values of all groups, for the repr: one, a short list, counts, or a range of numbers."""
+    texts = list(map(repr, values))
+    counts = {text: texts.count(text) for text in texts}
+    if len(counts) <= 1:
+        return "".join(counts)
+    if len(texts) <= 4:
+        return f"[{', '.join(texts)}]"
+    if len(counts) <= 4:
+        return ", ".join(f"{text} ({count} group{'s' * (count > 1)})" for text, count in counts.items())
+    numbers = sorted(map(float, cast("Sequence[float]", values)))
+    return f"{numbers[0]} to {numbers[-1]} ({len(numbers)} groups)"

@@ -82,7 +82,7 @@ class CautiousDecay(OptimizerWrapper):
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding", "seed")
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding", "_seed")
     _warned: set[int]
 
     def __init__(
@@ -98,14 +98,22 @@ class CautiousDecay(OptimizerWrapper):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            msg = f"seed={seed!r}: pass an int from 0 up to 2**63 - 1"
-            raise TypeError(msg)
+        _check_seed(seed)
         self.mask = mask
         self.strict = strict
         self.rounding = rounding
-        self.seed = seed
+        self._seed = seed
         super().__init__(base_optimizer, lam, step_size, path, backend)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the random numbers. It may be set between steps; a CUDA graph keeps that of its capture."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        _check_seed(value)
+        self._seed = self._stream.seed = value
 
     def _rule(self) -> Rule:
         _check_known("mask", self.mask, MASKS)
@@ -147,10 +155,11 @@ class CautiousDecay(OptimizerWrapper):
                 continue
             if of.members.index not in self._warned:
                 self._warned.add(of.members.index)
-                where = notices.param_group(of.members.index, of.name)
+                where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
+                small = f"lr * weight_decay = {size:.2g} is too small for {weights} weights"
                 notices.warn(
-                    f"eta*lam = {size:.1e} of {where} is lost when {dtype} weights are rounded to nearest: they need "
-                    f'at least {_HALF_ULP[dtype]:.1e}. Pass rounding="stochastic", or keep float32 weights'
+                    f"{small} (needs {_HALF_ULP[dtype]:.2g}), so nothing decays in {where}. "
+                    'Pass rounding="stochastic", or keep float32 weights'
                 )
 
     def _start(self) -> None:
@@ -385,6 +394,12 @@ def _numel(parameter: Tensor, local: Tensor) -> int:
         if local.shape != local_real_view(parameter).shape
         else parameter.numel() * (2 if parameter.is_complex() else 1)
     )
+
+
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        msg = f"seed={seed!r}: pass an int from 0 up to 2**63 - 1"
+        raise TypeError(msg)
 
 
 def _check_flag(what: str, value: object, known: tuple[object, ...]) -> None:

@@ -1,23 +1,27 @@
 """A resumed run gives the same weights: in a new process, in another format, or with another optimizer."""
 
+import copy
 import itertools
 import os
+import pickle
+import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import ALL_PATHS, BASES, Base, PathOptions, can_run, net, same, train, values
+from support import ALL_PATHS, BASES, Base, PathOptions, can_run, net, same, train, values, weight
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Rprop
 
 from cwd_wrap import CautiousDecay, wrapper
 
@@ -195,6 +199,158 @@ def test_a_stateless_base_asked_between_two_steps_does_not_decay(every_path: Pat
     get_optimizer_state_dict(model, opt)
 
     assert torch.equal(before, values(model))
+
+
+# ------------------------------------------------------------------------------------ which lam is in force
+
+
+def two_groups(**options: Any) -> AdamW:
+    """AdamW over two groups, of which the second does not decay. A gradient of 0 leaves the decay alone."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    return AdamW([{"params": [p]}, {"params": [q], "weight_decay": 0.0}], **{"lr": 0.5, "weight_decay": 0.1, **options})
+
+
+def after_a_step(opt: CautiousDecay) -> list[float]:
+    opt.step()
+    return [round(p.item(), 6) for group in opt.param_groups for p in group["params"]]
+
+
+def replaced(lam: float, by: str) -> Any:
+    text = (
+        f"load_state_dict replaced lam={lam:g} by weight_decay {by} of the checkpoint: to go on with yours, set "
+        f"opt.lam = {lam:g} after loading"
+    )
+    return pytest.warns(UserWarning, match=f"^CautiousDecay.{re.escape(text)}$")
+
+
+def test_the_checkpoints_decay_wins_with_a_warning() -> None:
+    """A checkpoint with 0.1 in a wrapper with lam=0.4: a warning has both numbers, and 0.1 decays: 1 - 0.5*0.1."""
+    opt = CautiousDecay(two_groups(), lam=0.4)
+    with replaced(0.4, "0.1") as caught:
+        opt.load_state_dict(two_groups().state_dict())
+
+    assert 1 == len(caught)
+    assert __file__ == caught[0].filename
+    assert 0.1 == opt.lam
+    assert [0.95, 1.0] == after_a_step(opt)
+
+
+def test_a_lam_that_is_set_after_loading_wins() -> None:
+    """opt.lam = 0.4 after the load decays by 0.4, in the group that decayed: 1 - 0.5*0.4."""
+    opt = CautiousDecay(two_groups(), lam=0.4)
+    with replaced(0.4, "0.1"):
+        opt.load_state_dict(two_groups().state_dict())
+    opt.lam = 0.4
+
+    assert 0.4 == opt.lam
+    assert [0.8, 1.0] == after_a_step(opt)
+
+
+def test_the_same_lam_is_loaded_without_a_warning() -> None:
+    """A wrapper's own checkpoint with the same lam, and a wrapper without lam=, load without a warning."""
+    opt = CautiousDecay(two_groups(), lam=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CautiousDecay(two_groups(), lam=0.4).load_state_dict(opt.state_dict())
+        plain = CautiousDecay(two_groups())
+        plain.load_state_dict(opt.state_dict())
+
+    assert 0.4 == plain.lam
+
+
+@pytest.mark.parametrize(
+    ("lam", "saved", "shown", "in_force"), [(0, [0.1, 0.0], "0.1", 0.1), (0.4, [0.0, 0.0], "0", 0)]
+)
+def test_a_lam_of_0_is_a_lam(lam: float, saved: list[float], shown: str, in_force: float) -> None:
+    """lam=0 replaced by 0.1, and 0.4 by 0, warn as well, and no second warning follows."""
+    opt, checkpoint = CautiousDecay(two_groups(), lam=lam), two_groups()
+    for group, value in zip(checkpoint.param_groups, saved, strict=True):
+        group["weight_decay"] = value
+    with replaced(lam, shown) as caught:
+        opt.load_state_dict(checkpoint.state_dict())
+
+    assert 1 == len(caught)
+    assert in_force == opt.lam
+
+
+def test_a_checkpoint_with_several_decays() -> None:
+    """If the groups of a checkpoint differ, the warning has the range, and opt.lam is None."""
+    opt, checkpoint = (
+        CautiousDecay(SGD([{"params": [weight(1.0)]} for _ in range(3)], lr=1.0), lam=0.4) for _ in range(2)
+    )
+    for group, value in zip(checkpoint.param_groups, (0.1, 0.4, 0.2), strict=True):
+        group["weight_decay"] = value
+    with replaced(0.4, "0.1 to 0.4"):
+        opt.load_state_dict(checkpoint.state_dict())
+
+    assert opt.lam is None
+
+
+def test_lam_tells_what_is_in_force_however_it_came() -> None:
+    """A schedule, a value written by hand, new groups and a state dict loaded by the base itself show in opt.lam."""
+    base = two_groups()
+    opt = CautiousDecay(base)
+    assert 0.1 == opt.lam
+    base.param_groups[0]["weight_decay"] = 0.3
+    assert 0.3 == opt.lam
+    opt.lam = 0.4
+    base.load_state_dict(two_groups().state_dict())
+    assert 0.1 == opt.lam == copy.deepcopy(opt).lam == pickle.loads(pickle.dumps(opt)).lam
+    base.param_groups[1]["weight_decay"] = 0.2
+    assert opt.lam is None
+    opt.lam = None  # leaves each group its own
+    assert [0.1, 0.2] == [group["weight_decay"] for group in base.param_groups]
+    base.param_groups = [{**group, "weight_decay": 0.0} for group in base.param_groups]
+    assert 0 == opt.lam
+
+
+def test_lam_inside_a_step(every_path: PathOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, while the base's decay is off, opt.lam is that of between steps."""
+    opt, seen = stepped_adamw(every_path), []
+    in_the_middle(monkeypatch, lambda: seen.append(opt.lam))
+    opt.step()
+
+    assert [0.1] == seen
+
+
+def test_a_group_added_after_loading_gets_the_loaded_lam() -> None:
+    """A group that is added after the load decays as the others do, as in the run that made the checkpoint."""
+    opt = CautiousDecay(two_groups(), lam=0.4)
+    with replaced(0.4, "0.1"):
+        opt.load_state_dict(two_groups().state_dict())
+    opt.add_param_group({"params": [weight(1.0)]})
+
+    assert [0.1, 0.0, 0.1] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_a_group_with_a_decay_of_its_own_is_no_other_lam() -> None:
+    """A group that was added with its own decay was never lam's: loading it again gives no warning."""
+    opt = CautiousDecay(two_groups(), lam=0.4)
+    opt.add_param_group({"params": [weight(1.0)], "weight_decay": 0.2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(opt.state_dict())
+
+    assert [0.4, 0.0, 0.2] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_a_base_without_weight_decay_keeps_its_lam() -> None:
+    """Rprop's checkpoint has no decay, so the wrapper's lam stays in force."""
+    opt = CautiousDecay(Rprop([weight(1.0)]), lam=0.4)
+    opt.load_state_dict(Rprop([weight(1.0)]).state_dict())
+
+    assert 0.4 == opt.lam
+
+
+def test_dcp_warns_of_a_replaced_lam(tmp_path: Path) -> None:
+    """torch's distributed checkpoints load the decay, too, and the warning comes."""
+    model = net()
+    checkpoint = get_optimizer_state_dict(model, AdamW(model.parameters(), weight_decay=0.1))
+    opt = CautiousDecay(AdamW(model.parameters()), lam=0.4)
+    with replaced(0.4, "0.1"):
+        set_optimizer_state_dict(model, opt, optim_state_dict=checkpoint)
+
+    assert 0.1 == opt.lam
 
 
 # ------------------------------------------------------------------------------------ in the middle of a step

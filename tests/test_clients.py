@@ -95,6 +95,27 @@ def test_trainer_takes_an_instance(tmp_path: Path) -> None:
     assert not torch.equal(values(model), values(plain))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["checkpoint's", "user's"])
+def test_trainer_resumes_with_the_decay_of_the_checkpoint(tmp_path: Path, again: bool) -> None:
+    """A run resumed with lam=1.5 goes on with the checkpoint's 0.5 and a warning, unless a callback sets it again."""
+    transformers = pytest.importorskip("transformers")
+    trainer(model := language_model(), tmp_path, CautiousDecay(AdamW(model.parameters(), lr=0.05), lam=0.5)).train()
+    opt = CautiousDecay(AdamW((other := language_model()).parameters(), lr=0.05), lam=1.5)
+    second = trainer(other, tmp_path, opt)
+
+    class Again(transformers.TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            opt.lam = 1.5
+
+    if again:
+        second.add_callback(Again())
+    with pytest.warns(UserWarning, match=r"replaced lam=1.5 by weight_decay 0.5 of the checkpoint"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    assert opt.lam == (1.5 if again else 0.5)
+    assert torch.equal(values(model), values(other)) is not again
+
+
 def recipe(name: str) -> Any:
     """The class of that name in docs/diagnostics.md."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diagnostics.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -232,6 +253,29 @@ def test_lightning_resumes_from_its_checkpoint(tmp_path: Path, every_path: PathO
 
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]["state"]
     assert torch.equal(values(module.net), by_hand(12, path=every_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("again", [False, True], ids=["checkpoint's", "user's"])
+def test_lightning_resumes_with_the_decay_of_the_checkpoint(tmp_path: Path, again: bool) -> None:
+    """A run resumed with lam=1.5 goes on with the checkpoint's 0.5 and a warning, unless a callback sets it again."""
+    first = fit(lightning_module(), tmp_path)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    module = lightning_module()
+    build = module.configure_optimizers
+    module.configure_optimizers = lambda: set_lam(build())
+    if again:
+        module.on_train_start = lambda: set_lam({"optimizer": inner(module.optimizers())})
+    with pytest.warns(UserWarning, match=r"replaced lam=1.5 by weight_decay 0.5 of the checkpoint"):
+        fit(module, tmp_path, ckpt=tmp_path / "last.ckpt", max_epochs=2)
+
+    assert inner(module.optimizers()).lam == (1.5 if again else 0.5)
+    assert torch.equal(values(module.net), by_hand(12)) is not again
+
+
+def set_lam(options: Any) -> Any:
+    options["optimizer"].lam = 1.5
+    return options
 
 
 # ----------------------------------------------------------------------------------- accelerate

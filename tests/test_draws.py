@@ -1,18 +1,21 @@
-"""Several ranks draw the same random numbers as one process, whatever their seeds and the layout of the weights."""
+"""Ranks draw the same random numbers as one process; a seed that is set later; steps in inference mode."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
 from ranks import spawn
 from support import ALL_PATHS, PathOptions, can_run
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, rules
 from cwd_wrap.tensors import Shard, shard
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),
-    pytest.mark.filterwarnings("ignore:eta.lam = .* is lost"),
+    pytest.mark.filterwarnings("ignore:.*is too small for b?float16"),
 ]
 SHAPES = [(5, 3), (1, 7), (4, 6), (3,)]
 METHODS = [{"rounding": "stochastic"}, {"mask": "random", "path": "snapshot"}]
@@ -98,3 +101,60 @@ def test_splitmix_is_the_published_one() -> None:
     assert [int(word) % 2**64 for word in words] == [
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821,
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ the seed and the counter
+
+
+def ones(method: dict[str, str], **options: Any) -> tuple[nn.Parameter, CautiousDecay]:
+    """4,096 bfloat16 weights of 1, every other of which moves towards 0: a step decays, or rounds, some of them."""
+    p = nn.Parameter(torch.ones(1 << 12, dtype=torch.bfloat16))
+    p.grad = torch.tensor([0.5, -0.5], dtype=torch.bfloat16).repeat(1 << 11)
+    return p, CautiousDecay(SGD([p], lr=0.1), lam=0.25, **method, **options)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_seed_that_is_set_later_is_the_seed_of_the_next_step(method: dict[str, str]) -> None:
+    """With another seed another step follows: that of a wrapper built with it; a copy goes on with it, too."""
+    (p, opt), (q, twin), (r, other) = ones(method), ones(method, seed=5), ones(method)
+    opt.step()
+    twin.step()
+    other.step()
+    assert not torch.equal(p, q)
+    q.data.copy_(p.data)
+    opt.seed = 5
+    copied = copy.deepcopy(opt)
+    of_copy = copied.param_groups[0]["params"][0]
+    of_copy.grad = p.grad
+    for each in (opt, twin, other, copied):
+        each.step()
+
+    assert 5 == opt.seed == copied.seed
+    assert torch.equal(p, q)
+    assert not torch.equal(p, r)
+    assert torch.equal(p, of_copy)
+
+
+@pytest.mark.parametrize("seed", ["x", 0.5, True, -1, 2**63, None, torch.tensor(1)], ids=str)
+def test_a_wrong_seed_is_refused_where_it_is_given(seed: Any) -> None:
+    """A seed that is no int from 0 up to 2**63 - 1 raises at once, and the old one stays."""
+    _, opt = ones({}, seed=3)
+    with pytest.raises(TypeError, match=r"seed=.*: pass an int from 0 up to 2\*\*63 - 1"):
+        opt.seed = seed
+    with pytest.raises(TypeError, match=r"seed=.*: pass an int from 0 up to 2\*\*63 - 1"):
+        ones({}, seed=seed)
+
+    assert 3 == opt.seed
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("inside", [(0,), (1,), (0, 2), (1, 2)], ids=str)
+def test_steps_in_inference_mode_draw_the_same(method: dict[str, str], inside: tuple[int, ...]) -> None:
+    """Steps in inference mode, the first or later ones, draw the same numbers, and those outside go on."""
+    (p, opt), (q, twin) = ones(method), ones(method)
+    for step in range(4):
+        twin.step()
+        with torch.inference_mode(mode=step in inside):
+            opt.step()
+
+    assert torch.equal(p, q)

@@ -11,7 +11,7 @@ import torch
 from support import Method, PathOptions, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay, CautiousUpdate
+from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
 
 NOT_DECAYS = [-0.1, math.nan, math.inf, -math.inf]
 
@@ -37,13 +37,8 @@ class LookaheadLike(Optimizer):
 
 # ------------------------------------------------------------------------------------ what cannot be wrapped
 
-PARAMETERS = "Pass torch.optim.AdamW(params, ...), or use CautiousDecay.over(torch.optim.AdamW)(params, ...)"
-
 REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
-    "a number": (3, {}, TypeError, ["CautiousDecay", "torch.optim.Optimizer", "int", "3"]),
-    "parameters": ([weight(1.0)], {}, TypeError, ["torch.optim.Optimizer", "list", PARAMETERS]),
-    "parameters and options": (iter([weight(1.0)]), {"lr": 0.1}, TypeError, ["list_iterator", PARAMETERS]),
-    "a module": (torch.nn.Linear(1, 1), {}, TypeError, ["torch.optim.Optimizer", "Linear", PARAMETERS]),
+    "a number": (3, {}, TypeError, ["CautiousDecay wraps an optimizer, but got an int. Pass CautiousDecay(AdamW("]),
     "weight_decay=": (sgd(), {"weight_decay": 0.1}, TypeError, ["does not take weight_decay", "to SGD", "as lam="]),
     "lr=": (
         sgd(),
@@ -57,7 +52,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["lr of param group 1 of SGD", "shape (2,)", "one element"],
     ),
-    "a class": (SGD, {}, TypeError, ["SGD(params, ...)", "CautiousDecay.over(SGD)"]),
     "wrapped": (CautiousDecay(sgd()), {}, ValueError, ["CautiousDecay(SGD", "decay twice", "base_optimizer"]),
     "wrapped inside": (LookaheadLike(CautiousDecay(sgd())), {}, ValueError, ["CautiousDecay(SGD", "decay twice"]),
     "unknown mask": (sgd(), {"mask": "sign"}, ValueError, ["'sign'", "'update'"]),
@@ -183,7 +177,7 @@ def test_a_wrapped_optimizer_inside_timms_lookahead_is_found() -> None:
 
 def test_nothing_to_decay_gives_one_warning() -> None:
     """A base in which no group decays gives one warning, which names both ways to set a decay."""
-    with pytest.warns(UserWarning, match=r"nothing to decay.*lam=.*weight_decay=") as caught:
+    with pytest.warns(UserWarning, match=r"will not decay anything: .*lam=.*weight_decay in SGD") as caught:
         CautiousDecay(SGD([weight(1.0)], lr=0.1))
 
     assert 1 == len(caught)
@@ -323,17 +317,33 @@ SET_LATER = [
     (CautiousDecay, "strict", 1, "strict=1: pass one of True, False"),
     (CautiousDecay, "path", "fast", "unknown path 'fast': pass one of 'one_pass'"),
     (CautiousDecay, "backend", "cuda", "unknown backend 'cuda': pass one of 'eager'"),
+    (CautiousDecay, "seed", "x", "seed='x': pass an int from 0 up to"),
+    (CautiousDecay, "step_size", 0.1, "step_size=0.1 is not callable: pass a function of a param group"),
+    (CautiousDecay, "lam", "0.1", "lam of CautiousDecay is '0.1'"),
+    (
+        CautiousDecay,
+        "observer",
+        MaskMonitor,
+        r"observer is the class MaskMonitor: set an instance, such as MaskMonitor\(\)",
+    ),
+    (
+        CautiousDecay,
+        "observer",
+        [print],
+        r"observer=\[<built-in function print>\] cannot be called: set a MaskMonitor\(\), or",
+    ),
+    (PNormDecay, "p", 3, "p of PNormDecay is 3"),
     (CautiousUpdate, "scale", "sum", "unknown scale 'sum': pass one of 'mean', 'numel', None"),
 ]
 
 
 @pytest.mark.parametrize(("wrap", "name", "value", "text"), SET_LATER)
-def test_an_argument_that_is_set_later_is_checked_at_the_step(wrap: Any, name: str, value: object, text: str) -> None:
-    """A mistyped value that is set on a wrapper raises at the next step, which changes nothing."""
+def test_an_argument_that_is_set_later_is_checked(wrap: Any, name: str, value: object, text: str) -> None:
+    """A wrong value that is set on a wrapper raises there or at the next step, which changes nothing."""
     opt = wrap(sgd())
-    setattr(opt, name, value)
 
     with pytest.raises((TypeError, ValueError), match=text):
+        setattr(opt, name, value)
         opt.step()
     assert [1.0, 1.0] == [p.item() for group in opt.param_groups for p in group["params"]]
     assert [0.5, 0.25] == [group["weight_decay"] for group in opt.param_groups]

@@ -444,8 +444,8 @@ def test_a_decay_lost_in_16_bits_is_warned_of_by_group() -> None:
         opt.step()
 
     assert [str(each.message) for each in caught] == [
-        f"eta*lam = 1.0e-05 of {group} is lost when torch.bfloat16 weights are rounded to nearest: they need at least "
-        '2.0e-03. Pass rounding="stochastic", or keep float32 weights'
+        f"lr * weight_decay = 1e-05 is too small for bfloat16 weights (needs 0.002), so nothing decays in {group}. "
+        'Pass rounding="stochastic", or keep float32 weights'
         for group in ("param group 0", "param group 1 (head)")
     ]
 

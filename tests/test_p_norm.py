@@ -260,7 +260,7 @@ def test_lam_goes_where_the_groups_decay() -> None:
 
 def test_nothing_to_decay_is_warned_of() -> None:
     """PNormDecay around a base without decay, and without lam=, warns that nothing decays."""
-    with pytest.warns(UserWarning, match=r"PNormDecay over SGD has nothing to decay.*lam="):
+    with pytest.warns(UserWarning, match=r"^PNormDecay.SGD. will not decay anything: .*lam="):
         PNormDecay(SGD([weight(1)], lr=LR))
 
 

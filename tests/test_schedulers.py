@@ -242,7 +242,7 @@ def test_a_value_written_after_the_step_counts_from_the_next(every_path: PathOpt
 def test_a_schedule_may_begin_at_zero(every_path: PathOptions) -> None:
     """A group with decay 0 now and 0.5 later decays later; the constructor warns that nothing decays."""
     p = weight(1.0, grad=[0.0])
-    with pytest.warns(UserWarning, match="nothing to decay"):
+    with pytest.warns(UserWarning, match="will not decay anything"):
         opt = CautiousDecay(SGD([p], lr=0.1, **every_path.base), **every_path)
     opt.step()
     opt.param_groups[0]["weight_decay"] = 0.5

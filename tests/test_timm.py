@@ -3,10 +3,12 @@
 import argparse
 import copy
 import importlib
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,11 +296,62 @@ def test_entries_registered_later_have_a_cautious_name(registry: Any) -> None:
 
 
 def test_options_of_the_wrapper_are_keyword_arguments() -> None:
-    """`create_optimizer_v2`, and so `--opt-kwargs`, takes CautiousDecay's keyword arguments, but not lam."""
+    """`create_optimizer_v2`, and so `--opt-kwargs`, takes CautiousDecay's arguments beside those of the optimizer."""
     opt = make(model(), "cautious_adamw", strict=True, path="snapshot", betas=(0.8, 0.9))
 
     assert isinstance(opt, CautiousDecay)
-    assert (opt.strict, opt.path, opt.lam, opt.defaults["betas"]) == (True, "snapshot", None, (0.8, 0.9))
+    assert (opt.strict, opt.path, opt.lam, opt.defaults["betas"]) == (True, "snapshot", LAM, (0.8, 0.9))
+
+
+LAM_OF_TIMM = ["cautious_adamw", "cautious_lion", "cautious_sgd", "lookahead_cautious_adamw"]
+
+
+@pytest.mark.parametrize("name", LAM_OF_TIMM)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.01}, {"layer_decay": 0.5}], ids=str)
+def test_lam_takes_the_place_of_timms_weight_decay(name: str, options: dict[str, Any]) -> None:
+    """With lam= the groups and weights are those of the same weight_decay=: biases stay out, also without any."""
+    opt = create_optimizer_v2(model(), name, lr=0.1, lam=0.25, **options)
+    twin = create_optimizer_v2(model(), name, lr=0.1, **{**options, "weight_decay": 0.25})
+
+    assert [g["weight_decay"] for g in opt.param_groups] == [g["weight_decay"] for g in twin.param_groups]
+    assert {0.0, 0.25} == {g["weight_decay"] for g in opt.param_groups}
+
+
+def test_lam_as_a_positional_weight_decay() -> None:
+    """A weight_decay that is passed by position to timm's registry gives way to lam, too."""
+    opt = default_registry.create_optimizer(model(), "cautious_adamw", 0.1, 0.01, lam=0.25)
+
+    assert {0.0, 0.25} == {group["weight_decay"] for group in opt.param_groups}
+
+
+def test_lam_of_parameters_without_a_model() -> None:
+    """timm makes no groups from parameters; lam goes to all of them, and 0 turns their decay off without a warning."""
+    opt = create_optimizer_v2(model().parameters(), "cautious_adamw", lr=0.1, lam=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        off = create_optimizer_v2(model(), "cautious_adamw", lr=0.1, weight_decay=0.1, lam=0)
+
+    assert [0.25] == [group["weight_decay"] for group in opt.param_groups]
+    assert {0} == {group["weight_decay"] for group in off.param_groups}
+
+
+@pytest.mark.parametrize("lam", ["abc", -1.0, math.nan, [0.1]], ids=str)
+def test_a_wrong_lam_names_lam(lam: Any) -> None:
+    """A lam that is no number from 0 up raises with its name, not with that of weight_decay."""
+    with pytest.raises((TypeError, ValueError), match="lam of CautiousDecay is "):
+        create_optimizer_v2(model(), "cautious_adamw", lr=0.1, lam=lam)
+
+
+def test_opt_kwargs_carry_lam() -> None:
+    """`--opt-kwargs lam=0.25` beside `--weight-decay 0.01`, as timm's train.py parses them."""
+    from timm.utils import ParseKwargs
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs)
+    options = parser.parse_args(["--opt-kwargs", "lam=0.25", "strict=True"]).opt_kwargs
+    opt = create_optimizer_v2(model(), "cautious_adamw", lr=0.1, weight_decay=0.01, **options)
+
+    assert (True, 0.25) == (opt.strict, opt.lam)
 
 
 def test_foreach_reaches_the_base() -> None:
@@ -424,7 +477,7 @@ def test_an_unchanged_script_logs_the_same_lines(train: Runner, opt: str) -> Non
     """With weight_decay 0 only the optimizer's name differs in the log; with decay the numbers differ as well."""
     cautious = f"cautious_{opt}".replace("cautious_lookahead_", "lookahead_cautious_")
 
-    with pytest.warns(UserWarning, match="nothing to decay"):
+    with pytest.warns(UserWarning, match="will not decay anything"):
         without = train("--opt", cautious, "--weight-decay", 0)
     assert unnamed(without) == train("--opt", opt, "--weight-decay", 0)
 
@@ -449,7 +502,7 @@ def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, fi
     flags = ["--weight-decay", 0, "--sched", "constant", "--epochs"]
     (tmp_path / "first").mkdir()
     (tmp_path / "then").mkdir()
-    with pytest.warns(UserWarning, match="nothing to decay"):
+    with pytest.warns(UserWarning, match="will not decay anything"):
         train("--opt", first, *flags, 1, "--output", tmp_path / "first")
         checkpoint = tmp_path / "first" / "last.pth.tar"
         resumed = train("--opt", then, *flags, 2, "--output", tmp_path / "then", "--resume", checkpoint)

@@ -7,10 +7,12 @@ pytest -m gpu tests/test_triton_values.py
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from support import both_paths, net, values
+from test_devices import DEFAULTS, fused_adamw, same_on_a_default_device, sgd
 from test_stochastic_rounding import draws, sigmas
 from torch import Tensor
 from torch.optim import SGD
@@ -31,6 +33,7 @@ from cwd_wrap.kernels import _triton  # noqa: E402
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, of infinities and NaN
+    pytest.mark.filterwarnings("ignore:.*is too small for bfloat16"),
     *([] if INTERPRETED else [pytest.mark.gpu]),
 ]
 
@@ -202,3 +205,18 @@ def test_the_interpreter_is_chosen_on_the_cpu_only() -> None:
     assert kernels.choose(None, cpu) is kernels.choose("triton", cpu) is _triton
     with pytest.raises(ValueError, match=r"cannot run on cuda:0.*'eager'"):
         kernels.choose("triton", torch.device("cuda", 0))
+
+
+def draws_or_copies(method: Any, path: dict[str, str], options: dict[str, str]) -> bool:
+    """Does a case use what others do, and random numbers or both counts of a method besides?"""
+    return path.get("backend") == "numba" and (method is not CautiousDecay or "rounding" in options)
+
+
+@pytest.mark.parametrize("case", [case for case in DEFAULTS if draws_or_copies(*case.values[0])])
+def test_a_default_device_changes_nothing(case: Any) -> None:
+    """With another default device every path, method and monitor gives the same numbers."""
+    method, path, options = case
+    base = fused_adamw if path.base else sgd
+    on_triton = {**options, "path": path["path"], "backend": "triton"}
+
+    assert same_on_a_default_device(lambda o: method(o, **on_triton), base, torch.bfloat16, str(DEVICE))

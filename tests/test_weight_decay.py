@@ -186,7 +186,7 @@ NO_ONE_ETA: dict[str, tuple[Optimizer, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing to decay")
+@pytest.mark.filterwarnings("ignore:.*will not decay anything")
 @pytest.mark.parametrize(("base", "options", "text"), NO_ONE_ETA.values(), ids=list(NO_ONE_ETA))
 def test_an_optimizer_without_a_single_eta_is_refused(base: Optimizer, options: dict[str, Any], text: str) -> None:
     """The error names the group and the optimizer, the reason and the way out, also for a group added later."""
@@ -589,7 +589,7 @@ def test_a_base_without_weight_decay_keeps_lam_in_the_wrapper(name: str) -> None
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam"])
 def test_a_base_without_weight_decay_needs_lam(name: str) -> None:
     """A base without weight_decay and without lam= gives a warning that nothing decays."""
-    with pytest.warns(UserWarning, match="nothing to decay"):
+    with pytest.warns(UserWarning, match="will not decay anything"):
         CautiousDecay(without_decay(weight(1.0))[name])
 
 

@@ -48,8 +48,8 @@ class Backend(Protocol):
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
         `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
-        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written. The weight takes
-        column 0 of `rules.uniform`, the tensors of the state the next ones.
+        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column
+        0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
@@ -130,6 +130,8 @@ def obstacle(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run on ``device``; None if it can."""
     if backend == "eager":
         return None
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "compiled kernels read memory, and under FakeTensorMode no tensor has any"
     if (backend, device) not in _obstacles:
         _obstacles[backend, device] = _triton_obstacle(device) if backend == "triton" else _numba_obstacle(device)
     return _obstacles[backend, device]
@@ -140,7 +142,7 @@ def _say_once(device: torch.device) -> None:
     reason = obstacle("triton", device)
     if reason is not None and reason.startswith(_BROKEN) and reason not in _said:
         _said.add(reason)
-        notices.warn(f'cwd_wrap uses torch operations on {device}: {reason}. Pass backend="eager" to choose them')
+        notices.warn(f'cwd_wrap uses torch operations on {device}: {reason}. Pass backend="eager" to silence this')
 
 
 def _numba_obstacle(device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
-from cwd_wrap.tensors import marks
+from cwd_wrap.tensors import has_numbers, marks
 from cwd_wrap.updates import Adam, Lion, Update
 
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
@@ -322,7 +322,7 @@ def _lines(*tensors: Tensor) -> list[Tensor]:
 
 
 def _write_back(t: Tensor, line: Tensor, order: list[int] | None = None) -> None:
-    if line.data_ptr() != t.data_ptr():
+    if has_numbers(t) and line.data_ptr() != t.data_ptr():
         in_order = t.permute(_order(t) if order is None else order)
         in_order.copy_(line.view_as(in_order))
 

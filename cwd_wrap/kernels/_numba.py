@@ -301,7 +301,7 @@ def _launch(
     written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
     draws = [bucket.draws for bucket in buckets if bucket.draws is not None]
     if draws and any(columns[i][0].element_size() == 2 for i in written):
-        streams = [rules.stream(each.stream, torch.tensor(each.numbers)).numpy() for each in draws]
+        streams = [rules.stream(each.stream, torch.tensor(each.numbers, device="cpu")).numpy() for each in draws]
         shards = np.array([shard for each in draws for shard in each.shards], np.int64)
         job.draw(np.concatenate(streams), shards.reshape(-1, len(Shard._fields)))
     job.find(lines, _counters(buckets))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from cwd_wrap.graphs import capturing
 
-SEVERAL = 64  # so many tables are kept for each device, whatever their size,
-BYTES = 16 << 20  # and more while all take no more bytes than this: thousands of optimizers, one for each parameter
+# Always keep this many tables per device.
+SEVERAL = 64
+# Keep more while their total is below this, for programs with thousands of one-parameter optimizers.
+BYTES = 16 << 20
 ALLOCATED = 512  # bytes that torch gives to the smallest tensor on a device
 SPARES = 4  # pieces of pinned memory of one size that are kept for a capture
 

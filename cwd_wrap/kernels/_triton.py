@@ -713,8 +713,8 @@ def _chunks(sizes: bytes, rows: bytes, chosen: bytes) -> Tensor:
     """For each chunk of the ``chosen`` tensors: tensor, first element, the one after the last, row of the tensor."""
     numel, row = plain(sizes).view(torch.int64), plain(rows).view(torch.int64)
     chunks = (numel + CHUNK - 1) // CHUNK * plain(chosen)
-    tensor = torch.repeat_interleave(torch.arange(len(numel)), chunks)
-    number = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
+    tensor = torch.repeat_interleave(torch.arange(len(numel), device="cpu"), chunks)
+    number = torch.arange(len(tensor), device="cpu") - (chunks.cumsum(0) - chunks)[tensor]
     start = number * CHUNK
     return torch.stack([tensor, start, torch.minimum(start + CHUNK, numel[tensor]), row[tensor]], dim=1)
 
