@@ -1,6 +1,6 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,7 +41,7 @@ class Step:
         self._journal = journal
         self._make_plan = plan
         self._plan: Plan | None = None  # from the begin of the rule to its end
-        self._readers: Sequence[str] = ()
+        self._own_readers: dict[str, Any] | None = None  # those that the base has as attributes of the instance
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
@@ -70,12 +70,17 @@ class Step:
             weight_decay.on(self._base, self._journal)
         for hooks in self._hooks:
             hooks.pop(id(self), None)
-        for name in self._readers:
-            vars(self._base).pop(name, None)
+        if self._own_readers is not None:
+            for name in _READERS:
+                vars(self._base).pop(name, None)
+            vars(self._base).update(self._own_readers)
 
     def _step(self) -> float | None:
         base = self._base
         step = type(base).step
+        self._own_readers = {name: vars(base)[name] for name in _READERS if name in vars(base)}
+        for name in _READERS:
+            vars(base)[name] = self._guarded(getattr(base, name))
         if getattr(step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
             before, after = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
             self._hooks = before, after
@@ -85,9 +90,6 @@ class Step:
             cast("OrderedDict[int, object]", after).move_to_end(id(self), last=False)
         else:
             self._begin()
-        self._readers = [name for name in _READERS if name not in vars(base)]
-        for name in self._readers:
-            vars(base)[name] = self._guarded(getattr(base, name))
         stepped = base.step() if self._closure is None else base.step(self._call_closure)
         self._end()
         return stepped

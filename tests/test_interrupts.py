@@ -4,6 +4,7 @@
 There it raises (Ctrl-C, a handler that raises), or saves (a handler that writes a checkpoint).
 """
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -30,8 +31,6 @@ PACKAGE = str(Path(cwd_wrap.__file__).parent)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:always_adapt of param group", "ignore:weight_decay of param group", "ignore:Sparse invariant checks"
 )
-changed = pytest.mark.xfail(strict=True, reason="issue 22, item 6: an interrupted step leaves changes behind")
-half_saved = pytest.mark.xfail(strict=True, reason="issue 22, item 7: what is saved inside a step has decay 0")
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +145,11 @@ def some_lines(name: str, one_in: int) -> list[int]:
     return numbers_of_lines(name)[list(CASES).index(name) % one_in :: one_in]
 
 
-def raise_at(opt: Any, case: Case, line: int) -> str:
-    """Step, and raise before the line of that number: as Ctrl-C does, or as a handler may. Returns its place."""
+def raise_at(opt: Any, case: Case, line: int) -> str | None:
+    """Step, and raise before the line of that number: as Ctrl-C does, or as a handler may. Returns its place.
+
+    None if the step has fewer lines: a step with a plan that is kept is shorter than one that makes it.
+    """
     error, places = (KeyboardInterrupt if line % 2 else TimeoutError), []
 
     def act(number: int, place: str) -> None:
@@ -155,9 +157,9 @@ def raise_at(opt: Any, case: Case, line: int) -> str:
             places.append(place)
             raise error
 
-    with pytest.raises(error):
+    with contextlib.suppress(error):
         lines_of(lambda: case.step(opt), act)
-    return places[0]
+    return places[0] if places else None
 
 
 HOOKS = [
@@ -220,15 +222,19 @@ def what_is_wrong(opt: Any, before: dict[str, Any], known: list[list[list[str]]]
     return wrong if made_of(keys(opt), known) else [*wrong, "state"]
 
 
-@changed
 @every_case
 def test_an_interrupt_at_any_line_leaves_nothing_changed(name: str) -> None:
     """After an interrupt groups, lists and hooks are as before, states have all keys, and the next step is right."""
     case, opt, wrong = CASES[name], CASES[name].build(), {}
     known = [keys(opt), keys(stepped(opt, case))]
-    for i, line in enumerate(some_lines(name, 2 if name in PATHS else 3)):
+    lines, raised = some_lines(name, 2 if name in PATHS else 3), 0
+    for i, line in enumerate(lines):
         before = between(opt)
         place = raise_at(opt, case, line)
+        if place is None:
+            opt = case.build()
+            continue
+        raised += 1
         found = what_is_wrong(opt, before, known)
         twin = stepped(opt, case) if i % 5 == 0 and not found else None
         case.step(opt)
@@ -240,6 +246,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_changed(name: str) -> None:
             opt = case.build()
 
     assert not wrong
+    assert raised > len(lines) / 2
 
 
 def test_the_comparison_sees_what_stays() -> None:
@@ -304,10 +311,7 @@ def unpickled(name: str) -> bool:
 
 
 CASES_OF_SAVES = [
-    pytest.param(name, how, marks=[] if how == "wrapper's" else half_saved)
-    for name in CASES
-    for how in SAVES
-    if not (how in ("pickle", "deepcopy") and unpickled(name))
+    (name, how) for name in CASES for how in SAVES if not (how in ("pickle", "deepcopy") and unpickled(name))
 ]
 
 
@@ -416,13 +420,11 @@ def on_two_threads() -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 22, item 7: handlers run between the turns of other threads")
 def test_a_handler_that_saves_during_one_pass_sees_no_half_stepped_tensor(on_two_threads: Any) -> None:
     """One pass on two threads: a handler runs before or after it, so each tensor that it saves is of one step."""
     assert "half saved: 0" in on_two_threads.stdout, on_two_threads.stderr[-2000:]
 
 
-@pytest.mark.xfail(strict=True, reason="issue 22, item 10: another thread goes on with tensors that are gone")
 def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads: Any) -> None:
     """After the error no thread writes to the weights any more, and they can be freed without a crash."""
     assert (0, 2) == (on_two_threads.returncode, on_two_threads.stdout.count("written after the end: 0\n"))
