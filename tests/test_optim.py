@@ -257,7 +257,7 @@ def test_an_unknown_class_lists_near_ones(name: str, near: str) -> None:
 
 def test_a_name_without_near_ones() -> None:
     """Where nothing is near, the text ends with the name; hasattr works."""
-    with pytest.raises(AttributeError, match="has no attribute 'xyz'$"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'xyz'$"):
         _ = optim.xyz
 
     assert not hasattr(cwd_wrap.optim, "xyz")

@@ -24,5 +24,5 @@ def build(cls: type[AdamW]) -> AdamW:
 
 
 Tuned(net.parameters(), 0.1, 0.9).lam = "0.1"  # type: ignore[assignment]
-opt.missing  # type: ignore[attr-defined]
-cwd_wrap.optim.AdamX  # type: ignore[attr-defined]
+print(opt.missing)  # type: ignore[attr-defined]
+print(cwd_wrap.optim.AdamX)  # type: ignore[attr-defined]
