@@ -5,9 +5,8 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from os import PathLike
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -320,11 +319,19 @@ def _names(groups: Sequence[dict[str, Any]], model: Module | None) -> dict[str, 
     of_model = {} if model is None else {id(p): name for name, p in model.named_parameters()}
     of_group = [group.get("param_names") or [of_model.get(id(p)) for p in group["params"]] for group in groups]
     names = {f"{i}.{j}": name for i, some in enumerate(of_group) for j, name in enumerate(some) if name}
-    modules = [".".join(commonprefix([name.split(".") for name in some])) if all(some) else "" for some in of_group]
-    for i, module in enumerate(modules):
+    modules = [_module(some) if all(some) else "" for some in of_group]
+    decaying = [module for module, group in zip(modules, groups, strict=True) if group.get("weight_decay")]
+    for i, (module, group) in enumerate(zip(modules, groups, strict=True)):
+        among = decaying if group.get("weight_decay") else modules  # often a module's biases are a group without decay
         if module:
-            names[f"group {i}"] = module if modules.count(module) == 1 else f"{module} (group {i})"
+            names[f"group {i}"] = module if among.count(module) == 1 else f"{module} (group {i})"
     return names
+
+
+def _module(names: Sequence[str]) -> str:
+    """The innermost module in which all these parameters are, or the parameter if there is one; "" for the model."""
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _rows(look: _Look, part: Part, over_ranks: bool) -> Iterator[_Row]:
