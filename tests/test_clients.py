@@ -199,26 +199,16 @@ def test_trainer_takes_an_instance(tmp_path: Path) -> None:
     assert not torch.equal(values(model), values(plain))
 
 
-def recipe(name: str) -> Any:
-    """The class of that name in docs/diagnostics.md."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diagnostics.md").read_text(), re.DOTALL | re.MULTILINE)
-    (source,) = (block for block in blocks if f"class {name}(" in block)
-    namespace: dict[str, Any] = {"monitor": None, "to_board": None}
-    exec(source, namespace)
-    return namespace[name]
-
-
 def test_trainer_logs_a_monitor(tmp_path: Path) -> None:
-    """The recipe's callback writes each row once, when the Trainer logs."""
-    model, rows = language_model(), []
-    opt = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
-    opt.observer = monitor = MaskMonitor()
-    client = trainer(model, tmp_path, opt)
-    client.add_callback(recipe("LogDecay")(monitor, rows.append))
+    """The page's callback finds the Trainer's optimizer, and writes each row once when the Trainer logs."""
+    client = trainer(language_model(), tmp_path, of=page_class("clients.md", "CautiousTrainer"))
+    rows: list[dict[str, Any]] = []
+    client.add_callback(page_class("diagnostics.md", "LogDecay")(MaskMonitor(), rows.append))
     client.args.logging_strategy, client.args.logging_steps = "steps", 2
     client.train()
 
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [1, 2, 3, 4, 5, 6] == [row["step"] for row in rows]
+    assert {"transformer"} == {row["name"] for row in rows}
 
 
 def split(of: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -298,23 +288,20 @@ def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_logs_a_monitor(tmp_path: Path) -> None:
-    """The recipe's callback writes into the logger of the Trainer."""
-    module, written = lightning_module(), []
+    """The page's callback finds Lightning's optimizer, and writes each group under its own key."""
+    module, build = lightning_module(), CautiousDecay
     loggers = pytest.importorskip("lightning.pytorch.loggers")
+    first, _, last = module.net
+    groups = [{"params": list(part.parameters())} for part in (first, last)]
+    module.configure_optimizers = lambda: build(AdamW(groups, lr=0.05, weight_decay=0.5))
+    written: list[tuple[int, str]] = []
     logger = loggers.CSVLogger(tmp_path)
-    logger.log_metrics = lambda metrics, step=None: written.append((step, *metrics))
-    monitor, build = MaskMonitor(), module.configure_optimizers
+    logger.log_metrics = lambda metrics, step=None: written.extend((step, key) for key in metrics)
+    fit(module, tmp_path, logger=logger, callbacks=[page_class("diagnostics.md", "WatchDecay")(MaskMonitor())])
+    keys = [f"net.{part}/share_decayed" for part in (0, 2)]
 
-    def configure() -> Any:
-        options = build()
-        options["optimizer"].observer = monitor
-        return options
-
-    module.configure_optimizers = configure
-    fit(module, tmp_path, logger=logger, callbacks=[recipe("WatchDecay")(monitor)])
-
-    assert (1, "share") in written
-    assert len(monitor.rows()) == 6
+    assert {(step, key) for step in range(1, 7) for key in keys} <= set(written)
+    assert len(written) == len(set(written))
 
 
 @pytest.mark.filterwarnings("ignore")
