@@ -85,7 +85,7 @@ def check_optimizer(name: str, base: object) -> None:
 def _check_call(cls: type[Optimizer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise TypeError for what is no optimizer, and for arguments that belong to the optimizer."""
     parameters = inspect.signature(cls.__init__).parameters
-    if "base_optimizer" not in parameters:  # classes from `over` build the optimizer themselves
+    if hasattr(cls, "_recipe") or "base_optimizer" not in parameters:  # a class that builds the optimizer itself
         return
     given = [*args[:1], *([kwargs["base_optimizer"]] if "base_optimizer" in kwargs else [])]
     for base in given:

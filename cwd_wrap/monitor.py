@@ -5,13 +5,15 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from cwd_wrap import notices
 from cwd_wrap.buckets import Part, Report
@@ -67,10 +69,10 @@ class _Row:
 class MaskMonitor:
     """Records at each step which share of the weights decays, by how much, and how large the optimizer's update is.
 
-    Set it as a wrapper's ``observer``. `rows` gives a dict for each recorded step (a "look") and param group:
+    `watch` attaches it to a wrapper. `rows` gives a dict for each recorded step (a "look") and param group:
 
     - ``step``, ``group``: the number of the group's step since the monitor was attached; the group's index
-    - ``name``: the group's key ``name``, or ``group 0``; see ``per_parameter``
+    - ``name``: the group's key ``name``, or what `watch` found, or ``group 0``; see ``per_parameter``
     - ``path``: the path that the group took; several are joined by +
     - ``weights``: how many weights the method acted on, on this rank
     - ``eta_lam``: eta*lam, the share that one step takes off a weight where the mask is 1
@@ -90,8 +92,8 @@ class MaskMonitor:
     optimizer needs its own monitor: one monitor cannot tell the groups of two optimizers apart.
 
     Args:
-        per_parameter: a row for each parameter. ``name`` is then the parameter's, if the optimizer was given named
-            parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
+        per_parameter: a row for each parameter. ``name`` is then the parameter's, if `watch` was given the model or the
+            optimizer named parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
         every: record the first of every so many steps; the others cost nothing.
         keep: how many rows are kept, the latest (about 1 kB each, less for rows of parameters). Older ones are dropped,
             so read or write them before.
@@ -104,7 +106,7 @@ class MaskMonitor:
         >>> from cwd_wrap import CautiousDecay, MaskMonitor
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
         >>> opt = CautiousDecay(torch.optim.SGD([w], lr=0.1), lam=0.5)
-        >>> opt.observer = monitor = MaskMonitor()
+        >>> monitor = MaskMonitor().watch(opt)
         >>> w.grad = torch.tensor([1.0, -1.0, 1.0, 1.0])
         >>> opt.step()
         >>> monitor.ratios
@@ -141,6 +143,7 @@ class MaskMonitor:
         self._unread: dict[torch.device, Tensor] = {}  # weights decayed at dropped looks
         self._unread_weights = 0
         self._warned: set[int] = set()
+        self._names: dict[str, str] = {}  # of groups and parameters, for names such as "group 0" and "0.3"
 
     # ---- what the wrapper calls
 
@@ -168,6 +171,19 @@ class MaskMonitor:
             self._put_together()
 
     # ---- what the user calls
+
+    def watch(self, optimizer: Optimizer, model: Module | None = None) -> "Self":
+        """Become the observer of the wrapper in ``optimizer``, and return the monitor.
+
+        ``optimizer`` is a `CautiousDecay`, `CautiousUpdate` or `PNormDecay`, or what accelerate, Trainer, Lightning or
+        DeepSpeed made of it. (There, setting ``observer`` does nothing.) With ``model``, rows have the names of its
+        parameters, and a group without a ``name`` that of the module in which all its parameters are, such as
+        ``blocks.3``. Raises TypeError if there is no wrapper.
+        """
+        wrapper = _wrapper_in(optimizer)
+        wrapper.observer = self
+        self._names = _names(wrapper.param_groups, model)
+        return self
 
     def rows(self, *, over_ranks: bool = False) -> list[dict[str, Any]]:
         """A dict of plain numbers for each step and group, or parameter, in order: for ``pandas.DataFrame(rows)``.
@@ -224,14 +240,15 @@ class MaskMonitor:
     def _as_kept(self, part: Part) -> Part:
         """The part with a row for each parameter, or one for all. If eta*lam is on a device, it is the last column."""
         sums, eta_lam = part.sums, part.eta_lam
-        labels, weights = part.labels, part.weights
+        name = self._names.get(part.name, part.name)
+        labels, weights = [self._names.get(label, label) for label in part.labels], part.weights
         if not self.per_parameter:
-            sums, labels, weights = sums.sum(0, keepdim=True), [part.name], [sum(weights)]
+            sums, labels, weights = sums.sum(0, keepdim=True), [name], [sum(weights)]
         if isinstance(eta_lam, Tensor) and eta_lam.device.type != "cpu":
             sums = torch.cat([sums, eta_lam.to(sums).expand(len(sums), 1)], dim=1)
         else:
             eta_lam = float(eta_lam)
-        return replace(part, sums=sums, labels=labels, weights=weights, eta_lam=eta_lam)
+        return replace(part, name=name, sums=sums, labels=labels, weights=weights, eta_lam=eta_lam)
 
     def _forget(self, look: _Look) -> None:
         """Drop a look; `read` still counts it."""
@@ -281,6 +298,49 @@ class MaskMonitor:
                 "almost everywhere, so the method does next to nothing there. See whether its weight_norm grows; if it "
                 "should not, use plain decay there, or a smaller lr"
             )
+
+
+def _wrapper_in(optimizer: object) -> Any:
+    """The outermost wrapper in an optimizer of an engine, or in one around it, such as Lookahead."""
+    layers: list[object] = []
+    layer: object = optimizer
+    while layer is not None and not any(layer is known for known in layers):
+        layers.append(layer)
+        # Lightning's optimizer has all attributes of the one inside it, so look inside first.
+        inside = _first(layer, "_optimizer", "optimizer")
+        if inside is None and "observer" in getattr(layer, "__dict__", {}):
+            return layer
+        layer = inside or _first(layer, "_base_optimizer", "base_optimizer")
+    msg = (
+        "MaskMonitor.watch found no CautiousDecay, CautiousUpdate or PNormDecay in "
+        f"{' around '.join(type(each).__name__ for each in layers) or None}: pass the optimizer that was wrapped. "
+        "A Trainer has none before training begins"
+    )
+    raise TypeError(msg)
+
+
+def _first(layer: object, *names: str) -> object:
+    return next((inside for name in names if (inside := getattr(layer, name, None)) is not None), None)
+
+
+def _names(groups: Sequence[dict[str, Any]], model: Module | None) -> dict[str, str]:
+    """For the names that reports give to groups and parameters, such as "group 0" and "0.3", those in the model."""
+    of_model = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+    of_group = [group.get("param_names") or [of_model.get(id(p)) for p in group["params"]] for group in groups]
+    names = {f"{i}.{j}": name for i, some in enumerate(of_group) for j, name in enumerate(some) if name}
+    modules = [_module(some) if all(some) else "" for some in of_group]
+    decaying = [module for module, group in zip(modules, groups, strict=True) if group.get("weight_decay")]
+    for i, (module, group) in enumerate(zip(modules, groups, strict=True)):
+        among = decaying if group.get("weight_decay") else modules  # often a module's biases are a group without decay
+        if module:
+            names[f"group {i}"] = module if among.count(module) == 1 else f"{module} (group {i})"
+    return names
+
+
+def _module(names: Sequence[str]) -> str:
+    """The innermost module in which all these parameters are, or the parameter if there is one; "" for the model."""
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _rows(look: _Look, part: Part, over_ranks: bool) -> Iterator[_Row]:

@@ -6,6 +6,7 @@
 A training script without this import runs unchanged with
 
     python -m cwd_wrap.timm train.py --opt cautious_adamw ...
+    python -m cwd_wrap.timm -m open_clip_train.main --opt timm/cautious_adamw ...
 
 Processes that multiprocessing starts after the import, or under the launcher, have the names too. The decay is each
 group's own ``weight_decay``, as timm's group builders set it, so biases and norms stay out. timm's own ``cadamw`` and
@@ -15,6 +16,7 @@ the like are another method: they mask the update (arXiv 2411.16085), not the de
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import multiprocessing
 import runpy
@@ -35,8 +37,6 @@ _Registry: Any = object  # `register` makes a subclass of `CautiousNames` and ti
 
 PREFIX = "cautious_"
 LOOKAHEAD = "lookahead_"
-
-_OPTIONS = [name for name in inspect.signature(CautiousDecay).parameters if name != "base_optimizer"]
 
 
 class CautiousNames(_Registry):  # type: ignore[misc]
@@ -73,9 +73,9 @@ class CautiousNames(_Registry):  # type: ignore[misc]
         return super().get_optimizer_class(info, bind_defaults)
 
     def create_optimizer(self, model_or_params: Any, opt: str, *args: Any, **kwargs: Any) -> Optimizer:
-        """Like timm's. A name with ``cautious_`` also takes the arguments of `CautiousDecay`.
+        """Like timm's. A name with ``cautious_`` also takes the keyword arguments of `CautiousDecay`.
 
-        ``lam`` takes the place of ``weight_decay``, by which timm makes the groups: biases and norms stay out.
+        ``lam`` takes the place of ``weight_decay``, so biases and norms stay out of it, too.
         """
         optimizer: Optimizer
         lookahead = LOOKAHEAD if opt.lower().startswith(LOOKAHEAD) else ""
@@ -84,16 +84,15 @@ class CautiousNames(_Registry):  # type: ignore[misc]
             optimizer = super().create_optimizer(model_or_params, opt, *args, **kwargs)
             return optimizer
         info = self.get_optimizer_info(name)
-        options = {option: kwargs.pop(option) for option in _OPTIONS if option in kwargs}
         # timm treats everything before the last "_" as prefixes and drops unknown ones: use a name without "_".
         only_one = self.plain_class()
         try:
             base = super().get_optimizer_class(name.removeprefix(PREFIX), bind_defaults=False)
-            only_one.register(dataclasses.replace(info, name="cautious", opt_class=CautiousDecay.over(base, **options)))
+            only_one.register(dataclasses.replace(info, name="cautious", opt_class=CautiousDecay.over(base)))
             called = inspect.signature(only_one.create_optimizer).bind(model_or_params, "", *args, **kwargs)
             called.arguments["opt"] = f"{lookahead}cautious"
-            if options.get("lam") is not None:
-                called.arguments["weight_decay"] = options["lam"]
+            if kwargs.get("lam") is not None:
+                called.arguments["weight_decay"] = kwargs["lam"]
             optimizer = only_one.create_optimizer(*called.args, **called.kwargs)
         except (AssertionError, ImportError, ValueError) as error:
             msg = f"{opt}: {error}"
@@ -134,30 +133,55 @@ def _cautious(info: "OptimInfo", name: str) -> "OptimInfo":
 
 
 def run_script(argv: list[str]) -> None:
-    """Run the script ``argv[0]`` as ``python argv[0] ...`` does, but with the names registered."""
-    usage = "usage: python -m cwd_wrap.timm SCRIPT [its arguments], such as train.py --opt cautious_adamw"
+    """Run ``python argv...``, a script or ``-m`` and a module with its arguments, with the names registered."""
+    usage = (
+        "usage: python -m cwd_wrap.timm SCRIPT [its arguments], such as train.py --opt cautious_adamw\n"
+        "       python -m cwd_wrap.timm -m MODULE [its arguments], as python -m MODULE"
+    )
     if argv[:1] in (["-h"], ["--help"]):
         print(usage)  # noqa: T201
         return
+    as_module = argv[:1] == ["-m"]
+    argv = argv[as_module:]
     if not argv:
-        _stop(f"no script given\n{usage}")
+        _stop(f"no {'module' if as_module else 'script'} given\n{usage}")
     script = Path(argv[0])
-    if not script.is_file():
+    if not as_module and not script.is_file():
         _stop(f"there is no script {argv[0]!r} in {Path.cwd()}\n{usage}")
-    sys.argv = argv
-    if not getattr(sys.flags, "safe_path", False):
+    if not as_module and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(script.resolve().parent)
     try:
         importlib.import_module("cwd_wrap.timm")  # registers; this copy of the file is __main__, and replaced below
     except ImportError as error:
         _stop(str(error))
-    sys.excepthook = _show_from_script
     main = ModuleType("__main__")
-    main.__file__ = str(script.absolute())
+    if as_module:
+        main.__spec__ = spec = _spec_of(argv[0])
+        main.__loader__, main.__package__, main.__file__ = spec.loader, spec.parent, spec.origin
+        code = spec.loader.get_code(spec.name)
+        argv = [spec.origin, *argv[1:]]
+    else:
+        main.__file__ = str(script.absolute())
+        code = compile(script.read_bytes(), main.__file__, "exec")
+    sys.argv = argv
+    sys.excepthook = _show_from_script
     sys.modules["__main__"] = main
-    # Not runpy.run_path: it sets sys.argv[0] to the full path, and removes __main__ before threads and exit handlers
-    # have ended.
-    exec(compile(script.read_bytes(), main.__file__, "exec"), vars(main))  # noqa: S102
+    # Not runpy's functions: run_path sets sys.argv[0] to the full path, and both remove __main__ before threads and
+    # exit handlers have ended.
+    exec(code, vars(main))  # noqa: S102
+
+
+def _spec_of(name: str) -> Any:
+    """The spec of a module, or of ``__main__`` in a package, as ``python -m`` finds it."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError) as error:
+        _stop(f"cannot import module {name!r} ({error})")
+    if spec is None or spec.origin is None:
+        _stop(f"there is no module {name!r} that can be run")
+    return spec
 
 
 def _stop(message: str) -> NoReturn:

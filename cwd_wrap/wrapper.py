@@ -75,10 +75,11 @@ class OptimizerWrapper(Contract):
         """Make a class that builds ``base_class`` from parameters and wraps it, for places that expect a class.
 
         ``base_class`` is a class of optimizers, or a function that returns an optimizer. The new class takes its
-        arguments. ``options`` are keyword arguments of this wrapper, and are checked here as by its constructor. The
-        same arguments return the same class. The class and its instances can be copied, and pickled if ``base_class``
-        and the options can. Raises TypeError for anything but a class of optimizers or a function, and for unknown or
-        unhashable options.
+        arguments, and those of this wrapper as keywords; a name that both have is the base's. ``options`` are the
+        wrapper's for all instances, and are checked here as by its constructor. The same arguments return the same
+        class: for an optimizer of torch and without options that in `cwd_wrap.optim`. The class and its instances can
+        be copied, and pickled if ``base_class`` and the options can. Raises TypeError for anything but a class of
+        optimizers or a function, and for unknown or unhashable options.
 
         Examples:
             >>> import torch

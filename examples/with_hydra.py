@@ -1,7 +1,7 @@
 """Hydra with CautiousDecay: the optimizer is built from names in a config, in seconds on a CPU, without a download.
 
     python examples/with_hydra.py
-    python examples/with_hydra.py optimizer.base_optimizer._target_=torch.optim.NAdam optimizer.strict=true
+    python examples/with_hydra.py optimizer._target_=cwd_wrap.optim.NAdam optimizer.strict=true
 
 Needs: pip install cwd-wrap hydra-core
 """
@@ -17,8 +17,9 @@ CONFIG = {
     "defaults": ["_self_", {"override hydra/job_logging": "disabled"}],  # no log file left behind
     "steps": 50,
     "optimizer": {
-        "_target_": "cwd_wrap.CautiousDecay",
-        "base_optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.1},
+        "_target_": "cwd_wrap.optim.AdamW",
+        "lr": 0.01,
+        "weight_decay": 0.1,
         "strict": False,
     },
     "hydra": {"output_subdir": None, "run": {"dir": "."}},
@@ -30,8 +31,7 @@ ConfigStore.instance().store("config", node=CONFIG)
 def main(cfg: DictConfig) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
-    # Pass the parameters to the inner optimizer; a config cannot name them.
-    optimizer = instantiate(cfg.optimizer, base_optimizer={"params": list(model.parameters())})
+    optimizer = instantiate(cfg.optimizer, model.parameters())  # a config cannot name the parameters
     x = torch.randn(64, 3)
     for _ in range(cfg.steps):
         optimizer.zero_grad()

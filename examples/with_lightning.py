@@ -21,10 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from cwd_wrap import CautiousDecay
 
 
-class CautiousAdamW(CautiousDecay.over(AdamW)):
-    """A class with AdamW's constructor and a name, for configs."""
-
-
 class Sums(L.LightningModule):
     """Learns the sum of three numbers."""
 

@@ -10,11 +10,19 @@ import os
 import tempfile
 
 import torch
-from torch.optim import AdamW
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from cwd_wrap import CautiousDecay
+
+
+class CautiousTrainer(Trainer):
+    """Wraps the optimizer that the Trainer makes, with its groups, learning rate and schedule."""
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            self.optimizer = CautiousDecay(super().create_optimizer(*args, **kwargs))
+        return self.optimizer
 
 
 class Counting(Dataset):
@@ -37,17 +45,12 @@ def main() -> None:
             max_steps=20,
             per_device_train_batch_size=8,
             learning_rate=1e-2,
-            weight_decay=0.1,  # the Trainer writes it into the groups that decay, from which the wrapper takes it
+            weight_decay=0.1,  # lam; the Trainer leaves biases and norms out
             logging_steps=10,
             report_to=[],
             use_cpu=True,
         )
-        trainer = Trainer(
-            model,
-            args,
-            train_dataset=Counting(),
-            optimizer_cls_and_kwargs=(CautiousDecay.over(AdamW), {"lr": args.learning_rate}),
-        )
+        trainer = CautiousTrainer(model, args, train_dataset=Counting())
         trainer.train()
         inner = trainer.optimizer.optimizer  # accelerate's optimizer is around ours
         assert isinstance(inner, CautiousDecay)

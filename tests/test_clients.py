@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from cwd_wrap import CautiousDecay, MaskMonitor
+from cwd_wrap import CautiousDecay, MaskMonitor, optim
 
 ROOT = Path(__file__).parents[1]
 CautiousAdamW = CautiousDecay.over(AdamW)
@@ -51,11 +51,24 @@ def trainer(model: nn.Module, folder: Path, optimizer: Any = None, **kwargs: Any
     flags = {"optimizers": (optimizer, None)} if optimizer is not None else {}
     if "cls" in kwargs:
         flags["optimizer_cls_and_kwargs"] = kwargs.pop("cls")
-    args = transformers.TrainingArguments(
-        str(folder), max_steps=6, save_steps=3, per_device_train_batch_size=4, learning_rate=0.05, weight_decay=0.5,
-        use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="steps", logging_strategy="no", **kwargs,
-    )  # fmt: skip
-    return transformers.Trainer(model, args, train_dataset=[{"input_ids": x, "labels": x} for x in ids], **flags)
+    of = kwargs.pop("of", transformers.Trainer)
+    options = {
+        "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05, "weight_decay": 0.5,
+        "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "steps", "logging_strategy": "no",
+    }  # fmt: skip
+    args = transformers.TrainingArguments(str(folder), **(options | kwargs))
+    return of(model, args, train_dataset=[{"input_ids": x, "labels": x} for x in ids], **flags)
+
+
+def page_class(page: str, name: str) -> Any:
+    """The class of that name in a page of docs/."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+    (source,) = (block for block in blocks if f"class {name}(" in block)
+    for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
+        pytest.importorskip(package)
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+    return namespace[name]
 
 
 def inner(optimizer: Any) -> CautiousDecay:
@@ -63,6 +76,97 @@ def inner(optimizer: Any) -> CautiousDecay:
     while not isinstance(optimizer, CautiousDecay):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+class Rates:
+    """A callback of the Trainer that notes each step's learning rates, of all groups."""
+
+    def __new__(cls) -> Any:
+        from transformers import TrainerCallback
+
+        class Noting(TrainerCallback):
+            rates: list[list[float]] = []  # noqa: RUF012
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+                self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+        return type("Noting", (Noting,), {"rates": []})()
+
+
+def options_of(optimizer: Any) -> list[dict[str, Any]]:
+    """All that the groups hold but the parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def trained(client: Any, **kwargs: Any) -> tuple[Any, Tensor, list[list[float]]]:
+    """The Trainer's optimizer, the weights, and each step's learning rates."""
+    client.add_callback(noting := Rates())
+    client.train(**kwargs)
+    return client.optimizer.optimizer, values(client.model), noting.rates
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch", "adagrad"])
+def test_the_trainer_of_the_page_keeps_what_the_arguments_say(tmp_path: Path, name: str) -> None:
+    """The page's Trainer has the plain one's optimizer inside, with its groups, options and learning rates."""
+    options = {"optim": name, "warmup_steps": 2, "lr_scheduler_type": "cosine", "adam_beta1": 0.8, "adam_epsilon": 1e-6}
+    cls = page_class("clients.md", "CautiousTrainer")
+    ours, weights, rates = trained(trainer(language_model(), tmp_path, of=cls, **options))
+    plain, plain_weights, plain_rates = trained(trainer(language_model(), tmp_path, **options))
+
+    assert (CautiousDecay, type(plain)) == (type(ours), type(ours.base_optimizer))
+    assert options_of(plain) == options_of(ours)
+    assert [0.5, 0.0] == [group["weight_decay"] for group in ours.param_groups]
+    assert rates == plain_rates
+    assert len(set(map(tuple, rates))) == 5  # the schedule
+    assert not torch.equal(weights, plain_weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing to decay")
+def test_the_trainer_of_the_page_without_decay_is_the_plain_one(tmp_path: Path) -> None:
+    """With weight_decay=0 the page's Trainer gives the plain one's weights, bit for bit."""
+    cls = page_class("clients.md", "CautiousTrainer")
+    _, weights, _ = trained(trainer(language_model(), tmp_path, of=cls, weight_decay=0.0))
+    _, plain, _ = trained(trainer(language_model(), tmp_path, weight_decay=0.0))
+
+    assert torch.equal(weights, plain)
+
+
+def test_the_trainer_of_the_page_resumes(tmp_path: Path) -> None:
+    """A resumed run has the learning rates and the weights of the uninterrupted run, bit for bit."""
+    cls = page_class("clients.md", "CautiousTrainer")
+    _, weights, rates = trained(trainer(language_model(), tmp_path, of=cls))
+    client = trainer(language_model(), tmp_path, of=cls)
+    _, resumed, later_rates = trained(client, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    assert rates[3:] == later_rates
+    assert torch.equal(weights, resumed)
+
+
+def test_the_trainer_of_the_page_takes_a_plain_checkpoint_and_trains_twice(tmp_path: Path) -> None:
+    """It resumes from the plain Trainer's checkpoint, and a second call of train() keeps the one wrapper."""
+    trainer(language_model(), tmp_path).train()
+    client = trainer(language_model(), tmp_path, of=page_class("clients.md", "CautiousTrainer"))
+    first, *_ = trained(client, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    second, *_ = trained(client)
+
+    assert (first, AdamW) == (second, type(first.base_optimizer))
+
+
+def test_a_class_for_the_trainer_needs_the_learning_rate(tmp_path: Path) -> None:
+    """With lr the class trains at the Trainer's learning rate; without it at the class's own, 1e-3."""
+    _, weights, _ = trained(trainer(language_model(), tmp_path, of=page_class("clients.md", "CautiousTrainer")))
+    _, with_lr, rates = trained(trainer(language_model(), tmp_path, cls=(optim.AdamW, {"lr": 0.05, "fused": True})))
+    _, _, without = trained(trainer(language_model(), tmp_path, cls=(optim.AdamW, {})))
+
+    assert torch.equal(weights, with_lr)
+    assert ([0.05, 0.05], [0.001, 0.001]) == (rates[0], without[0])
+
+
+def test_the_trainer_has_no_name_for_it(tmp_path: Path) -> None:
+    """`optim=` takes the names of transformers alone."""
+    language_model()
+    with pytest.raises(ValueError, match="cautious_adamw"):
+        trainer(language_model(), tmp_path, optim="cautious_adamw")
 
 
 def test_trainer_takes_the_class_and_resumes(tmp_path: Path, every_path: PathOptions) -> None:
@@ -116,26 +220,16 @@ def test_trainer_resumes_with_the_decay_of_the_checkpoint(tmp_path: Path, again:
     assert torch.equal(values(model), values(other)) is not again
 
 
-def recipe(name: str) -> Any:
-    """The class of that name in docs/diagnostics.md."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/diagnostics.md").read_text(), re.DOTALL | re.MULTILINE)
-    (source,) = (block for block in blocks if f"class {name}(" in block)
-    namespace: dict[str, Any] = {"monitor": None, "to_board": None}
-    exec(source, namespace)
-    return namespace[name]
-
-
 def test_trainer_logs_a_monitor(tmp_path: Path) -> None:
-    """The recipe's callback writes each row once, when the Trainer logs."""
-    model, rows = language_model(), []
-    opt = CautiousDecay(AdamW(model.parameters(), lr=0.05, weight_decay=0.5))
-    opt.observer = monitor = MaskMonitor()
-    client = trainer(model, tmp_path, opt)
-    client.add_callback(recipe("LogDecay")(monitor, rows.append))
+    """The page's callback finds the Trainer's optimizer, and writes each row once when the Trainer logs."""
+    client = trainer(language_model(), tmp_path, of=page_class("clients.md", "CautiousTrainer"))
+    rows: list[dict[str, Any]] = []
+    client.add_callback(page_class("diagnostics.md", "LogDecay")(MaskMonitor(), rows.append))
     client.args.logging_strategy, client.args.logging_steps = "steps", 2
     client.train()
 
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [1, 2, 3, 4, 5, 6] == [row["step"] for row in rows]
+    assert {"transformer"} == {row["name"] for row in rows}
 
 
 def split(of: Any, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,23 +309,20 @@ def test_lightning_trains_as_a_plain_loop(tmp_path: Path, automatic: bool, every
 
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_logs_a_monitor(tmp_path: Path) -> None:
-    """The recipe's callback writes into the logger of the Trainer."""
-    module, written = lightning_module(), []
+    """The page's callback finds Lightning's optimizer, and writes each group under its own key."""
+    module, build = lightning_module(), CautiousDecay
     loggers = pytest.importorskip("lightning.pytorch.loggers")
+    first, _, last = module.net
+    groups = [{"params": list(part.parameters())} for part in (first, last)]
+    module.configure_optimizers = lambda: build(AdamW(groups, lr=0.05, weight_decay=0.5))
+    written: list[tuple[int, str]] = []
     logger = loggers.CSVLogger(tmp_path)
-    logger.log_metrics = lambda metrics, step=None: written.append((step, *metrics))
-    monitor, build = MaskMonitor(), module.configure_optimizers
+    logger.log_metrics = lambda metrics, step=None: written.extend((step, key) for key in metrics)
+    fit(module, tmp_path, logger=logger, callbacks=[page_class("diagnostics.md", "WatchDecay")(MaskMonitor())])
+    keys = [f"net.{part}/share_decayed" for part in (0, 2)]
 
-    def configure() -> Any:
-        options = build()
-        options["optimizer"].observer = monitor
-        return options
-
-    module.configure_optimizers = configure
-    fit(module, tmp_path, logger=logger, callbacks=[recipe("WatchDecay")(monitor)])
-
-    assert (1, "share") in written
-    assert len(monitor.rows()) == 6
+    assert {(step, key) for step in range(1, 7) for key in keys} <= set(written)
+    assert len(written) == len(set(written))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -387,7 +478,7 @@ EXAMPLES = {
     "with_lightning.py": ("lightning", "Epoch 9/9"),
     "with_lightning.py fit --config examples/with_lightning.yaml": ("jsonargparse", "Epoch 1/1"),
     "with_accelerate.py": ("accelerate", "epoch 4: loss"),
-    "with_hydra.py optimizer.strict=true steps=5": ("hydra", "CautiousDecay(AdamW, lam=0.1"),
+    "with_hydra.py optimizer.strict=true steps=5": ("hydra", "CautiousDecayAdamW(AdamW, lam=0.1"),
     "with_timm.py --epochs 1 --seeds 1 --warmup-epochs 0 --output {tmp}": ("timm", "difference: "),
 }
 

@@ -50,10 +50,11 @@ ARROWS: dict[str, set[str]] = {
         "quirks", "snapshot", "step", "tensors", "weight_decay",
     },
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
+    "optim": {"params_first", "wrapper", "wrappers"},
     "timm": {"wrappers", "__init__"},
     "env": {"directions", "kernels", "pieces", "quirks", "updates"},
     "__main__": {"env"},
-    "__init__": {"monitor", "plot", "wrappers"},
+    "__init__": {"monitor", "optim", "plot", "wrappers"},
 }  # fmt: skip
 # Each other package, with the only modules that may import it.
 OUTSIDE = {

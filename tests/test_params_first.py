@@ -137,11 +137,15 @@ def test_a_function_trains_as_what_it_returns(factory: Callable[..., Optimizer])
 
 
 def test_a_class_over_a_function_has_its_name_and_signature() -> None:
-    """The class has the function's name and signature (for jsonargparse and Hydra); of a partial, its class's name."""
-    cls: Any = CautiousDecay.over(amsgrad)
+    """The class has the function's name and parameters (for jsonargparse and Hydra); of a partial, its class's name.
 
-    assert ("CautiousDecayamsgrad", ["params", "lr", "kwargs"]) == (cls.__name__, [*inspect.signature(cls).parameters])
-    assert ["self", "params", "lr", "kwargs"] == [*inspect.signature(cls.__init__).parameters]
+    The wrapper's options come after the named parameters.
+    """
+    cls: Any = CautiousUpdate.over(amsgrad)
+    both = ["params", "lr", "scale", "path", "backend", "kwargs"]
+
+    assert ("CautiousUpdateamsgrad", both) == (cls.__name__, [*inspect.signature(cls).parameters])
+    assert ["self", *both] == [*inspect.signature(cls.__init__).parameters]
     assert "CautiousDecayAdamW" == CautiousDecay.over(functools.partial(AdamW, lr=0.1)).__name__
 
 

@@ -32,9 +32,9 @@ RECIPES = {
         "AcceleratedOptimizer'> around <class 'cwd_wrap.wrappers.CautiousDecay'>, DistributedType.MULTI_CPU",
     ),
     "with_lightning.py": ("lightning", "cwd_wrap.wrappers.CautiousDecay'>"),
-    "with_trainer.py": ("transformers", "AcceleratedOptimizer'> around <class 'cwd_wrap.wrappers.CautiousDecayAdamW'>"),
+    "with_trainer.py": ("transformers", "AcceleratedOptimizer'> around <class 'cwd_wrap.wrappers.CautiousDecay'>"),
     "with_deepspeed.py": ("deepspeed", "DeepSpeedZeroOptimizer'> around <class 'cwd_wrap.wrappers.CautiousDecay'>"),
-    "with_torchtitan.py": ("torchtitan", "CautiousOptimizers'> of [<class 'cwd_wrap.wrappers.CautiousDecayAdamW'>"),
+    "with_torchtitan.py": ("torchtitan", "CautiousOptimizers'> of [<class 'cwd_wrap.optim.AdamW'>"),
 }
 
 

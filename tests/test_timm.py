@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib
+import inspect
 import math
 import os
 import re
@@ -296,7 +297,7 @@ def test_entries_registered_later_have_a_cautious_name(registry: Any) -> None:
 
 
 def test_options_of_the_wrapper_are_keyword_arguments() -> None:
-    """`create_optimizer_v2`, and so `--opt-kwargs`, takes CautiousDecay's arguments beside those of the optimizer."""
+    """`create_optimizer_v2`, and so `--opt-kwargs`, takes CautiousDecay's keyword arguments."""
     opt = make(model(), "cautious_adamw", strict=True, path="snapshot", betas=(0.8, 0.9))
 
     assert isinstance(opt, CautiousDecay)
@@ -352,6 +353,32 @@ def test_opt_kwargs_carry_lam() -> None:
     opt = create_optimizer_v2(model(), "cautious_adamw", lr=0.1, weight_decay=0.01, **options)
 
     assert (True, 0.25) == (opt.strict, opt.lam)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+@pytest.mark.parametrize("name", ["cautious_adamw", "lookahead_cautious_adamw"])
+def test_lam_takes_the_place_of_weight_decay(name: str, layer_decay: float | None, weight_decay: float) -> None:
+    """With lam the groups are those of weight_decay=lam: biases and norms do not decay, whatever weight_decay says."""
+    opt = make(net := model(), name, weight_decay=weight_decay, lam=LAM, layer_decay=layer_decay)
+    inner = getattr(opt, "_base_optimizer", opt)
+    matrices = {id(p) for p in net.parameters() if p.ndim > 1}
+    decays = {id(p): group["weight_decay"] for group in opt.param_groups for p in group["params"]}
+
+    assert inner.lam == LAM
+    assert decays == {id(p): LAM if id(p) in matrices else 0.0 for p in net.parameters()}
+
+
+def test_every_option_of_the_wrapper_is_taken() -> None:
+    """Each keyword argument of CautiousDecay reaches it through the factory."""
+    options = {
+        "lam": 0.5, "mask": "all", "strict": True, "step_size": one_thousandth, "path": "snapshot",
+        "rounding": "stochastic", "seed": 3, "backend": "eager",
+    }  # fmt: skip
+    opt = make(model(), "cautious_adamw", **options)
+
+    assert [*options] == [name for name in inspect.signature(CautiousDecay).parameters if name != "base_optimizer"]
+    assert options == {name: getattr(opt, name) for name in options}
 
 
 def test_foreach_reaches_the_base() -> None:
@@ -496,6 +523,14 @@ def test_all_flags_of_the_script(train: Runner) -> None:
     assert len(lines) == 3
 
 
+def test_opt_kwargs_take_lam(train: Runner) -> None:
+    """`--opt-kwargs lam=10` logs the losses of `--weight-decay 10`, up to the line with the arguments."""
+    given = train("--opt", "cautious_adamw", "--weight-decay", 10)
+
+    assert given[1:] == train("--opt", "cautious_adamw", "--opt-kwargs", "lam=10")[1:]
+    assert given[1:] != train("--opt", "cautious_adamw", "--opt-kwargs", "lam=1")[1:]
+
+
 @pytest.mark.parametrize(("first", "then"), [("adamw", "cautious_adamw"), ("cautious_adamw", "adamw")])
 def test_checkpoints_resume_in_both_directions(train: Runner, tmp_path: Path, first: str, then: str) -> None:
     """With weight_decay 0, a run that changes the optimizer after one epoch logs the lines of the uninterrupted run."""
@@ -527,7 +562,8 @@ def test_resume_keeps_the_decay(train: Runner, tmp_path: Path) -> None:
 
 PROBE = """
 import sys
-print(__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].__dict__ is globals(), __spec__, __package__)
+print(__name__, __file__, sys.argv, sys.path[0], sys.modules["__main__"].__dict__ is globals(), __package__)
+print(__spec__ and __spec__.name)
 
 def fail():
     raise KeyError("lost")
@@ -561,6 +597,35 @@ def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> 
     assert launched.returncode == direct.returncode == (3 if flags else 1)
     assert launched.stdout == direct.stdout
     assert launched.stderr == direct.stderr
+
+
+@pytest.mark.parametrize("module", ["package.probe", "package"])
+@pytest.mark.parametrize("flags", [[], ["--exit"]])
+def test_a_module_is_run_as_python_runs_it(tmp_path: Path, module: str, flags: list[str]) -> None:
+    """The same holds for `-m` and a module, or a package with a `__main__`."""
+    (tmp_path / "package").mkdir()
+    for name in ("probe", "__main__"):
+        (tmp_path / f"package/{name}.py").write_text(f"from package import VALUE\nprint(VALUE)\n{PROBE}")
+    (tmp_path / "package/__init__.py").write_text("VALUE = 1")
+    direct, launched = (
+        subprocess.run(
+            [sys.executable, *launcher, "-m", module, "--lr", "1", *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(HERE.parent)},
+        )
+        for launcher in ([], ["-m", "cwd_wrap.timm"])
+    )
+
+    assert launched.returncode == direct.returncode == (3 if flags else 1)
+    assert launched.stdout == direct.stdout
+    assert launched.stderr == without_runpy(direct.stderr)
+
+
+def without_runpy(traceback: str) -> str:
+    """A traceback without python's own frames of ``-m``, each two or three lines."""
+    return re.sub(r'  File "<frozen runpy>".*\n(    .*\n)*', "", traceback)
 
 
 def test_the_scripts_own_timm_comes_first(tmp_path: Path) -> None:
@@ -610,6 +675,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("launcher", "argv", "expected"),
     [
+        (["-m", "cwd_wrap.timm", "-m"], ["spawn"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
         (["-m", "cwd_wrap.timm"], ["fork"], "CautiousDecayAdamW CautiousDecayAdamW __main__"),
         (["-m", "cwd_wrap.timm"], ["forkserver"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
         (["-m", "cwd_wrap.timm"], ["spawn"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
@@ -620,7 +686,7 @@ def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], arg
     """Child processes of every start method have the names, and so do the workers of their data loaders."""
     (tmp_path / "script.py").write_text(CHILDREN)
     done = subprocess.run(
-        [sys.executable, *launcher, "script.py", *argv],
+        [sys.executable, *launcher, "script" if launcher[-1:] == ["-m"] else "script.py", *argv],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -638,10 +704,14 @@ def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], arg
         (["nope.py", "--opt", "x"], "there is no script 'nope.py' in "),
         (["--opt", "x", "train.py"], "there is no script '--opt' in "),
         (["."], "there is no script '.' in "),
+        (["-m"], "no module given\nusage: python -m cwd_wrap.timm SCRIPT"),
+        (["-m", "no_such_module"], "there is no module 'no_such_module' that can be run"),
+        (["-m", "no_such_package.main"], "cannot import module 'no_such_package.main' (No module named"),
+        (["-m", "cwd_wrap.kernels"], "there is no module 'cwd_wrap.kernels' that can be run"),
     ],
 )
 def test_the_launcher_without_a_script(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A missing script gives one line, the usage, and python's exit code."""
+    """A missing script or module gives one line or the usage, and python's exit code."""
     with pytest.raises(SystemExit) as stopped:
         run_script(argv)
 
