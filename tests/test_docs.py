@@ -1,4 +1,4 @@
-"""Every snippet of the documentation runs, every link works, and the README's badges and the file tree are right."""
+"""Every snippet of the documentation runs alone, every link works, and the README's badges and the file tree are right."""
 
 import contextlib
 import doctest
@@ -28,19 +28,22 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python blocks of a page run one after the other in one namespace."""
+SNIPPETS = [
+    pytest.param(source, id=f"{page.name}-{number}") for page in PAGES for number, source in enumerate(snippets(page))
+]
+
+
+@pytest.mark.parametrize("source", SNIPPETS)
+def test_a_snippet_runs_alone(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each python block of a page runs by itself, as a reader copies it."""
+    for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
+        pytest.importorskip(package)
+    if "optim.Muon" in source and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for number, source in enumerate(snippets(page)):
-        for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
-            pytest.importorskip(package)
-        if "Muon" in source and not hasattr(torch.optim, "Muon"):
-            pytest.skip("this torch has no Muon")
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(source, "snippet", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("sign", ["-", "+"])
