@@ -1,4 +1,4 @@
-"""The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and four others obeys the rule.
+"""The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and seven others obeys the rule.
 
 After each step the wrapped weights must be those of the base without decay, plus the rule. A second instance, built
 without decay, takes the base's step with the same weights, gradients and random numbers.
@@ -121,7 +121,9 @@ class Pair:
                 optimizer.step()
         return [
             (x, q.detach(), p.detach(), strengths[id(p)], of_p)
-            for x, p, q, of_p in zip(before, parameters(self.groups), parameters(self.plain_groups), stepped, strict=True)
+            for x, p, q, of_p in zip(
+                before, parameters(self.groups), parameters(self.plain_groups), stepped, strict=True
+            )
         ]
 
     def loss(self, groups: Groups, number: int) -> Tensor:
