@@ -46,7 +46,7 @@ def check_sdist(sdist: Path) -> None:
 
 
 def run_example(wheel: Path, folder: Path) -> None:
-    """Run the README's first python block where only the wheel can be imported, and not this checkout."""
+    """Run the README's script (its last diff) where only the wheel can be imported, and not this checkout."""
     run(sys.executable, "-m", "venv", folder / "venv")
     bin_folder = "Scripts" if sys.platform == "win32" else "bin"
     python = folder / "venv" / bin_folder / "python"
@@ -55,7 +55,8 @@ def run_example(wheel: Path, folder: Path) -> None:
     own = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (Path(own) / "torch_of_the_builder.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
-    example = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    diff = (ROOT / "README.md").read_text(encoding="utf-8").split("```diff\n")[-1].split("```")[0]
+    example = "".join(line[1:] for line in diff.splitlines(keepends=True) if line[0] != "-")
     (folder / "example.py").write_text(example, encoding="utf-8")
     where = run(python, "-I", "-c", "import cwd_wrap; print(cwd_wrap.__file__)", cwd=folder).strip()
     assert Path(where).is_relative_to(own), where

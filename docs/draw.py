@@ -1,33 +1,31 @@
-"""Draws landscape.png, step.svg and mask.svg, the pictures of the README and of how_it_works.md.
+"""Draws landscape.svg, step.svg and mask.svg, the pictures of the README and of how_it_works.md.
 
-python docs/draw.py            (needs the examples extra; ten seconds)
+python docs/draw.py            (needs the examples extra; half a minute)
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-ORANGE, GREEN, GREY = "#d55e00", "#009e73", "#777777"
-
 # The colours follow the page's scheme, light or dark: a browser hands it on to a picture.
 STYLE = """
 <style>
-  svg { --ink: #222; --soft: #666; --line: #999; --box: #f2f2f2; --green: #00805d; --red: #c24e00; }
-  @media (prefers-color-scheme: dark) {
-    svg { --ink: #eee; --soft: #aaa; --line: #888; --box: #2a2d3a; --green: #3ecf9f; --red: #ff9a57; }
-  }
-  text { font: 18px -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink);
-    text-anchor: middle; }
+  text { font: 18px -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; text-anchor: middle; }
+  text { fill: #222; } .ground { fill: #fff; }
   .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 16px; }
-  .soft { fill: var(--soft); font-size: 16px; }
-  .green { fill: var(--green); } .red { fill: var(--red); }
-  .box { fill: var(--box); stroke: var(--line); }
-  .own { fill: var(--box); stroke: var(--green); stroke-width: 2; }
-  .wire { fill: none; stroke: var(--line); stroke-width: 1.5; }
-  .head { fill: var(--line); }
-  .go { stroke-width: 3; } .go.green { stroke: var(--green); } .go.red { stroke: var(--red); }
+  .soft { fill: #666; font-size: 16px; } .green { fill: #00805d; } .pink { fill: #b0306b; }
+  .box, .own { fill: #f2f2f2; stroke: #999; } .own { stroke: #00805d; stroke-width: 2; }
+  .wire { fill: none; stroke: #999; stroke-width: 1.5; } .head { fill: #999; }
+  .go { stroke-width: 3; } .go.green { stroke: #00805d; } .go.pink { stroke: #b0306b; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #eee; } .ground { fill: #1b1e27; }
+    .soft { fill: #aaa; } .green { fill: #3ecf9f; } .pink { fill: #f58bb6; }
+    .box, .own { fill: #2a2d3a; stroke: #888; } .own { stroke: #3ecf9f; }
+    .wire { stroke: #888; } .head { fill: #888; } .go.green { stroke: #3ecf9f; } .go.pink { stroke: #f58bb6; }
+  }
 </style>
 """
 
@@ -35,7 +33,9 @@ STYLE = """
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
-        f"<title>{title}</title>{STYLE}" + "\n".join(parts) + "\n</svg>\n"
+        f'<title>{title}</title>{STYLE}<rect width="{width}" height="{height}" class="ground"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
@@ -101,49 +101,43 @@ def mask() -> str:
     ]
     for start, end in ((-1.9, -2.4), (-1.15, -0.45), (1.15, 0.45), (1.9, 2.4)):
         a, b = zero + scale * start, zero + scale * end
-        kind = "green" if abs(end) < abs(start) else "red"
+        kind = "green" if abs(end) < abs(start) else "pink"
         parts += [arrow(a, y, b, y, f"go {kind}", kind), f'<circle cx="{a}" cy="{y}" r="6" class="{kind}"/>']
     for side in (-1, 1):
         parts += [
             text(zero + side * scale * 0.8, y - 44, "towards zero", "green"),
             text(zero + side * scale * 0.8, y - 22, "mask 1: decays", "green"),
-            text(zero + side * scale * 2.1, y - 44, "away from zero", "red"),
-            text(zero + side * scale * 2.1, y - 22, "mask 0: no decay", "red"),
+            text(zero + side * scale * 2.1, y - 44, "away from zero", "pink"),
+            text(zero + side * scale * 2.1, y - 22, "mask 0: no decay", "pink"),
         ]
     parts.append(text(zero, y + 64, "dot: x before the step; arrow: the step -eta*u of your optimizer", "soft"))
     return svg(750, 150, "A weight decays if the step moves it towards zero, not if the step moves it away", parts)
 
 
 def landscape(path: Path) -> None:
-    """The line of examples/toy_landscapes.py, with larger steps: f = (x-5)^2."""
-    import matplotlib
+    """The ring and the line of examples/toy_landscapes.py, fewer starts."""
+    import pictures
     import toy_landscapes as toy
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lam, steps = 0.5, 3000
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    axes.axhline(5, color=GREY, lw=1)
-    axes.axhline(1 / lam, color=GREY, lw=1, linestyle=(0, (2, 3)))
-    labels = {
-        "AdamW": (ORANGE, "AdamW stops at 1/lam", 1.2),
-        "CautiousDecay(Adam)": (GREEN, "CWD reaches the minimiser", 5.3),
+    lam, steps = 0.5, 20_000
+    results = {method: toy.run(method, lr=0.001, lam=lam, steps=steps) for method in toy.METHODS}
+    figure, (ring, line) = pictures.panels(1, 2, 4.4)
+    toy.draw_plane(ring, replace(toy.LANDSCAPES[0], starts=((4.5, 3.2),)), results, lam, front=False)
+    ring.text(1 / lam - 0.15, 1 / lam, "1/lam", ha="right", va="center")
+    toy.draw_line(line, results, lam, steps)
+    ring.set_title("two weights, minima on a ring")
+    line.set_title("one weight, minimum at 5")
+    texts = {
+        "Adam": "no decay: stops at the first minimum that it meets",
+        "CautiousDecay(Adam)": "CWD: stays on minima, and slides on to smaller weights",
+        "AdamW": "AdamW: leaves the minima, for 1/lam",
     }
-    for method, (colour, label, height) in labels.items():
-        trajectories, _ = toy.run(method, lr=0.01, lam=lam, steps=steps)["line"]
-        ticks = [steps * i / (len(trajectories) - 1) for i in range(len(trajectories))]
-        for start in range(trajectories.shape[1]):
-            axes.plot(ticks, trajectories[:, start, 0], color=colour, lw=2.4)
-        axes.text(steps, height, label, color=colour, ha="right", fontsize=13, weight="bold")
-    axes.text(steps, 8, "f(x) = (x - 5)²,  lam = 0.5,  same lr, same starts", ha="right", va="center", fontsize=11)
-    axes.set(xlabel="step", ylabel="weight x", xlim=(0, steps), ylim=(0, 8.6), yticks=[0, 2, 5, 8])
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    handles = [pictures.line(text, **toy.STYLES[method]) for method, text in texts.items()]
+    figure.legend(handles=handles, loc="outside upper left")
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":
     (DOCS / "step.svg").write_text(step())
     (DOCS / "mask.svg").write_text(mask())
-    landscape(DOCS / "landscape.png")
+    landscape(DOCS / "landscape.svg")

@@ -4,7 +4,9 @@ python docs/make_optimizer_table.py            (needs the test extra: the optimi
 """
 
 import sys
+import textwrap
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -15,9 +17,13 @@ from zoo import Case, cases  # noqa: E402
 
 from cwd_wrap import CautiousDecay  # noqa: E402
 
+PACKAGES = ["torch", "timm", "torch_optimizer", "pytorch_optimizer", "lion-pytorch", "prodigyopt", "dadaptation"]
+PACKAGES += ["schedulefree", "torch-optimi", "rose-opt", "heavyball"]
+
 HEAD = """# Which optimizer
 
-**{holds} optimizers work**; {other} do not, or cannot be run here. The table gives the reason for each of these.
+**{holds} optimizers work**, {given} of them with an option; {other} do not, or cannot be run here. The table gives
+the reason for each of these.
 
 [A test](../tests/test_conformance.py) checks each step of each optimizer. It computes the optimizer's own step without
 decay, adds the cautious decay in float64, and compares. The wrapped result must be the same up to one rounding (up to
@@ -25,16 +31,15 @@ four where the decay comes before the step).
 
 - **path**: [one_pass and direction](how_it_works.md#four-paths) need no memory, pieces needs 64 MiB or the largest
   tensor, snapshot needs a copy of the decaying weights.
-  The table has the path for the default options on the CPU with numba. `fused=True` turns direction into one_pass for
-  torch's AdamW, Adam and SGD. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's optimizers turn
-  direction into pieces. `opt.paths()` shows yours.
-- **works**: whether the test above passes.
+  The table has the path for the default options on the CPU with numba. `foreach=True`, `foreach=False` and
+  `fused=False` turn one_pass into direction. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's
+  optimizers may turn it into pieces. `opt.paths()` shows yours.
+- **works**: whether the test above passes. *needs an option*: with the default options the step size of the decay is
+  not one number, and the wrapper raises an error, which names the option. So do the remarks.
 - **eta** is the factor by which the optimizer multiplies its own decay, [measured](../tests/test_own_decay.py). It is
-  `lr` unless the remarks name another one. *given*: with the default options eta is not one number, and the wrapper
-  raises an error. The error says why and which option changes that. Or pass `step_size=`.
-- **fades**: each step follows the rule, but the optimizer pulls weights back to a copy of its own, so decay is weaker.
-- Versions: torch 2.14.1, timm 1.0.31, torch_optimizer 0.3.0, pytorch_optimizer 4.1.0, lion-pytorch 0.2.5,
-  prodigyopt 1.1.2, dadaptation 3.2, schedulefree 1.4.1.
+  `lr` unless the remarks name another one.
+- **weak**: the optimizer undoes part of the decay, because it averages with weights that it stored: those named.
+{versions}
 
 `python docs/make_optimizer_table.py` writes this page.
 
@@ -45,36 +50,58 @@ four where the decay comes before the step).
 """
 
 
+def wrapped(case: Case, step_size: float | None) -> CautiousDecay:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CautiousDecay(
+            case.build(make_groups(case, LAM)),
+            None if case.decay_key else LAM,
+            step_size=None if step_size is None else lambda _: step_size,
+        )
+
+
+def option(case: Case) -> str:
+    """What the error asks for: the part after its last colon."""
+    try:
+        wrapped(case, None)
+    except ValueError as error:
+        asked = str(error).rpartition(": ")[2].removesuffix(", a function of the group that returns it")
+        asked = asked.removeprefix("give the group weight_decay=0, or ").replace("give the group", "give it")
+        asked = asked.replace(", or pass step_size", ", or step_size")
+        return asked.replace("wd_ratio=1", "`wd_ratio=1`").replace("step_size=", "`step_size=`")
+    raise AssertionError(case.name)
+
+
 def row(case: Case) -> str:
     if case.refused:
         return f"| {case.name} | - | no | {case.refused} |"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = CautiousDecay(
-            case.build(make_groups(case, LAM)),
-            None if case.decay_key else LAM,
-            step_size=(lambda _: 1.0) if case.eta == "given" else None,
-        )
+    given = case.eta == "given"
     remarks = [
-        f"eta: {case.eta}" if case.eta != "lr" else "",
+        option(case) if given else f"eta: `{case.eta}`" if case.eta != "lr" else "",
         "no `weight_decay` of its own: pass `lam=`" if not case.decay_key else "",
         f"has a second decay, `{case.decays}`, which stays" if case.decays and "1d" not in case.decays else "",
         "`weight_decay_1d` is switched off with it" if case.decays and "1d" in case.decays else "",
         "keeps its trust ratio in groups that decay" if case.adapts is not None else "",
-        f"fades: {case.fades}" if case.fades else "",
+        f"weak: {case.fades}" if case.fades else "",
         "`step` needs a closure" if case.closure else "",
         "gradients need a graph" if case.create_graph else "",
         "only rows in the sparse gradient decay" if case.sparse else "",
-        "matrices only" if case.dims == (2,) else "",
+        "matrices in groups with `use_muon=True`, all others with `use_muon=False`" if case.use_muon else "",
+        "matrices only" if case.dims == (2,) and not case.use_muon else "",
     ]
-    path = next(of_group.path for of_group in wrapped.paths() if of_group.path != "plain")
-    return f"| {case.name} | {path} | yes | {'; '.join(filter(None, remarks))} |"
+    paths = wrapped(case, 1.0 if given else None).paths()
+    path = next(of_group.path for of_group in paths if of_group.path != "plain")
+    return f"| {case.name} | {path} | {'needs an option' if given else 'yes'} | {'; '.join(filter(None, remarks))} |"
 
 
 def page() -> str:
     found = cases()
-    holds = sum(case.refused is None for case in found)
-    return HEAD.format(holds=holds, other=len(found) - holds) + "\n".join(map(row, found)) + "\n"
+    holding = [case for case in found if case.refused is None]
+    given = sum(case.eta == "given" for case in holding)
+    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in PACKAGES)
+    versions = textwrap.fill(f"- Versions: {versions}.", 120, subsequent_indent="  ", break_on_hyphens=False)
+    head = HEAD.format(holds=len(holding), given=given, other=len(found) - len(holding), versions=versions)
+    return head + "\n".join(map(row, found)) + "\n"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ const table = after && [...document.querySelectorAll("article table")].at(-1);
 if (table) {
   const rows = [...table.tBodies[0].rows];
   const box = Object.assign(document.createElement("div"), { className: "filter" });
-  box.innerHTML = '<input type="search" aria-label="Filter the table" placeholder="Filter: timm lion, pieces, given ..."><output></output>';
+  box.innerHTML = '<input type="search" aria-label="Filter the table" placeholder="Filter: timm lion, pieces, option ..."><output></output>';
   after.after(box);
   const [input, count] = box.children;
   const filter = () => {

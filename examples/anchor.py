@@ -10,7 +10,7 @@ the table shows accuracy on a third set, moved and not moved.
     python examples/anchor.py --smoke                          # a few seconds
 
 It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
-per run) and anchor.png. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
+per run) and anchor.svg. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import language_model as lm
+import pictures
 import sparsity
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ NONE, ZERO, START = "no decay", "to 0", "to the start"
 VALIDATION = 300  # images
 BATCH = 50
 SMOKE = {"epochs": 2, "pretraining": 2, "seeds": 2, "lam": [1.0]}
-OUTPUTS = ["summary.txt", "results.csv", "anchor.png"]
+OUTPUTS = ["summary.txt", "results.csv", "anchor.svg"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,38 +278,24 @@ def findings(grouped: Cells) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {NONE: "0.4", ZERO: "#d55e00", START: "#009e73"}
+COLOURS = {ZERO: pictures.CAUTIOUS, START: pictures.OTHERS[0]}
 
 
 def draw(path: Path, grouped: Cells) -> None:
     """Accuracy against lam on moved and unmoved digits: a line through the means and one point per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
-    for axes, name, title in zip(
-        panels, ("test", "unmoved"), ("moved digits", "the same digits, not moved"), strict=True
-    ):
-        axes.axhline(100 * mean(grouped[NONE, 0.0], name), color=COLOURS[NONE], lw=1, linestyle="--", label=NONE)
+    figure, panels = pictures.panels(2, 1, 7.6)
+    titles = {"test": "moved digits", "unmoved": "the same digits, not moved"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        pictures.no_decay(axes, 100 * mean(grouped[NONE, 0.0], name), NONE)
         for arm in (ZERO, START):
             lams = sorted(lam for towards, lam in grouped if towards == arm)
-            axes.plot(
-                lams, [100 * mean(grouped[arm, lam], name) for lam in lams], "o-", color=COLOURS[arm], lw=1.5, label=arm
-            )
+            means = [100 * mean(grouped[arm, lam], name) for lam in lams]
+            axes.plot(lams, means, "o-", color=COLOURS[arm], ms=8, label=f"decay {arm}")
             points = [(lam, 100 * getattr(o, name)) for lam in lams for o in grouped[arm, lam]]
-            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[arm], ms=3, alpha=0.45)
-        axes.set(xscale="log", xlabel="lam", ylabel="accuracy in the test (%)", title=title)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    seeds = len(grouped[NONE, 0.0])
-    figure.suptitle(
-        f"Fine-tuning with CautiousDecay(AdamW): lines are means of {seeds} seeds, small marks the seeds", fontsize=11
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            axes.plot(*zip(*points, strict=True), "o", color=COLOURS[arm], ms=4, alpha=0.5)
+        axes.set(xscale="log", xlabel="lam", ylabel="accuracy (%)", title=title)
+    panels[1].legend(loc="lower left")
+    pictures.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -373,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [o.run.towards, o.run.lam, o.run.seed, o.validation, o.test, o.unmoved, o.distance, o.norm] for o in outcomes
     ]
     lm.write_csv(options.out / "results.csv", header, rows)
-    draw(options.out / "anchor.png", grouped)
+    draw(options.out / "anchor.svg", grouped)
     weights = sum(p.numel() for p in make_model().parameters() if p.ndim > 1)
     setting = (
         f"setting  {weights:,} weights in 3 layers; pre-trained on {settings.first_of_validation - settings.images} "

@@ -21,7 +21,7 @@ in a longer run.
 
 With --scale above 1 the text is that of all Python files in site-packages, hundreds of MB beside torch and
 transformers. It can be stopped at any time: finished runs are in --out/curves.csv, one row per (run, step), and are not
-repeated. It prints its tables and also writes summary.txt and loss.png. Needs: pip install cwd-wrap[results]
+repeated. It prints its tables and also writes summary.txt and loss.svg. Needs: pip install cwd-wrap[results]
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from pathlib import Path
 
 import lambda_sweep as ls
 import language_model as lm
+import pictures
 from mask_ablation import spread
 from toy_landscapes import machine_and_versions, parse
 
 ARMS = (ls.NONE, "plain", "cautious")
 MARGINS = (0.0, 0.02, 0.1)  # above the mean final loss of the plain arm, in nats
 SMOKE = {"seeds": 2, "lengths": [3, 6], "every": 2, "plain_dose": 0.1, "cautious_dose": 0.1}
-OUTPUTS = ["curves.csv", "summary.txt", "loss.png"]
+OUTPUTS = ["curves.csv", "summary.txt", "loss.svg"]
 Curve = dict[int, float]  # validation loss by step, or by length
 
 
@@ -227,43 +228,37 @@ steps, length: where the mean over seeds comes down to the loss, on straight lin
 of plain: that, as a share of what plain decay needs"""
 
 
-def draw(path: Path, title: str, curves: dict[Run, Curve], lengths: Sequence[int], loss: float) -> None:
+def draw(path: Path, curves: dict[Run, Curve], lengths: Sequence[int], loss: float) -> None:
     """The curves of the longest runs with their crossings of ``loss``; with several lengths, where all runs end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = {"step": inside(curves, lengths[-1])}
+    by_label = {"step": inside(curves, lengths[-1])}
     if len(lengths) > 1:
-        panels["length of the run"] = ends(curves, lengths)
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4.4), layout="constrained", squeeze=False)
-    for ax, (label, by_arm) in zip(axes[0], panels.items(), strict=True):
+        by_label["length of the run"] = ends(curves, lengths)
+    figure, panels = pictures.panels(len(by_label), 1, 0.8 + 3.4 * len(by_label))
+    for axes, (label, by_arm) in zip(panels, by_label.items(), strict=True):
         for arm, some in by_arm.items():
             mean, colour = mean_curve(some), ls.COLOURS[arm]
-            ax.plot(list(mean), list(mean.values()), color=colour, marker=".", lw=1.2, label=arm)
+            axes.plot(list(mean), list(mean.values()), color=colour, marker=".", label=ls.LABELS[arm])
             low, high = ([pick(curve[step] for curve in some) for step in mean] for pick in (min, max))
-            ax.fill_between(list(mean), low, high, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(list(mean), low, high, color=colour, alpha=0.15, lw=0)
             at = crossing(mean, loss)
             if at is not None:
-                ax.plot([at], [loss], color=colour, marker="D", ms=7, mec="white")
-        ax.axhline(loss, color="0.4", lw=1, ls=":")
-        ax.set(xlabel=label, ylabel="validation loss (nats)")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+                axes.plot([at], [loss], color=colour, marker="D", ms=9, mec=pictures.GROUND)
+        axes.axhline(loss, color=pictures.INK, lw=1, ls=":")
+        axes.set(xlabel=label, ylabel="validation loss (nats)")
     # The loss falls far in the first steps: show the part where the arms differ.
-    late = [loss for some in panels["step"].values() for curve in some for loss in [*curve.values()][len(curve) // 4 :]]
+    late = [
+        loss for some in by_label["step"].values() for curve in some for loss in [*curve.values()][len(curve) // 4 :]
+    ]
     late = [loss for loss in late if math.isfinite(loss)]
     if late:
-        axes[0][0].set_ylim(min(late) - 0.03, max(late) + 0.1)
+        panels[0].set_ylim(min(late) - 0.03, max(late) + 0.1)
     if len(panels) > 1:
-        axes[0][1].set_xscale("log")
-        axes[0][1].set_xticks(lengths, map(str, lengths))
-        axes[0][1].minorticks_off()
-    axes[0][0].legend()
-    figure.suptitle(f"{title}\nbands: lowest to highest seed; diamonds: where the mean reaches {loss:.4f}", fontsize=10)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        panels[1].set_xscale("log")
+        panels[1].set_xticks(lengths, map(str, lengths))
+        panels[1].minorticks_off()
+    panels[0].legend()
+    panels[0].set_title(f"bands: lowest to highest seed; diamonds: mean at {loss:.4f}")
+    pictures.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -329,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             speed_table("length", by_length, losses),
         ]
     summary = "\n\n".join([*parts, LEGEND])
-    draw(o.out / "loss.png", title, curves, o.lengths, losses[len(losses) // 2])
+    draw(o.out / "loss.svg", curves, o.lengths, losses[len(losses) // 2])
     (o.out / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nwritten to {o.out}: {', '.join(OUTPUTS)}")
 

@@ -19,7 +19,7 @@ shrink a weight without updates to 1/e of its size within the run.
     python examples/lambda_sweep.py --task bytes-once --device cuda --scale 4 --jobs 1    # a larger model on a card
 
 It can be stopped at any time: finished runs are in --out/runs.csv and are not repeated. It prints a table and draws
---out/<task>_<optimizer>.png. Needs: pip install cwd-wrap[results]
+--out/<task>_<optimizer>.svg. Needs: pip install cwd-wrap[results]
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import language_model as lm
+import pictures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from tqdm import tqdm
 
 from cwd_wrap import CautiousDecay, MaskMonitor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ARMS = ("plain", "cautious", "control")
 NONE = "none"  # the arm without decay
@@ -440,12 +445,20 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"plain": "#0072b2", "cautious": "#d55e00", "control": "#009e73", NONE: "#666666"}
+COLOURS = {
+    "plain": pictures.PLAIN,
+    "cautious": pictures.CAUTIOUS,
+    "control": pictures.CONTROL,
+    NONE: pictures.NO_DECAY,
+}
+LABELS = {"plain": "plain", "cautious": "cautious", "control": "control", NONE: "no decay"}
+TICKS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 2.5, 3, 4, 5)  # of a loss
 
 
-def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
+def draw(axes: Axes, outcomes: Sequence[Outcome], of: str = "test") -> None:
     """The loss over lam: one line per arm, with a band of one standard error over the seeds."""
     grouped = cells(outcomes)
+    lowest = math.inf
     for arm in ARMS:
         rows = [(mean(some, "lam"), some) for (name, _), some in grouped.items() if name == arm]
         rows = sorted((row for row in rows if math.isfinite(mean(row[1], of))), key=lambda row: row[0])
@@ -454,12 +467,19 @@ def draw(ax: object, outcomes: Sequence[Outcome], of: str = "test") -> None:
             statistics.stdev([getattr(o, of) for o in some]) / len(some) ** 0.5 if len(some) > 1 else 0.0
             for _, some in rows
         ]
-        ax.plot(lams, means, color=COLOURS[arm], marker="o", markersize=4, label=arm)
+        axes.plot(lams, means, color=COLOURS[arm], marker="o", markersize=5, label=LABELS[arm])
         low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-        ax.fill_between(lams, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
-    if (NONE, 0.0) in grouped:
-        ax.axhline(mean(grouped[NONE, 0.0], of), color=COLOURS[NONE], lw=1, ls=":", label="no decay")
-    ax.set(xscale="log", xlabel="lam (for the control: its own)", ylabel=f"{of} loss (nats)")
+        axes.fill_between(lams, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
+        lowest = min([lowest, *means])
+    without = mean(grouped[NONE, 0.0], of) if (NONE, 0.0) in grouped else lowest
+    if without > lowest:
+        pictures.no_decay(axes, without, LABELS[NONE])
+    axes.set(xscale="log", yscale="log", xlabel="lam", ylabel=f"{of} loss (nats)")
+    # From below the lowest loss to above that without decay; where decay is far too strong, lines leave the picture.
+    bottom, top = 0.95 * lowest, max(1.08 * without, 1.3 * lowest)
+    shown = [tick for tick in TICKS if bottom < tick < top]
+    axes.set(ylim=(bottom, top), yticks=shown, yticklabels=[f"{tick:g}" for tick in shown])
+    axes.minorticks_off()
 
 
 def six_digits(text: str) -> float:
@@ -487,18 +507,13 @@ def main() -> None:
     path = args.out / f"runs{other}.csv"
     outcomes = carry_out(runs, path, Place(args.device, args.scale, args.steps), args.jobs)
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     print(table(outcomes))
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw(ax, outcomes)
-    ax.set_title(f"{args.task}, {args.optimizer}, lr {lr:g}, {args.seeds} seed(s); band: one standard error")
-    ax.legend()
-    picture = args.out / f"{args.task}_{args.optimizer}{other}.png"
-    figure.savefig(picture, dpi=120)
+    figure, (axes,) = pictures.panels(1, 1, 4.5)
+    draw(axes, outcomes)
+    axes.set_title(f"{args.task}, {args.optimizer}, lr {lr:g}, {args.seeds} seed(s)")
+    axes.legend()
+    picture = args.out / f"{args.task}_{args.optimizer}{other}.svg"
+    pictures.save(figure, picture)
     print(f"runs: {path}; picture: {picture}")
 
 

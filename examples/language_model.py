@@ -13,7 +13,7 @@ initial weights, the batches, the schedule and the optimizer; only the decay dif
     python examples/language_model.py --steps 5 --seeds 1 --width 32 --layers 1   # a smoke test
 
 It prints a table with the spread between seeds, and writes into --out: summary.txt (the table),
-results.csv (one row per run), curves.csv (losses and mask ratios) and loss_and_mask.png.
+results.csv (one row per run), curves.csv (losses and mask ratios) and loss_and_mask.svg.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import csv
 import datetime
 import functools
 import inspect
+import itertools
 import math
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ EVALUATIONS = 10  # validations in one run, the last one after the last step
 VALIDATION_WINDOWS = 256
 MASK_READINGS = 100  # times in one run that the mask is counted
 DECOUPLED = ("AdamW", "Adafactor", "Muon")  # in torch.optim: decay is not part of the gradient
-OUTPUTS = ["summary.txt", "results.csv", "curves.csv", "loss_and_mask.png"]
+OUTPUTS = ["summary.txt", "results.csv", "curves.csv", "loss_and_mask.svg"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -534,60 +536,35 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> tuple[list[int], list[floa
     return steps, [statistics.fmean(curve[step] for curve in curves) for step in steps]
 
 
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value and up to `width` - 1 before it."""
-    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
-
-
 def draw(path: Path, outcomes: Sequence[Outcome], settings: Settings) -> None:
-    """Loss curves above, mask ratio below; one colour per lam, one line style per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes a file, needs no display
-    from matplotlib import pyplot as plt
-
+    """Loss curves above, mask ratio below; one colour per method, one line style per lam."""
     grouped = cells(outcomes)
     lams = sorted({lam for lam, _ in grouped})
-    seeds = len(next(iter(grouped.values())))
-    # Plasma without its yellow end: readable on white, and for colour-blind readers.
-    shades = plt.get_cmap("plasma")([0.7 * i / max(1, len(lams) - 1) for i in range(len(lams))])
-    colours = dict(zip(lams, shades, strict=True))
-
-    figure, (losses, masks) = plt.subplots(
-        2, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2), layout="constrained"
-    )
+    styles = dict(zip(lams, itertools.cycle(["-", "--", ":", "-."]), strict=False))
+    figure, (losses, masks) = pictures.panels(2, 1, 8, sharex=True, height_ratios=(3, 2))
     for (lam, cautious), group in grouped.items():
-        style = {"color": colours[lam], "linestyle": "-" if cautious else "--"}
-        label = f"{method_name(cautious, settings)}, lam {lam:g}"
-        steps, values = mean_curve([o.train for o in group])
-        losses.plot(steps, smooth(values, max(1, len(values) // 25)), **style, alpha=0.35, lw=1)
+        style = {"color": pictures.CAUTIOUS if cautious else pictures.PLAIN, "linestyle": styles[lam]}
         steps, values = mean_curve([o.validation for o in group])
-        losses.plot(steps, values, **style, marker="o", markersize=4, label=label)
+        losses.plot(steps, values, **style, marker="o", label=f"{method_name(cautious, settings)}, lam {lam:g}")
         by_seed = [list(o.validation.values()) for o in group]
         lowest, highest = ([pick(at) for at in zip(*by_seed, strict=True)] for pick in (min, max))
-        losses.fill_between(steps, lowest, highest, color=colours[lam], alpha=0.12, lw=0)
+        losses.fill_between(steps, lowest, highest, color=style["color"], alpha=0.15, lw=0)
         if cautious:
             steps, values = mean_curve([o.mask for o in group])
-            masks.plot(steps, values, **style, label=label)
+            masks.plot(steps, values, **style, label=f"lam {lam:g}")
     # The loss falls from 5.5 in the first steps: show the part where the runs differ.
     late = [loss for o in outcomes for loss in list(o.validation.values())[1:] or [o.loss]]
     late = [loss for loss in late if math.isfinite(loss)]
     if late:
-        losses.set_ylim(min(late) - 0.15, max(late) + 0.25)
-    losses.set(
-        ylabel="loss (nats per byte)",
-        title=f"{settings.optimizer} with and without CautiousDecay, mean of {seeds} seed(s)\n"
-        "points: validation, bands: lowest to highest seed, thin lines: training (smoothed)",
-    )
-    masks.set(xlabel="step", ylabel="mask ratio\n(share of weights decayed at a step)")
-    masks.axhline(0.5, color="grey", linestyle=":", lw=1.5, label="half of the weights")
+        losses.set_ylim(min(late) - 0.05, max(late) + 0.25)
+    seeds = len(next(iter(grouped.values())))
+    losses.set(ylabel="validation loss (nats per byte)", title=f"mean of {seeds} seed(s); bands: lowest to highest")
+    masks.set(xlabel="step", ylabel="share that decays")
+    masks.axhline(0.5, color=pictures.INK, linestyle=":", lw=1)
     masks.margins(y=0.2)
     for axes in (losses, masks):
-        axes.legend(loc="upper right", framealpha=1, edgecolor="white")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        axes.legend(loc="upper right")
+    pictures.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -691,7 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     write_results(options.out / "results.csv", outcomes, settings)
     write_curves(options.out / "curves.csv", outcomes, settings)
-    draw(options.out / "loss_and_mask.png", outcomes, settings)
+    draw(options.out / "loss_and_mask.svg", outcomes, settings)
     seconds = time.perf_counter() - began
     summary = "\n\n".join(
         [

@@ -13,7 +13,7 @@ and the code are right, the total rise goes to 0 with h. In two controls, outsid
     python examples/lyapunov.py --lam 2 --step 0.005
     python examples/lyapunov.py --smoke                   # a few seconds
 
-It prints how much H rose and fell, and writes into --out: summary.txt (the table) and energies.png.
+It prints how much H rose and fell, and writes into --out: summary.txt (the table) and energies.svg.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pictures
 import torch
 from language_model import count, positive
 from torch import Tensor
@@ -34,6 +36,9 @@ from tqdm import tqdm
 
 from cwd_wrap import CautiousDecay, rules
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 SIZE = 6  # variables of f
 DECAYS = ("cautious", "plain", "inverted")
 FINER = 10  # the second walk's step is the first's divided by this
@@ -41,7 +46,7 @@ BETA = 2.0  # rate of SGDM's momentum
 ALPHA, GAMMA = 1.0, 0.5  # rates of Adam's and Lion's averages; the theorem needs 0 < GAMMA <= 4*ALPHA of Adam
 SOFT = 0.1  # where the smooth K of Lion-K turns from a parabola into |m|
 SMOKE = {"time": 0.4, "starts": 2}
-OUTPUTS = ["summary.txt", "energies.png"]
+OUTPUTS = ["summary.txt", "energies.svg"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,30 +245,33 @@ H, first and last: mean over the starts, on the walk with the small step
 rise: all upward steps of H together, divided by all downward ones, of the start where that is largest
 steps up: share of steps, over all starts, on which H rose"""
 
-COLOURS = {"cautious": "#009e73", "plain": "#d55e00", "inverted": "#7f7f7f"}
+COLOURS = {"cautious": pictures.CAUTIOUS, "plain": pictures.PLAIN, "inverted": pictures.OTHERS[1]}
 MARKERS = {"SGD": "o", "SGDM": "s", "Lion": "^", "Lion-K": "v", "Adam": "D"}
 
 
 def draw(path: Path, results: Results, steps: Sequence[float], time: float) -> None:
     """H against time for each optimizer, and how much it rises against h."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-
-    figure, panels = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
-    for axes, system in zip(panels.flat, SYSTEMS, strict=False):
+    figure, panels = pictures.panels(3, 2, 9.5)
+    for axes, system in zip(panels, SYSTEMS, strict=False):
         for decay in DECAYS:
             energies = results[system.name, decay, steps[-1]]
-            every = max(1, len(energies) // 500)
+            every = max(1, len(energies) // 200)
             times = torch.linspace(0, time, len(energies))[::every]
             shares = (energies / energies[0])[::every]
-            axes.plot(times, shares[:, :4], color=COLOURS[decay], lw=1.3, alpha=0.9)
-        axes.set_title(f"{system.name}: H = {system.formula}", fontsize=11)
-        axes.set(xlabel="time (steps × h)", ylabel="H / H at the first step", yscale="log")
-        axes.axhline(1, color="0.6", lw=0.8, linestyle=":")
-    last = panels.flat[-1]
+            axes.plot(times, shares[:, :4], color=COLOURS[decay], lw=1.5)
+        axes.set_title(system.name)
+        axes.set(xlabel="time", yscale="log")
+        axes.axhline(1, color=pictures.INK, lw=1, linestyle=":")
+    for axes in panels[0], panels[2], panels[4]:
+        axes.set_ylabel("H / H at the start")
+    draw_rises(panels[-1], results, steps)
+    lines = [pictures.line(f"{decay} decay", color=COLOURS[decay]) for decay in DECAYS]
+    figure.legend(handles=lines, loc="outside upper center", ncols=3, columnspacing=1, handlelength=1.2)
+    pictures.save(figure, path)
+
+
+def draw_rises(axes: Axes, results: Results, steps: Sequence[float]) -> None:
+    """All upward steps of H divided by all downward ones, against h."""
     rises_of = {
         (system.name, decay): [change(results[system.name, decay, h]).rise for h in steps]
         for system in SYSTEMS
@@ -271,26 +279,15 @@ def draw(path: Path, results: Results, steps: Sequence[float], time: float) -> N
     }
     seen = [rise for rises in rises_of.values() for rise in rises if 0 < rise < math.inf]
     floor, ceiling = min(seen, default=1e-6) / 3, max(seen, default=1.0) * 3  # where 0 and inf are drawn
-    for system in SYSTEMS:
-        for decay in DECAYS:
-            rises = [min(max(rise, floor), ceiling) for rise in rises_of[system.name, decay]]
-            last.plot(steps, rises, color=COLOURS[decay], marker=MARKERS[system.name], lw=1.2, ms=5)
-    last.set(
-        xscale="log", yscale="log", xlabel="step h", xticks=sorted(steps), xticklabels=[f"{h:g}" for h in sorted(steps)]
-    )
-    last.set(ylabel="sum of upward steps / sum of downward", ylim=(floor / 1.5, ceiling * 1.5))
-    last.minorticks_off()
-    last.margins(x=0.25)
-    last.set_title("How much H rises, at two sizes of step", fontsize=11)
-    marks = [Line2D([], [], color="0.2", marker=m, lw=0, ms=5, label=name) for name, m in MARKERS.items()]
-    last.legend(handles=marks, fontsize=8, frameon=False, loc="lower right")
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    lines = [Line2D([], [], color=COLOURS[decay], lw=2, label=f"{decay} decay") for decay in DECAYS]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    for (name, decay), rises in rises_of.items():
+        drawn = [min(max(rise, floor), ceiling) for rise in rises]
+        axes.plot(steps, drawn, color=COLOURS[decay], marker=MARKERS[name], lw=1.2, ms=6)
+    axes.set(xscale="log", yscale="log", xlabel="step size h", ylim=(floor / 1.5, ceiling * 1.5))
+    axes.set(xticks=sorted(steps), xticklabels=[f"{h:g}" for h in sorted(steps)], title="rises of H / falls of H")
+    axes.minorticks_off()
+    axes.margins(x=0.3)
+    marks = [pictures.line(name, color=pictures.INK, marker=m, lw=0, ms=6) for name, m in MARKERS.items()]
+    axes.legend(handles=marks, loc="lower right", handletextpad=0, labelspacing=0.2, borderaxespad=0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 bar.set_description(f"{system.name}, {decay}")
                 for h in steps:
                     results[system.name, decay, h] = walk(system, decay, h=h, bar=bar, **same)
-    draw(options.out / "energies.png", results, steps, options.time)
+    draw(options.out / "energies.svg", results, steps, options.time)
     seconds = time.perf_counter() - began
     setting = (
         f"setting  lam {options.lam:g}, h {' and '.join(f'{h:g}' for h in steps)}, time {options.time:g}, "

@@ -15,7 +15,7 @@ the weights decays half as much: compare "update" with "random", and give severa
     python examples/mask_ablation.py --smoke                         # a few seconds
 
 It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
-per run) and losses.png.
+per run) and losses.svg.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import language_model as lm
+import pictures
 import torch
 from toy_landscapes import machine_and_versions, parse
 
@@ -37,7 +38,7 @@ from cwd_wrap import CautiousDecay
 MASKS = ("update", "gradient", "random", "all")
 NONE = "no decay"
 SMOKE = {"steps": 6, "seeds": 2, "width": 32, "layers": 1, "context": 16, "batch": 2, "lam": [1.0]}
-OUTPUTS = ["summary.txt", "results.csv", "losses.png"]
+OUTPUTS = ["summary.txt", "results.csv", "losses.svg"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,39 +149,34 @@ def findings(grouped: Cells) -> list[str]:
     return sentences
 
 
-COLOURS = {NONE: "0.4", "update": "#009e73", "gradient": "#cc79a7", "random": "#e69f00", "all": "#d55e00"}
+COLOURS = {
+    "update": pictures.CAUTIOUS,
+    "all": pictures.PLAIN,
+    "gradient": pictures.OTHERS[1],
+    "random": pictures.OTHERS[2],
+}
 
 
 def draw(path: Path, grouped: Cells) -> None:
     """The loss minus that without decay: one point per seed, and a bar at the mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lams = sorted({lam for _, lam in grouped if lam})
     none = grouped[NONE, 0.0]
-    figure, panels = plt.subplots(
-        1, len(lams), figsize=(1.5 + 3.6 * len(lams), 4.4), layout="constrained", squeeze=False
-    )
-    for axes, lam in zip(panels[0], lams, strict=True):
+    figure, panels = pictures.panels(len(lams), 1, 0.6 + 2.9 * len(lams))
+    for axes, lam in zip(panels, lams, strict=True):
+        pictures.no_decay(axes, 0)
         for i, mask in enumerate(MASKS):
             differences = against(grouped[mask, lam], none)
             at = [i + 0.07 * (j - (len(differences) - 1) / 2) for j in range(len(differences))]
-            axes.plot(at, differences, "o", color=COLOURS[mask], ms=5, alpha=0.75)
+            axes.plot(at, differences, "o", color=COLOURS[mask], ms=6, alpha=0.75)
             mean = statistics.fmean(differences)
-            axes.plot([i - 0.3, i + 0.3], [mean, mean], color=COLOURS[mask], lw=2.5)
-        axes.axhline(0, color=COLOURS[NONE], lw=1, linestyle="--")
-        axes.set(title=f"lam {lam:g}", xticks=range(len(MASKS)), xticklabels=MASKS, xlim=(-0.6, len(MASKS) - 0.4))
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+            axes.plot([i - 0.3, i + 0.3], [mean, mean], color=COLOURS[mask], lw=3)
+        names = [{"update": "update (CWD)", "all": "all (plain)"}.get(mask, mask) for mask in MASKS]
+        axes.set(xticks=range(len(MASKS)), xticklabels=names, xlim=(-0.6, len(MASKS) - 0.4))
+        axes.set_title(f"lam {lam:g}: validation loss minus that without decay")
+        axes.grid(visible=False, axis="x")
         axes.margins(y=0.12)
-    panels[0][0].set_ylabel("validation loss minus that without decay\n(nats per byte; lower is better)")
-    figure.suptitle(
-        f"AdamW, which weights decay: a point for each of {len(none)} seeds, a bar at the mean", fontsize=11
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    panels[0].legend(loc="upper left")
+    pictures.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = ["mask", "lam", "seed", "val_loss", "weight_norm"]
     rows = [[o.run.mask, o.run.lam, o.run.seed, o.loss, o.weight_norm] for o in outcomes]
     lm.write_csv(options.out / "results.csv", header, rows)
-    draw(options.out / "losses.png", grouped)
+    draw(options.out / "losses.svg", grouped)
     size = sum(p.numel() for p in lm.GPT(settings.width, settings.layers, settings.context).parameters())
     setting = (
         f"setting  {size:,} parameters: {settings.layers} layer(s), width {settings.width}, "

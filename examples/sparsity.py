@@ -10,13 +10,14 @@ the share of weights under a threshold and under 1e-3, and the accuracy with the
     python examples/sparsity.py --smoke                              # a few seconds
 
 It prints a table with the spread between seeds, and writes into --out: summary.txt (the table), results.csv (one row
-per run) and sparsity.png. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
+per run) and sparsity.svg. It needs scikit-learn (pip install scikit-learn) in addition to what the other examples need.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import language_model as lm
+import pictures
 import torch
 import torch.nn.functional as F
 from mask_ablation import spread
@@ -36,7 +38,7 @@ from cwd_wrap import PNormDecay
 SMALL = 1e-3  # the weights that are set to 0 for the second accuracy
 BATCH = 100
 SMOKE = {"epochs": 2, "seeds": 2, "p": [0.8, 2.0], "lam": [1e-2]}
-OUTPUTS = ["summary.txt", "results.csv", "sparsity.png"]
+OUTPUTS = ["summary.txt", "results.csv", "sparsity.svg"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,36 +200,26 @@ def legend(threshold: float) -> str:
 
 def draw(path: Path, grouped: Cells, threshold: float) -> None:
     """Accuracy against sparsity, with one line per p through its lams, and sparsity against lam."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     ps = sorted({p for p, lam in grouped if lam})
-    shades = plt.get_cmap("viridis")([0.9 * i / max(1, len(ps) - 1) for i in range(len(ps))])
-    figure, (trade, shares) = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    figure, (trade, shares) = pictures.panels(2, 1, 8)
     none = [100 * o.accuracy for o in grouped[0.0, 0.0]]
-    trade.axhline(statistics.fmean(none), color="0.5", lw=1, linestyle="--", label="no decay")
-    for colour, p, marker in zip(shades, ps, "osD^vPX*<>" * len(ps), strict=False):
+    pictures.no_decay(trade, statistics.fmean(none))
+    for colour, p, marker in zip(itertools.cycle(pictures.OTHERS), ps, "osD^vPX*<>" * len(ps), strict=False):
         lams = sorted(lam for q, lam in grouped if q == p)
         groups = [grouped[p, lam] for lam in lams]
         x = [100 * statistics.fmean(o.sparsity for o in group) for group in groups]
         y = [100 * statistics.fmean(o.accuracy for o in group) for group in groups]
-        trade.plot(x, y, color=colour, marker=marker, lw=1.3, label=f"p = {p:g}")
+        trade.plot(x, y, color=colour, marker=marker, ms=8, lw=1.5)
         points = [(100 * o.sparsity, 100 * o.accuracy) for group in groups for o in group]
-        trade.plot(*zip(*points, strict=True), marker, color=colour, ms=3, alpha=0.45)
-        shares.plot(lams, x, color=colour, marker=marker, lw=1.3)
-    under = f"share of weights under {threshold:g} (%)"
-    trade.set(xlabel=under, ylabel="accuracy on held-out digits (%)", xlim=(-4, 104))
+        trade.plot(*zip(*points, strict=True), marker, color=colour, ms=4, alpha=0.5)
+        shares.plot(lams, x, color=colour, marker=marker, ms=8, lw=1.5, label=f"p = {p:g}")
+    under = f"weights under {threshold:g} (%)"
+    trade.set(xlabel=under, ylabel="accuracy (%)", xlim=(-4, 104))
     shares.set(xscale="log", xlabel="lam", ylabel=under, ylim=(-4, 104))
-    for axes in (trade, shares):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    trade.legend(frameon=False, loc="lower left")
-    seeds = len(none)
-    figure.suptitle(f"PNormDecay(AdamW): large marks are means of {seeds} seeds, small ones the seeds", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    trade.legend(loc="lower left")
+    shares.legend(loc="upper left")
+    trade.set_title(f"large marks: means of {len(none)} seeds; small ones: the seeds")
+    pictures.save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -287,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = ["p", "lam", "seed", "accuracy", "sparsity", "below_1e-3", "pruned_accuracy"]
     rows = [[o.run.p, o.run.lam, o.run.seed, o.accuracy, o.sparsity, o.small, o.pruned_accuracy] for o in outcomes]
     lm.write_csv(options.out / "results.csv", header, rows)
-    draw(options.out / "sparsity.png", grouped, settings.threshold)
+    draw(options.out / "sparsity.svg", grouped, settings.threshold)
     weights = sum(p.numel() for p in make_model().parameters() if p.ndim > 1)
     setting = (
         f"setting  {weights:,} weights in 4 layers; {images[0]} digits to train, {images[2]} held out; "

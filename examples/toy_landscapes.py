@@ -14,7 +14,7 @@ All three optimizers share lr, betas, eps and the starts; AdamW and CautiousDeca
     python examples/toy_landscapes.py --lam 0.2 --lr 3e-3
     python examples/toy_landscapes.py --smoke             # a few seconds
 
-It prints where each run ends, and writes into --out: summary.txt (the table) and trajectories.png.
+It prints where each run ends, and writes into --out: summary.txt (the table) and trajectories.svg.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pictures
 import torch
 from language_model import count, positive, processor
 from torch import Tensor
@@ -36,11 +38,14 @@ from tqdm import tqdm
 
 from cwd_wrap import CautiousDecay
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 READINGS = 500  # points of a trajectory that are kept
 LATE = 200  # f in the table is the mean over this many last steps: each step moves by about lr
 NEAR = 0.05  # how far from the curve still counts as on it
 SMOKE = {"steps": 200, "lr": 0.02}
-OUTPUTS = ["summary.txt", "trajectories.png"]
+OUTPUTS = ["summary.txt", "trajectories.svg"]
 
 Point = tuple[float, float]
 Results = dict[str, dict[str, tuple[Tensor, Tensor]]]  # by method, then by function
@@ -184,75 +189,75 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-STYLES = {"Adam": ("#0072b2", ":", 3.0), "AdamW": ("#d55e00", "--", 1.6), "CautiousDecay(Adam)": ("#009e73", "-", 1.6)}
+# Adam has no decay here. It is drawn first, wide, so that it can be seen where another method takes the same way.
+STYLES = {
+    "Adam": {"color": pictures.NO_DECAY, "lw": 5, "alpha": 0.6},
+    "AdamW": {"color": pictures.PLAIN, "lw": 2},
+    "CautiousDecay(Adam)": {"color": pictures.CAUTIOUS, "lw": 2},
+}
 
 
-def draw(path: Path, results: Results, *, lr: float, lam: float) -> None:
+def draw(path: Path, results: Results, *, lam: float, steps: int) -> None:
     """The ring, the parabola and the line, with one colour per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.lines import Line2D
-
-    figure, panels = plt.subplots(1, 3, figsize=(14, 5.4), layout="constrained")
-    for axes, landscape in zip(panels, LANDSCAPES, strict=True):
-        axes.set_title(f"{landscape.name}: f = {landscape.formula}")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = pictures.panels(2, 2, 7.2)
+    for axes, landscape in zip(panels, LANDSCAPES, strict=False):
+        axes.set_title(f"f = {landscape.formula}")
         if landscape.name == "line":
-            draw_line(axes, results, lr, lam)
+            draw_line(axes, results, lam, steps)
         else:
             draw_plane(axes, landscape, results, lam)
+    legend = panels[-1]
+    legend.axis("off")
     handles = [
-        Line2D([], [], color=colour, linestyle=style, lw=width, label=method)
-        for method, (colour, style, width) in STYLES.items()
+        *(pictures.line(method, **style) for method, style in STYLES.items()),
+        pictures.line("minimisers of f", color=pictures.INK, lw=1),
+        pictures.line("of these: neither |x|\nnor |y| can fall", color=pictures.GOLD, lw=7),
+        pictures.line("start", color=pictures.INK, marker="o", lw=0, ms=6),
+        pictures.line("end", color=pictures.INK, marker="*", lw=0, ms=11),
+        pictures.line("x = y = 1/lam", color=pictures.INK, marker="s", lw=0, ms=8, fillstyle="none"),
     ]
-    handles += [
-        Line2D([], [], color="0.55", lw=1.2, label="minimisers of f"),
-        Line2D([], [], color="gold", lw=6, label="of these, local Pareto front of |x|, |y|"),
-        Line2D([], [], color="black", marker="o", lw=0, ms=5, label="start"),
-        Line2D([], [], color="black", marker="s", lw=0, ms=6, fillstyle="none", label="corner of AdamW's box, 1/lam"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    legend.legend(handles=handles, loc="center left", labelspacing=0.7)
+    pictures.save(figure, path)
 
 
-def draw_plane(axes, landscape: Landscape, results, lam: float) -> None:
-    """Paths over the contours of f, with the curve of its minimisers."""
+def draw_plane(axes: Axes, landscape: Landscape, results: Results, lam: float, *, front: bool = True) -> None:
+    """Paths over the contours of f, with the curve of its minimisers and its Pareto front."""
     ends = torch.cat([results[method][landscape.name][0].flatten(0, 1) for method in METHODS])
     low, high = min(1.0, ends.min().item() - 0.5, 1 / lam - 0.4), max(5.2, ends.max().item() + 0.3)
-    ticks = torch.linspace(low, high, 400, dtype=torch.float64)
+    ticks = torch.linspace(low, high, 120, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
     f = value(landscape, grid)
-    axes.contourf(ticks, ticks, f, levels=[0, 0.1, 1, 5, 20, 1e9], colors=["0.99", "0.96", "0.92", "0.87", "0.81"])
+    axes.contourf(ticks, ticks, f, levels=[0, 0.1, 1, 5, 20, 1e9], colors=pictures.STEPS)
     c = landscape.c(grid[..., 0], grid[..., 1])
-    front = torch.where(is_pareto(landscape, grid), c, torch.nan)
-    axes.contour(ticks, ticks, front.numpy(), levels=[0], colors="gold", linewidths=6)
-    axes.contour(ticks, ticks, c, levels=[0], colors="0.55", linewidths=1.2)
-    axes.plot(1 / lam, 1 / lam, "s", color="black", fillstyle="none", ms=9)
-    for method, (colour, style, width) in STYLES.items():
+    if front:
+        on_front = torch.where(is_pareto(landscape, grid), c, torch.nan)
+        axes.contour(ticks, ticks, on_front, levels=[0], colors=pictures.GOLD, linewidths=7)
+    axes.contour(ticks, ticks, c, levels=[0], colors=pictures.INK, linewidths=1)
+    axes.plot(1 / lam, 1 / lam, "s", color=pictures.INK, fillstyle="none", ms=9, zorder=6)
+    for method, style in STYLES.items():
         trajectory, _ = results[method][landscape.name]
         for i in range(len(landscape.starts)):
             x, y = trajectory[:, i].T
-            axes.plot(x, y, color=colour, linestyle=style, lw=width)
-            axes.plot(x[-1], y[-1], "*", color=colour, ms=11, mec="white", mew=0.6, zorder=5)
-    axes.plot(*zip(*landscape.starts, strict=True), "o", color="black", ms=5, zorder=4)
+            axes.plot(x, y, **style)
+            axes.plot(x[-1], y[-1], "*", color=style["color"], ms=12, mec=pictures.GROUND, mew=0.6, zorder=5)
+    axes.plot(*zip(*landscape.starts, strict=True), "o", color=pictures.INK, ms=6, zorder=4)
+    axes.grid(visible=False)
     axes.set(xlim=(low, high), ylim=(low, high), xlabel="x", ylabel="y", aspect="equal")
+    axes.set(xticks=range(1, 6), yticks=range(1, 6))
 
 
-def draw_line(axes, results, lr: float, lam: float) -> None:
-    """x against time."""
-    axes.axhline(5, color="0.55", lw=1.2)
-    for method, (colour, style, width) in STYLES.items():
+def draw_line(axes: Axes, results: Results, lam: float, steps: int) -> None:
+    """x against the step."""
+    axes.axhline(5, color=pictures.INK, lw=1)
+    for method, style in STYLES.items():
         trajectory, _ = results[method]["line"]
         for i in range(trajectory.shape[1]):
-            x = trajectory[:, i, 0]
-            axes.plot(range(len(x)), x, color=colour, linestyle=style, lw=width)
-    axes.axhline(1 / lam, color="black", lw=0.8, linestyle=(0, (1, 3)))
-    axes.text(len(x), 1 / lam, "1/lam", ha="right", va="bottom", fontsize=9)
-    axes.set(xlabel="share of the run", ylabel="x", xticks=[0, len(x) / 2, len(x)], xticklabels=["0", "1/2", "1"])
+            axes.plot(trajectory[:, i, 0], **style)
+    axes.axhline(1 / lam, color=pictures.INK, lw=1, linestyle=(0, (1, 3)))
+    last = len(trajectory) - 1
+    axes.text(last, 1 / lam + 0.15, "1/lam", ha="right")
+    axes.set(ylabel="x", ylim=(0, 8.6), yticks=[0, 2, 5, 8], xlabel="step")
+    axes.set(xlim=(0, last), xticks=[0, last / 2, last], xticklabels=[0, f"{steps // 2:,}", f"{steps:,}"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in METHODS:
             bar.set_description(method)
             results[method] = run(method, lr=options.lr, lam=options.lam, steps=options.steps, bar=bar)
-    draw(options.out / "trajectories.png", results, lr=options.lr, lam=options.lam)
+    draw(options.out / "trajectories.svg", results, lam=options.lam, steps=options.steps)
     seconds = time.perf_counter() - began
     setting = f"setting  lam {options.lam:g}, lr {options.lr:g}, betas (0.9, 0.999), {options.steps} steps, float64"
     legend = (

@@ -1,4 +1,4 @@
-"""Makes docs/results.md and its pictures from runs.csv, chosen.csv and the text in page.md.
+"""Makes docs/results.md, its pictures and that of the README from runs.csv, chosen.csv and the text in page.md.
 
 python results/report.py
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ DOCS = HERE.parent / "docs"
 sys.path.insert(0, str(HERE.parent / "examples"))
 
 import lambda_sweep as ls  # noqa: E402
+import pictures  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RESAMPLES = 10_000
 
@@ -221,7 +226,7 @@ def details(settings: Settings, rates: dict[tuple[str, str], float]) -> str:
     """For each task a picture, and a table for each optimizer."""
     parts = []
     for task in dict.fromkeys(task for task, _ in settings):
-        parts.append(f"### {task}\n\n![Test loss over lam on {task}](results_{task}.png)")
+        parts.append(f"### {task}\n\n![Test loss over lam on {task}](results_{task}.svg)")
         for (name, optimizer), arms in settings.items():
             if name == task:
                 parts.append(f"{optimizer}, learning rate {rates[name, optimizer]:g}:\n\n{detail_table(arms)}")
@@ -257,35 +262,37 @@ def page(folder: Path) -> str:
     return fill((HERE / "page.md").read_text(), parts)
 
 
-def pictures(folder: Path, to: Path) -> None:
-    """One picture for each task: the test loss over lam, with one panel per optimizer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def draw(folder: Path, to: Path) -> None:
+    """For each task the test loss over lam, with one panel per optimizer; and one such panel for the README."""
     settings, rates = load(folder)
     for task in dict.fromkeys(task for task, _ in settings):
         panels = [(optimizer, arms) for (name, optimizer), arms in settings.items() if name == task]
         columns = min(2, len(panels))
         rows = -(-len(panels) // columns)
-        size = (4.2 * columns + 0.6, 3.2 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-        for ax, (optimizer, arms) in zip(axes.flat, panels, strict=True):
-            ls.draw(ax, [outcome for arm in arms.values() for cell in arm.cells for outcome in cell])
-            lowest = min(arm.of("test").mean(-1).min().item() for arm in arms.values())
-            without = arms["plain"].of("test").mean(-1)[0].item()
-            ax.set_ylim(lowest - 0.05 * lowest, min(lowest * 1.6, max(without, lowest * 1.15) * 1.05))
+        figure, axes = pictures.panels(rows, columns, 0.6 + 3.2 * rows)
+        for i, (ax, (optimizer, arms)) in enumerate(zip(axes, panels, strict=True)):
+            draw_arms(ax, arms)
             ax.set_title(f"{optimizer}, lr {rates[task, optimizer]:g}")
-        axes[0, 0].legend()
-        figure.suptitle(f"{task}: mean of 8 seeds, band: one standard error")
-        figure.savefig(to / f"results_{task}.png", dpi=110)
-        plt.close(figure)
+            ax.set_ylabel("test loss (nats)" if i % columns == 0 else "")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, columnspacing=1.2)
+        pictures.save(figure, to / f"results_{task}.svg")
+    figure, (ax,) = pictures.panels(1, 1, 3.4)
+    draw_arms(ax, settings["mnist1d", "AdamW"])
+    ax.set_title("mnist1d with AdamW: mean of 8 seeds")
+    ax.legend(loc="lower left")
+    pictures.save(figure, to / "does_it_help.svg")
+
+
+def draw_arms(ax: Axes, arms: dict[str, Arm]) -> None:
+    """The test loss over lam of one setting."""
+    ls.draw(
+        ax, list({outcome.key: outcome for arm in arms.values() for cell in arm.cells for outcome in cell}.values())
+    )
 
 
 def main() -> None:
     (DOCS / "results.md").write_text(page(HERE))
-    pictures(HERE, DOCS)
+    draw(HERE, DOCS)
     print(f"wrote {DOCS / 'results.md'}")
 
 

@@ -17,7 +17,7 @@ from cwd_wrap import CautiousDecay
 ROOT = Path(__file__).parents[1]
 F64 = torch.float64
 LR, LAM, STEPS = 0.125, 0.5, 20
-SOURCE = snippets(ROOT / "docs" / "anchor.md")[0]
+SOURCE = snippets(ROOT / "docs" / "anchor.md")[0].partition("\n\n\n# Load the pre-trained weights")[0]
 RECIPE: dict[str, Any] = {}
 exec(SOURCE, RECIPE)
 decay_towards_start, fold = RECIPE["decay_towards_start"], RECIPE["fold"]

@@ -1,4 +1,4 @@
-"""The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and four others obeys the rule.
+"""The table: every optimizer of torch, timm, torch_optimizer, pytorch_optimizer and seven others obeys the rule.
 
 After each step the wrapped weights must be those of the base without decay, plus the rule. A second instance, built
 without decay, takes the base's step with the same weights, gradients and random numbers.
@@ -67,7 +67,7 @@ def set_gradients(case: Case, groups: Groups, step: int) -> None:
 
 def eta(case: Case, group: dict[str, Any]) -> float:
     """eta, by the formula in the zoo's note for this optimizer."""
-    names = {"sqrt": math.sqrt, "t": group.get("step", 0) + 1, **group}
+    names = {"sqrt": math.sqrt, "t": (group.get("step") or 0) + 1, **group}
     return GIVEN_ETA if case.eta == "given" else float(eval(case.eta, names))
 
 
@@ -113,14 +113,17 @@ class Pair:
                 p.copy_(x)
         for optimizer, groups in ((self.wrapped, self.groups), (self.plain, self.plain_groups)):
             set_gradients(self.case, groups, number)
+            stepped = [has_gradient(p) for p in parameters(groups)]  # before: heavyball takes the gradients away
             seed(number)
             if self.case.closure:
                 optimizer.step(lambda groups=groups: self.loss(groups, number))
             else:
                 optimizer.step()
         return [
-            (x, q.detach(), p.detach(), strengths[id(p)], has_gradient(p))
-            for x, p, q in zip(before, parameters(self.groups), parameters(self.plain_groups), strict=True)
+            (x, q.detach(), p.detach(), strengths[id(p)], of_p)
+            for x, p, q, of_p in zip(
+                before, parameters(self.groups), parameters(self.plain_groups), stepped, strict=True
+            )
         ]
 
     def loss(self, groups: Groups, number: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_sweep_runs_each_arm(swept: Path) -> None:
 
     assert len(cells) == 14
     assert set(cells) == arms | {("none", 0.0, seed) for seed in (0, 1)}
-    assert (swept / "digits_AdamW_steps3.png").stat().st_size > 10_000
+    assert (swept / "digits_AdamW_steps3.svg").stat().st_size > 10_000
 
 
 def test_control_decays_as_much_in_total(swept: Path) -> None:

@@ -1,4 +1,7 @@
-"""Every snippet of the documentation runs, every link works, and the README's badges and the file tree are right."""
+"""Every snippet of the documentation runs alone, and every link works.
+
+The README's badges, commands and diffs are right, and so is the file tree.
+"""
 
 import contextlib
 import doctest
@@ -28,31 +31,48 @@ def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python blocks of a page run one after the other in one namespace."""
+SNIPPETS = [
+    pytest.param(source, id=f"{page.name}-{number}") for page in PAGES for number, source in enumerate(snippets(page))
+]
+
+
+@pytest.mark.parametrize("source", SNIPPETS)
+def test_a_snippet_runs_alone(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each python block of a page runs by itself, as a reader copies it."""
+    for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
+        pytest.importorskip(package)
+    if "optim.Muon" in source and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for number, source in enumerate(snippets(page)):
-        for package in re.findall(r"^# needs (\w+)", source, flags=re.MULTILINE):
-            pytest.importorskip(package)
-        if "Muon" in source and not hasattr(torch.optim, "Muon"):
-            pytest.skip("this torch has no Muon")
-        with contextlib.redirect_stdout(io.StringIO()):
-            exec(compile(source, f"{page.name}, block {number}", "exec"), namespace)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(source, "snippet", "exec"), {"__name__": "__main__"})
+
+
+DIFFS = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("sign", ["-", "+"])
-def test_the_diff_of_the_readme_runs(sign: str) -> None:
-    """Both sides of the README's diff run."""
-    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    lines = [line[1:] for line in diff.splitlines() if line[0] in {sign, " "}]
+@pytest.mark.parametrize("diff", DIFFS, ids=["line", "script"])
+def test_the_diffs_of_the_readme_run(diff: str, sign: str) -> None:
+    """Both sides of the README's two diffs run; the first is of one line that needs a model."""
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in {sign, " "}]
+    given = [] if "import torch" in lines else ["import torch", "model = torch.nn.Linear(2, 2)"]
     namespace: dict[str, object] = {}
-
-    exec("\n".join(["import torch", "model = torch.nn.Linear(2, 2)", *lines]), namespace)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec("\n".join([*given, *lines]), namespace)
 
     assert type(namespace["opt"]).__name__ == {"-": "AdamW", "+": "CautiousDecay"}[sign]
+
+
+def test_the_commands_of_the_readme_are_those_of_ci() -> None:
+    """The README's commands for a fresh machine are targets of the Makefile, and its command for tests is CI's."""
+    commands = re.findall(r"^    make ([a-z]+) +#", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    of_ci = (ROOT / ".ci" / "run").read_text().splitlines()
+
+    assert {"demo", "test"} <= set(commands) <= set(targets)
+    assert "make test" in of_ci
 
 
 @pytest.mark.parametrize("name", ["cwd_wrap", *MODULES])
@@ -66,7 +86,7 @@ def test_docstrings_run(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/clients.md", "docs/how_it_works.md"])
+@pytest.mark.parametrize("page", ["docs/index.md", "docs/recipes.md", "docs/clients.md", "docs/how_it_works.md"])
 def test_pages_have_snippets(page: str) -> None:
     """`snippets` finds blocks on these pages, so the check of snippets is not empty."""
     assert snippets(ROOT / page)

@@ -25,7 +25,7 @@ def test_language_model(tmp_path: Path) -> None:
 
     assert "CautiousDecay(AdamW)" in done.stdout
     assert len(rows) == 2
-    assert (tmp_path / "loss_and_mask.png").stat().st_size > 10_000
+    assert (tmp_path / "loss_and_mask.svg").stat().st_size > 10_000
     assert (tmp_path / "curves.csv").exists()
 
 

@@ -175,8 +175,8 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     assert re.search(r"^machine  .+\nversions .*torch .+; \d{4}-\d\d-\d\d; ", done.stdout, flags=re.MULTILINE)
     assert all(f"\n{word} " in done.stdout or f" {word} " in done.stdout for word in EXPERIMENTS[name])
     assert (tmp_path / "summary.txt").read_text().strip() in done.stdout
-    assert all(picture.stat().st_size > 10_000 for picture in tmp_path.glob("*.png"))
-    assert len(list(tmp_path.glob("*.png"))) == 1
+    assert all(picture.stat().st_size > 10_000 for picture in tmp_path.glob("*.svg"))
+    assert len(list(tmp_path.glob("*.svg"))) == 1
 
 
 @pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3), ("anchor", 2 * 3)])

@@ -498,7 +498,8 @@ def from_zoo(case: zoo.Case) -> Trial:
     )
 
 
-@pytest.mark.parametrize("case", zoo.cases(), ids=str)
+# heavyball counts the steps of a group, not of a parameter, so none of its optimizers may be stepped in pieces.
+@pytest.mark.parametrize("case", [c for c in zoo.cases() if not c.name.startswith("heavyball.")], ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_the_table_holds_what_passes(case: zoo.Case) -> None:
     """The table holds exactly the optimizers of the zoo that pass the check, except those in `LEFT_OUT`."""

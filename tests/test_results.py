@@ -133,7 +133,7 @@ def test_page_is_made_from_the_committed_runs() -> None:
     """docs/results.md is the output of report.py for results/*.csv and page.md, and its pictures exist."""
     text = (ROOT / "docs" / "results.md").read_text()
     assert text == report.page(ROOT / "results")
-    pictures = re.findall(r"\]\((\w+\.png)\)", text)
+    pictures = re.findall(r"\]\(([\w-]+\.svg)\)", text)
     assert pictures
     assert all((ROOT / "docs" / picture).exists() for picture in pictures)
 

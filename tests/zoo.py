@@ -1,4 +1,4 @@
-"""Every optimizer of eight libraries, and the facts about each on which a wrapper depends.
+"""Every optimizer of eleven libraries, and the facts about each on which a wrapper depends.
 
 `cases()` discovers them. `NOTES` holds only what discovery cannot find. Nothing is left out: an optimizer that cannot
 be run is a `Case` with a reason.
@@ -32,6 +32,9 @@ LIBRARIES = (
     "prodigyopt",
     "dadaptation",
     "schedulefree",
+    "optimi",
+    "rose_opt",
+    "heavyball",
 )
 
 
@@ -46,6 +49,8 @@ class Case:
     """What its constructor takes, with the default values."""
     dims: tuple[int, ...] = (1, 2, 4)
     """Numbers of dimensions its parameters may have."""
+    use_muon: bool = False
+    """Its groups say with `use_muon` whether they hold matrices for it, or tensors for an AdamW of its own."""
     decay_key: bool = True
     """Its groups have a `weight_decay` of their own."""
     eta: Eta = "lr"
@@ -107,6 +112,12 @@ def _from_model(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> 
     return optimizer
 
 
+def _heavyball(cls: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
+    """Keep heavyball from compiling its steps, which takes minutes on a CPU. It reads this at each step."""
+    importlib.import_module("heavyball.utils").compile_mode = None
+    return cls(groups, **flags)
+
+
 def _uncompiled(build: Callable[..., Optimizer], groups: Groups, **flags: Any) -> Optimizer:
     """Keep timm's Kron from compiling its kernels, which takes half a minute on a CPU."""
     with mock.patch("timm.optim.kron.has_dynamo", False):
@@ -122,7 +133,7 @@ _BNB = {"refused": "needs bitsandbytes and a GPU"}
 _LOOKAHEAD = "slow weights"
 _MADGRAD = "the starting point x0 less the dual average"
 _SAM: dict[str, Any] = {"closure": True, "flags": {"base_optimizer": torch.optim.AdamW}}
-_MUON: dict[str, Any] = {"how": _muon, "dims": (2,)}
+_MUON: dict[str, Any] = {"how": _muon, "dims": (2,), "use_muon": True}
 _NO_LR: dict[str, Any] = {"eta": "given"}
 _ADAPTS: dict[str, Any] = {"adapts": "always_adapt"}
 _CORRECTED: dict[str, Any] = {"eta": "lr * lr / max_lr_snapshot"}
@@ -274,6 +285,16 @@ NOTES: dict[str, dict[str, Any]] = {
         "how": _over,
     },
     "pytorch_optimizer.WSAM": {"refused": "needs a model, two passes"},
+    # optimi and heavyball; all others of them need no note
+    "optimi.Ranger": {"fades": _LOOKAHEAD},
+    "optimi.StableAdamW": {"flags": {"lr": 1e-3, "triton": False}, **_NO_LR},
+    "heavyball.MSAMLaProp": {"refused": "recomputes p from its own copy z"},
+    "heavyball.PSGDBase": {"refused": "a base class"},
+    "heavyball.PSGDLRA": {"refused": "takes parameters, but no groups"},
+    "heavyball.SAMWrapper": {"refused": "needs an optimizer and a closure, two passes"},
+    "heavyball.SFAdamW": {"refused": _SCHEDULE_FREE},
+    "heavyball.SOAPBase": {"refused": "a base class"},
+    "heavyball.SplitOpt": {"refused": "not an optimizer: steps several on parts of the parameters"},
     # the small libraries
     "dadaptation.DAdaptAdaGrad": {"refused": "recomputes p as x0 less the dual average"},
     "dadaptation.DAdaptAdam": _D,
@@ -292,7 +313,12 @@ def _note(name: str) -> dict[str, Any]:
         return _APEX
     if library == "timm" and short.startswith("bnb"):
         return _BNB
-    return NOTES.get(name, {})
+    note = NOTES.get(name, {})
+    if library == "heavyball":
+        return {"how": _heavyball, **note}
+    if library in {"optimi", "rose_opt"}:
+        return {"flags": {"lr": 1e-3}, **note}
+    return note
 
 
 # ------------------------------------------------------------------------------------ discovery
