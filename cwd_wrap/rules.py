@@ -125,6 +125,14 @@ def larger(a: Tensor, b: Tensor) -> Tensor:
     return where((a > b) | (a != a), a, b)  # noqa: PLR0124 - true for NaN
 
 
+def added(buffer: Maybe, u: Tensor, momentum: float) -> Tensor:
+    """momentum*buffer + u; u without momentum, where there is no buffer."""
+    total = u
+    if buffer is not None:
+        total = momentum * buffer + u
+    return total
+
+
 def adam(
     g: Tensor, m: Tensor, v: Tensor, largest: Maybe, eta: float, root_of_rest: float, rest1: float, beta2: float,
     rest2: float, eps: float,
@@ -170,11 +178,137 @@ def lion(g: Tensor, m: Tensor, eta: float, rest1: float, rest2: float) -> tuple[
     return u, eta * u, lerp(m, g, rest2)
 
 
+def nadam(
+    g: Tensor, m: Tensor, v: Tensor, eta: float, root_of_rest: float, of_m: float, rest1: float, beta2: float,
+    rest2: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """NAdam (Dozat, ICLR 2016 workshop), as torch has it: m and v as in `adam`, mu_t = beta1 * (1 - 0.96**(t*psi) / 2).
+
+    u = ((1 - mu_t)/(1 - mu_1...mu_t) * g + mu_t+1/(1 - mu_1...mu_t+1) * m) / (sqrt(v / (1 - beta2**t)) + eps)
+
+    ``eta`` is here eta times the factor of g, and ``of_m`` the factor of m over that of g.
+    """
+    m = lerp(m, g, rest1)
+    v = beta2 * v + rest2 * g * g
+    u = g + of_m * m
+    return u, divide(eta * u, divide(root(v), root_of_rest) + eps), m, v
+
+
+def nadamw(
+    g: Tensor, m: Tensor, v: Tensor, eta: float, root_of_rest: float, rest1: float, beta2: float, rest2: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """timm's NAdamW: `adam` with m + (1 - beta1) * (g - m) in place of the new m in u."""
+    m = lerp(m, g, rest1)
+    v = beta2 * v + rest2 * g * g
+    u = lerp(m, g, rest1)
+    return u, divide(eta * u, divide(root(v), root_of_rest) + eps), m, v
+
+
+def radam(
+    g: Tensor, m: Tensor, v: Tensor, eta: float, rectifies: float, rest1: float, beta2: float, rest2: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RAdam (arXiv 1908.03265, Algorithm 2), as torch has it: m and v as in `adam`.
+
+    u = r * m / (1 - beta1**t) * sqrt(1 - beta2**t) / (sqrt(v) + eps) if it ``rectifies``, else m / (1 - beta1**t)
+
+    ``eta`` is here eta times all factors of u.
+    """
+    m = lerp(m, g, rest1)
+    v = beta2 * v + rest2 * g * g
+    return m, eta * where(rectifies > 0, divide(m, root(v) + eps), m), m, v
+
+
+def adamax(
+    g: Tensor, m: Tensor, largest: Tensor, eta: float, rest1: float, beta2: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adamax (arXiv 1412.6980, Algorithm 2), as torch has it: m as in `adam`.
+
+    largest <- max(beta2*largest, |g| + eps),    u = m / (1 - beta1**t) / largest
+
+    ``eta`` is here eta/(1 - beta1**t).
+    """
+    m = lerp(m, g, rest1)
+    largest = larger(beta2 * largest, abs(g) + eps)
+    return m, divide(eta * m, largest), m, largest
+
+
+def adagrad(g: Tensor, total: Tensor, eta: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Adagrad (Duchi, Hazan and Singer, JMLR 2011): total <- total + g*g,    u = g / (sqrt(total) + eps)."""
+    total = total + g * g
+    return g, divide(eta * g, root(total) + eps), total
+
+
+def adadelta(
+    g: Tensor, v: Tensor, of_steps: Tensor, eta: float, rho: float, rest: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adadelta (arXiv 1212.5701, Algorithm 1); rest: 1 - rho.
+
+    v <- rho*v + (1 - rho) * g * g,    u = sqrt(of_steps + eps) / sqrt(v + eps) * g
+    of_steps <- rho*of_steps + (1 - rho) * u * u
+    """  # fmt: skip
+    v = rho * v + rest * g * g
+    u = divide(root(of_steps + eps), root(v + eps)) * g
+    return g, eta * u, v, rho * of_steps + rest * u * u
+
+
+def rmsprop(
+    g: Tensor, v: Tensor, buffer: Maybe, eta: float, alpha: float, rest: float, eps: float, momentum: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RMSprop (Tieleman and Hinton, 2012), as torch has it; rest: 1 - alpha.
+
+        v <- alpha*v + (1 - alpha) * g * g,    u = g / (sqrt(v) + eps)
+
+    With momentum, buffer <- momentum*buffer + that, and u = buffer.
+    """
+    v = alpha * v + rest * g * g
+    u = added(buffer, divide(g, root(v) + eps), momentum)
+    return u, eta * u, v, u
+
+
+def rmsprop_centered(
+    g: Tensor, v: Tensor, mean: Tensor, buffer: Maybe, eta: float, alpha: float, rest: float, eps: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rmsprop` with the variance (arXiv 1308.0850): mean <- alpha*mean + (1 - alpha)*g, and v - mean**2 for v in u."""
+    v = alpha * v + rest * g * g
+    mean = lerp(mean, g, rest)
+    u = added(buffer, divide(g, root(v - mean * mean) + eps), momentum)
+    return u, eta * u, v, mean, u
+
+
+def rmsprop_tf(
+    g: Tensor, v: Tensor, buffer: Maybe, eta: float, rest: float, eps: float, momentum: float, inside: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """timm's RMSpropTF, as TensorFlow has it: `rmsprop` with g / sqrt(v + eps).
+
+    If eta is ``inside``, the buffer sums eta * g / sqrt(v + eps), and eta*u is the buffer.
+    """
+    v = v + rest * (g * g - v)
+    u = added(buffer, where(inside > 0, eta, one(eta)) * divide(g, root(v + eps)), momentum)
+    return u, where(inside > 0, u, eta * u), v, u
+
+
+def rmsprop_tf_centered(
+    g: Tensor, v: Tensor, mean: Tensor, buffer: Maybe, eta: float, rest: float, eps: float, momentum: float,
+    inside: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rmsprop_tf` with the variance, as in `rmsprop_centered`."""
+    v = v + rest * (g * g - v)
+    mean = mean + rest * (g - mean)
+    scale = where(inside > 0, eta, one(eta))
+    u = added(buffer, scale * divide(g, root(v - mean * mean + eps)), momentum)
+    return u, where(inside > 0, u, eta * u), v, mean, u
+
+
 FORMULAS: tuple[Callable[..., Any], ...] = (
-    aligned, moved_towards_zero, decayed, heading, agrees, rescaled, lerp, larger,
+    aligned, moved_towards_zero, decayed, heading, agrees, rescaled, lerp, larger, added,
 )  # fmt: skip
 """The formulas that every backend has. Each uses only words and formulas before it."""
-UPDATES: tuple[Callable[..., Any], ...] = (adam, sgd, lion)
+UPDATES: tuple[Callable[..., Any], ...] = (
+    adam, sgd, lion, nadam, nadamw, radam, adamax, adagrad, adadelta, rmsprop, rmsprop_centered, rmsprop_tf,
+    rmsprop_tf_centered,
+)  # fmt: skip
 """Those of the updates. The arguments of each: the gradient; its state, up to three tensors; up to seven numbers."""
 
 

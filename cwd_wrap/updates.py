@@ -122,6 +122,121 @@ def _of_sgd(lr: float, momentum: float, dampening: float, nesterov: float) -> Nu
     return lr, momentum, 1 - dampening, nesterov
 
 
+def _nadam(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"], group["momentum_decay"])
+    counters = ("step", "mu_product")
+    return _unless_capturable(
+        group, Update("nadam", ("exp_avg", "exp_avg_sq"), options, _of_nadam, counters, _counters_of_nadam)
+    )
+
+
+def _of_nadam(lr: float, t: float, product: float, beta1: float, beta2: float, eps: float, psi: float) -> Numbers:
+    mu, mu_next = _mu(t, beta1, psi), _mu(t + 1, beta1, psi)
+    of_g, of_m = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+    return lr * of_g, math.sqrt(1 - beta2**t), of_m / of_g, 1 - beta1, beta2, 1 - beta2, eps
+
+
+def _counters_of_nadam(t: float, product: float, beta1: float, _beta2: float, _eps: float, psi: float) -> Numbers:
+    return t + 1, product * _mu(t + 1, beta1, psi)
+
+
+def _mu(t: float, beta1: float, psi: float) -> float:
+    return float(beta1 * (1 - 0.5 * 0.96 ** (t * psi)))
+
+
+def _nadamw(group: Group) -> Update | str:
+    if group.get("clipping_threshold") is not None:
+        return "NAdamW with clipping_threshold scales its update by a mean over each tensor"
+    options = (*group["betas"], group["eps"])
+    return Update("nadamw", ("exp_avg", "exp_avg_sq"), options, _of_adam, ("step",), corrects_bias=True)
+
+
+def _adamw_legacy(group: Group) -> Update | str:
+    if group.get("clipping_threshold") is not None:
+        return "AdamWLegacy with clipping_threshold scales its update by a mean over each tensor"
+    return _adam(group)
+
+
+def _radam(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"])
+    return _unless_capturable(group, Update("radam", ("exp_avg", "exp_avg_sq"), options, _of_radam, ("step",)))
+
+
+def _of_radam(lr: float, t: float, beta1: float, beta2: float, eps: float) -> Numbers:
+    rest, longest = 1 - beta2**t, 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / rest
+    eta = lr / (1 - beta1**t)
+    if length > 5:
+        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        eta *= math.sqrt(ratio) * math.sqrt(rest)
+    return eta, float(length > 5), 1 - beta1, beta2, 1 - beta2, eps
+
+
+def _adamax(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"])
+    return _unless_capturable(group, Update("adamax", ("exp_avg", "exp_inf"), options, _of_adamax, ("step",)))
+
+
+def _of_adamax(lr: float, t: float, beta1: float, beta2: float, eps: float) -> Numbers:
+    return lr / (1 - beta1**t), 1 - beta1, beta2, eps
+
+
+def _adagrad(group: Group) -> Update | str:
+    if group.get("fused") and any(p.device.type != "cpu" for p in group["params"]):
+        return "Adagrad with fused=True keeps its counters on the device"
+    return Update("adagrad", ("sum",), (group["lr_decay"], group["eps"]), _of_adagrad, ("step",))
+
+
+def _of_adagrad(lr: float, t: float, lr_decay: float, eps: float) -> Numbers:
+    return lr / (1 + (t - 1) * lr_decay), eps
+
+
+def _adadelta(group: Group) -> Update | str:
+    options = (group["rho"], group["eps"])
+    return _unless_capturable(group, Update("adadelta", ("square_avg", "acc_delta"), options, _of_adadelta, ("step",)))
+
+
+def _of_adadelta(lr: float, _t: float, rho: float, eps: float) -> Numbers:
+    return lr, rho, 1 - rho, eps
+
+
+def _rmsprop(group: Group) -> Update | str:
+    options = (group["alpha"], group["eps"], group["momentum"])
+    formula = "rmsprop_centered" if group["centered"] else "rmsprop"
+    return _unless_capturable(group, Update(formula, _keys_of_rmsprop(group), options, _of_rmsprop, ("step",)))
+
+
+def _of_rmsprop(lr: float, _t: float, alpha: float, eps: float, momentum: float) -> Numbers:
+    return lr, alpha, 1 - alpha, eps, momentum
+
+
+def _keys_of_rmsprop(group: Group) -> tuple[str, ...]:
+    optional = {"grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
+    return ("square_avg", *(key for key, there in optional.items() if there))
+
+
+def _rmsprop_tf(group: Group) -> Update | str:
+    if any(map(Tensor.is_complex, group["params"])):
+        return "RMSpropTF squares complex gradients as complex numbers"
+    formula = "rmsprop_tf_centered" if group["centered"] else "rmsprop_tf"
+    inside = group["lr_in_momentum"] and group["momentum"] > 0
+    options = (group["alpha"], group["eps"], group["momentum"], inside)
+    counters = ("step",) if "foreach" in group else ()  # timm before 1.0.23 does not count
+    return Update(formula, _keys_of_rmsprop(group), options, _of_rmsprop_tf, counters)
+
+
+def _of_rmsprop_tf(lr: float, *others: float) -> Numbers:
+    alpha, eps, momentum, inside = others[-4:]  # after the counter, if there is one
+    return lr, 1 - alpha, eps, momentum, inside
+
+
+def _unless_capturable(group: Group, update: Update) -> Update | str:
+    """``update``, unless the group keeps its counters on a device, where only biases can be corrected."""
+    if group.get("capturable"):
+        return "capturable=True keeps the numbers of its update on the device"
+    return update
+
+
 def _lion(group: Group) -> Update | str:
     if any(map(Tensor.is_complex, group["params"])):
         return "Lion's update of a complex weight is u/|u|, not the signs of two real ones"
@@ -133,9 +248,19 @@ def _of_lion(lr: float, beta1: float, beta2: float) -> Numbers:
 
 
 TABLE: Mapping[str, Callable[[Group], Update | str]] = {
+    "torch.optim.adadelta.Adadelta": _adadelta,
+    "torch.optim.adagrad.Adagrad": _adagrad,
     "torch.optim.adam.Adam": _adam,
+    "torch.optim.adamax.Adamax": _adamax,
     "torch.optim.adamw.AdamW": _adam,
+    "torch.optim.nadam.NAdam": _nadam,
+    "torch.optim.radam.RAdam": _radam,
+    "torch.optim.rmsprop.RMSprop": _rmsprop,
     "torch.optim.sgd.SGD": _sgd,
+    "timm.optim.adamw.AdamWLegacy": _adamw_legacy,
     "timm.optim.lion.Lion": _lion,
+    "timm.optim.nadamw.NAdamW": _nadamw,
+    "timm.optim.rmsprop_tf.RMSpropTF": _rmsprop_tf,
+    "timm.optim.sgdw.SGDW": _sgd,
     "lion_pytorch.lion_pytorch.Lion": _lion,
 }

@@ -35,15 +35,43 @@ ROWS: dict[str, tuple[Any, dict[str, Any], Callable[..., Tensor]]] = {
     "Adam": (o.Adam, BETAS, reference.adam),
     "AdamW": (o.AdamW, BETAS, reference.adam),
     "AdamW-amsgrad": (o.AdamW, {**BETAS, "amsgrad": True}, reference.adam),
+    "NAdam": (o.NAdam, BETAS, reference.nadam),
+    "NAdam-decoupled": (o.NAdam, {**BETAS, "decoupled_weight_decay": True}, reference.nadam),
+    "NAdam-beta1=0": (o.NAdam, {"betas": (0.0, 0.9), "eps": 1e-8}, reference.nadam),
+    "RAdam": (o.RAdam, BETAS, reference.radam),
+    "RAdam-beta2=0.99": (o.RAdam, {"betas": (0.8, 0.99), "eps": 1e-8}, reference.radam),
+    "Adamax": (o.Adamax, BETAS, reference.adamax),
+    "Adagrad": (o.Adagrad, {"eps": 1e-10}, reference.adagrad),
+    "Adagrad-lr_decay": (
+        o.Adagrad, {"eps": 1e-10, "lr_decay": 0.1, "initial_accumulator_value": 0.5}, reference.adagrad,
+    ),
+    "Adadelta": (o.Adadelta, {"rho": 0.9, "eps": 1e-6}, reference.adadelta),
+    "RMSprop": (o.RMSprop, {"alpha": 0.9, "eps": 1e-8}, reference.rmsprop),
+    "RMSprop-momentum": (o.RMSprop, {"alpha": 0.9, "eps": 1e-8, "momentum": 0.8}, reference.rmsprop),
+    "RMSprop-centered": (o.RMSprop, {"alpha": 0.9, "eps": 1e-3, "centered": True}, reference.rmsprop),
+    "RMSprop-centered-momentum": (
+        o.RMSprop, {"alpha": 0.9, "eps": 1e-3, "centered": True, "momentum": 0.8}, reference.rmsprop,
+    ),
+    "timm.AdamWLegacy": ("timm.optim.AdamWLegacy", BETAS, reference.adam),
+    "timm.NAdamW": ("timm.optim.NAdamW", BETAS, reference.nadamw),
+    "timm.SGDW": ("timm.optim.SGDW", {"momentum": 0.9}, reference.sgd),
+    "timm.RMSpropTF": ("timm.optim.RMSpropTF", {"alpha": 0.9, "eps": 1e-6}, reference.rmsprop_tf),
+    "timm.RMSpropTF-momentum": (
+        "timm.optim.RMSpropTF", {"alpha": 0.9, "eps": 1e-6, "momentum": 0.8}, reference.rmsprop_tf,
+    ),
+    "timm.RMSpropTF-centered": (
+        "timm.optim.RMSpropTF",
+        {"alpha": 0.9, "eps": 1e-3, "momentum": 0.8, "centered": True, "lr_in_momentum": False}, reference.rmsprop_tf,
+    ),
     "timm.Lion": ("timm.optim.Lion", {"betas": (0.8, 0.9)}, reference.lion),
     "lion_pytorch.Lion": ("lion_pytorch.Lion", {"betas": (0.8, 0.9)}, reference.lion),
-}
-M2 = 0
+}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
     "maximize": {"maximize": True},
     "tensor-lr": {"lr": torch.tensor(LR, dtype=F64)},
 }
+UNREAD = ("lr_in_momentum", "decoupled_weight_decay")  # options that a reference needs not
 NO_MAXIMIZE = ("lion_pytorch.Lion", "timm.RMSpropTF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["eager", "numba"]
@@ -93,7 +121,7 @@ def decayed(x: Tensor, w: Tensor) -> Tensor:
 def test_one_pass_is_the_update_of_the_paper(name: str, variant: str, backend: str) -> None:
     """Eight steps from the first one on are those of the paper, computed in float64 from all gradients."""
     _, options, update = ROWS[name]
-    of_paper = partial(update, lr=LR, **{k: v for k, v in options.items() if k != "lr_in_momentum"})
+    of_paper = partial(update, lr=LR, **{k: v for k, v in options.items() if k not in UNREAD})
     p = a_weight()
     opt = one_pass(name, p, backend, variant)
     w, gradients = p.detach().clone(), []

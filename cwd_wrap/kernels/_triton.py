@@ -96,7 +96,14 @@ def _fused(a, b, c):
     return tl.fma(a, b, c)
 
 
-_WORDS = {"where": _where, "number": _number_of, "one": _one, "root": _root, "divide": _divide, "fused": _fused}
+@triton.jit
+def _abs(a):
+    return tl.abs(a)
+
+
+_WORDS = {
+    "where": _where, "number": _number_of, "one": _one, "root": _root, "divide": _divide, "fused": _fused, "abs": _abs,
+}  # fmt: skip
 _SEEN = {"tl": tl, "Tensor": tl.tensor, "Maybe": tl.tensor, "bool": tl.tensor}  # names that Triton looks up, no more
 _BOUND = bind({**_WORDS, **_SEEN}, triton.jit)
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
