@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 from cwd_wrap.buckets import Coming, Whole
 from cwd_wrap.kernels import _triton
-from cwd_wrap.updates import Adam
+from cwd_wrap.updates import Update, find
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
@@ -44,7 +44,8 @@ class Kernel:
     """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
     ``update``: does it make the optimizer's update? ``write``: does it write, or only count? ``stochastic``: does it
-    round at random? ``per_tensor``: does it read a number for each tensor? ``sums``: how many of `rules.sums` it adds.
+    round at random? ``counts``: does it read counters? ``per_tensor``: does it read a
+    number for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
@@ -53,6 +54,7 @@ class Kernel:
     write: bool = True
     aligned: bool = True
     stochastic: bool = False
+    counts: bool = False
     per_tensor: bool = False
     sums: int = 0
 
@@ -68,7 +70,7 @@ class Kernel:
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
-        return f"{self.rule.__name__[1:]} {' '.join(map(str, self.types))}{remarks}"
+        return f"{self.rule.__name__.lstrip('_')} {' '.join(map(str, self.types))}{remarks}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Code:
 
 
 F32, BF16 = tl.float32, tl.bfloat16
+_adam, _sgd, _lion = (_triton._BOUND[name] for name in ("adam", "sgd", "lion"))
 KERNELS = {
     "direction": Kernel(_triton._along_momentum, (F32,) * 3),
     "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 2),
@@ -96,11 +99,11 @@ KERNELS = {
     "cautious update": Kernel(_triton._cautious_update, (F32,) * 3, per_tensor=True),
     "count nonzero": Kernel(_triton._nonzero, (F32,), write=False),
     "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 2, per_tensor=True),
-    "adam": Kernel(_triton._adam, (F32,) * 4, update=True),
-    "amsgrad": Kernel(_triton._adam, (F32,) * 5, update=True),
-    "sgd": Kernel(_triton._sgd, (F32,) * 2, update=True),
-    "sgd, momentum": Kernel(_triton._sgd, (F32,) * 3, update=True),
-    "lion": Kernel(_triton._lion, (F32,) * 3, update=True),
+    "adam": Kernel(_adam, (F32,) * 4, update=True, counts=True),
+    "amsgrad": Kernel(_adam, (F32,) * 5, update=True, counts=True),
+    "sgd": Kernel(_sgd, (F32,) * 2, update=True),
+    "sgd, momentum": Kernel(_sgd, (F32,) * 3, update=True),
+    "lion": Kernel(_lion, (F32,) * 3, update=True),
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
@@ -108,11 +111,11 @@ KERNELS = {
     "cautious update, bf16": Kernel(_triton._cautious_update, (BF16,) * 3, per_tensor=True),
     "count nonzero, bf16": Kernel(_triton._nonzero, (BF16,), write=False),
     "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 2, per_tensor=True),
-    "adam, bf16": Kernel(_triton._adam, (BF16,) * 4, update=True),
-    "adam, bf16 with fp32 state": Kernel(_triton._adam, (BF16, BF16, F32, F32), update=True),
+    "adam, bf16": Kernel(_adam, (BF16,) * 4, update=True, counts=True),
+    "adam, bf16 with fp32 state": Kernel(_adam, (BF16, BF16, F32, F32), update=True, counts=True),
     "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 3, stochastic=True),
     "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 2, stochastic=True),
-    "adam, bf16, stochastic": Kernel(_triton._adam, (BF16,) * 4, update=True, stochastic=True),
+    "adam, bf16, stochastic": Kernel(_adam, (BF16,) * 4, update=True, counts=True, stochastic=True),
 }
 
 
@@ -136,7 +139,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     names = _triton._sweep.arg_names
     pointers = {"addresses": "*i64", "tensors": "i32", "chunks": "*i64", "rows": "*i64", "numbers": "*fp64"}
     optional = {
-        "steps": "*i64" if kernel.rule is _triton._adam else None,
+        "steps": "*i64" if kernel.counts else None,
         "counts": "*fp64" if kernel.sums else None if kernel.write else "*i64",
         "streams": "*i64" if kernel.stochastic else None,
         "shards": "*i64" if kernel.stochastic else None,
@@ -242,14 +245,15 @@ def host_microseconds(tensors: int, calls: int, *, schedule: bool, whole: bool =
     The call is `decay_along`, or `step_whole` with Adam if ``whole``, without the increase of the counters.
     """
     w, g, m, v, steps = ([torch.zeros(8) for _ in range(tensors)] for _ in range(5))
-    adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
+    base = torch.optim.Adam([torch.zeros(8)])
+    adam = cast("Update", find(base, base.param_groups[0]))
     act = _triton.step_whole if whole else _triton.decay_along
     seconds = []
     with stubbed(), mock.patch.object(torch, "_foreach_add_"):
         for call in range(calls + 3):
             eta_lam = 1e-4 * (call if schedule else 1)
             coming = Coming(w, g, m, 0.9, 1 - 0.9, eta_lam)
-            bucket = Whole(w, g, (m, v), steps, adam, 10 * eta_lam, eta_lam) if whole else coming
+            bucket = Whole(w, g, (m, v), (steps,), adam, 10 * eta_lam, eta_lam) if whole else coming
             start = time.perf_counter()
             act([bucket], strict=False, count=False)
             seconds.append(time.perf_counter() - start)

@@ -35,7 +35,8 @@ class ByHand(AdamW):
         super().step(closure)
         self.param_groups[0]["weight_decay"] = lam
         for p, x in zip(parameters, before, strict=True):
-            p.copy_(rules.decay(p, x, rules.moved_towards_zero(x, p), self.param_groups[0]["lr"] * lam))
+            mask = rules.moved_towards_zero(x, p, strict=False)
+            p.copy_(rules.decay(p, x, mask, self.param_groups[0]["lr"] * lam))
 
 
 def compare(title: str, make: Parameters, build: Build, rounds: int, paths: dict[str, tuple[str, ...]]) -> None:

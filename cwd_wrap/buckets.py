@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from cwd_wrap import directions, updates
 from cwd_wrap.draws import Draws, Stream
+from cwd_wrap.graphs import capturing
 from cwd_wrap.snapshot import Kept
 from cwd_wrap.tensors import companion, companions, held_by, laid_out_otherwise, local_real_views, shard
 from cwd_wrap.updates import Update
@@ -159,14 +160,14 @@ class Stepped:
 class Whole:
     """Weights ``w`` to be decayed and stepped at once, by ``update``, on the base's own state.
 
-    ``state``: a column for each of the update's state keys. ``steps``: the base's counters, float32 tensors of one
-    element, not yet increased; empty if the update reads no counter.
+    ``state``: a column for each of the update's state keys. ``counters``: one for each of its counters, as they are
+    before the step: tensors of one element, on the CPU or on the weights' device.
     """
 
     w: Sequence[Tensor]
     g: Sequence[Tensor]
     state: tuple[Sequence[Tensor], ...]
-    steps: Sequence[Tensor]
+    counters: tuple[Sequence[Tensor], ...]
     update: Update
     lr: float | Tensor
     eta_lam: float | Tensor
@@ -190,7 +191,7 @@ class Whole:
     def take_coefficients(self, base: Optimizer) -> bool:
         """Take over the group's coefficients. Returns False if they make another update."""
         found = updates.find(base, cast("Of", self.of).members.group)
-        if isinstance(found, str) or (found.kernel, found.state_keys) != (self.update.kernel, self.update.state_keys):
+        if isinstance(found, str) or found.of_what != self.update.of_what:
             return False
         self.update = found
         return True
@@ -200,8 +201,10 @@ Bucket: TypeAlias = Coming | Stepped | Whole
 
 
 def kind(bucket: Bucket) -> Hashable:
-    """What buckets must have in common for one call of a kernel: device, types, and the kernel of a whole update."""
-    update = bucket.update.kernel if isinstance(bucket, Whole) else None
+    """What buckets must have in common for one call of a kernel: device, types, and the formula of a whole update."""
+    update: Hashable = None
+    if isinstance(bucket, Whole):
+        update = (*bucket.update.of_what, *(column[0].device for column in bucket.counters))
     return (update, bucket.w[0].device, *(column[0].dtype for column in bucket.columns))
 
 
@@ -278,32 +281,33 @@ def have_state(base: Optimizer, members: Members) -> tuple[Members, Members]:
     """The members that one pass can step, and the others.
 
     The others have no state yet, or one that the kernels cannot use: in another layout over the ranks than the weight,
-    or with a counter that is not a float32 on the weight's device.
+    or with a counter that `_counts` rejects.
     """
     update = cast("updates.Update", updates.find(base, members.group))
-    keys = (*update.state_keys, "step") if update.counts else update.state_keys
+    keys = (*update.state_keys, *update.counters)
     states = [base.state.get(p, _NO_STATE) for p in members.parameters] if keys else []
     columns = [[state.get(key) for state in states] for key in keys]
-    left: set[int] = set()
+    left = {i for i, row in enumerate(zip(*columns, strict=True)) if not all(isinstance(t, Tensor) for t in row)}
     for column in columns[: len(update.state_keys)]:
         left |= laid_out_otherwise(column, members.parameters)  # the kernel would write to a copy of it
-    made = all(isinstance(t, Tensor) for column in columns for t in column)
-    if made and not left and (not update.counts or _all_count(columns[-1], members.parameters)):
+    for column in columns[len(update.state_keys) :]:
+        rows = enumerate(zip(column, members.parameters, strict=True))
+        left |= {i for i, (counter, p) in rows if i not in left and not _counts(update, counter, p)}
+    if not left:
         return members, members.only([])
-    if update.counts:
-        left |= {
-            i for i, (t, p) in enumerate(zip(columns[-1], members.parameters, strict=True)) if not _all_count([t], [p])
-        }
-    left |= {i for i, row in enumerate(zip(*columns, strict=True)) if not all(isinstance(t, Tensor) for t in row)}
     return members.only([i for i in range(len(states)) if i not in left]), members.only(sorted(left))
 
 
-def _all_count(steps: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
-    """True if the counters are float32 tensors on the devices of the parameters."""
-    if not all(isinstance(step, Tensor) for step in steps):
+def _counts(update: Update, counter: Tensor, p: Tensor) -> bool:
+    """Can a kernel count with this? It reads a float32 number, on the CPU or on the weight's device.
+
+    A counter on a device is read there, if the update allows it. A graph's replay would not read one on the CPU.
+    """
+    if counter.numel() != 1 or counter.dtype != torch.float32:
         return False
-    same_type = [step.dtype for step in steps].count(torch.float32) == len(steps)
-    return same_type and [step.device for step in steps] == [p.device for p in parameters]
+    if counter.device.type == "cpu":
+        return p.device.type == "cpu" or not capturing()
+    return counter.device == p.device and update.corrects_bias
 
 
 def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
@@ -336,20 +340,19 @@ def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
     """Buckets of members with an update in `updates`, all with state."""
     update = cast("updates.Update", updates.find(base, members.group))
     p = members.parameters
-    states = [base.state[each] for each in p] if update.state_keys else []
+    states = [base.state[each] for each in p] if update.state_keys or update.counters else []
     w = local_real_views(p)
     g = companions(cast("list[Tensor]", members.gradients), p, w)
     state = [companions([of_one[key] for of_one in states], p, w) for key in update.state_keys]
-    steps = [of_one["step"] for of_one in states] if update.counts else []
+    counters = [[of_one[key] for of_one in states] for key in update.counters]
     lr = _lr(members.group)
-    for some in _split((w, g, *state)):
-        columns = tuple(_at(column, some) for column in state)
-        counters = _at(steps, some) if update.counts else []
+    for some in _split((w, g, *state, *counters)):
+        columns, counts = (tuple(_at(column, some) for column in several) for several in (state, counters))
         draws = members.draws(some)
         of = Of(members, some)
-        held = [*zip(update.state_keys, columns, strict=True), *([("step", counters)] if update.counts else [])]
-        in_state = Held([states[i] for i in some] if states else [], held)
-        yield Whole(_at(w, some), _at(g, some), columns, counters, update, lr, members.eta_lam, draws, of, in_state)
+        held = zip((*update.state_keys, *update.counters), (*columns, *counts), strict=True)
+        in_state = Held([states[i] for i in some] if states else [], list(held))
+        yield Whole(_at(w, some), _at(g, some), columns, counts, update, lr, members.eta_lam, draws, of, in_state)
 
 
 def _lr(group: Mapping[str, Any]) -> float | Tensor:

@@ -90,6 +90,8 @@ def _nadam(group: Group) -> Direction | str:
     if group.get("capturable"):
         return "NAdam with capturable=True keeps the coefficients of its update on the device"
     beta1, momentum_decay = group["betas"][0], group["momentum_decay"]
+    if beta1 == 0:
+        return _gradient(group)
     sign = _sign(group)
 
     def coefficients(state: State) -> tuple[float, float]:

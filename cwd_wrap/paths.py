@@ -24,7 +24,6 @@ from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
 from cwd_wrap.tensors import Shard, are_plain, largest_shard, local_real_view, local_real_views, sparse_indices
-from cwd_wrap.updates import Lion
 
 PIECE = 64 << 20  # bytes
 Counted: TypeAlias = tuple[Bucket, Tensor]
@@ -187,9 +186,10 @@ class OnePass:
         self._work = work
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
         self.calls = [] if work.rule.whole is None else work.calls(work.rule.whole, buckets)
-        # Lion's own step increments versions, torch's fused steps do not. Autograd reads them to notice a change
-        # between forward and backward.
-        self._versioned = [w for bucket in buckets if isinstance(bucket.update, Lion) for w in bucket.w]
+        # All steps but torch's fused ones increment versions. Autograd reads them to notice a change between forward
+        # and backward.
+        own = [bucket for bucket in buckets if bucket.of is not None and not bucket.of.members.group.get("fused")]
+        self._versioned = [w for bucket in own for w in bucket.w]
         self._left = _all_but(work.base, members)
 
     def begin(self) -> None:

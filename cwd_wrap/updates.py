@@ -1,12 +1,13 @@
 """The whole update of some optimizers, for the kernels that decay and step in one pass over the weights.
 
 A class is in the table, by its exact name, only if a test shows that one pass equals the optimizer's own step on its
-own state. `rules` has each update in readable form.
+own state. `rules` has the formula of each update.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,64 +15,55 @@ from torch.optim import Optimizer
 from cwd_wrap import known
 
 Group = Mapping[str, Any]
+Numbers: TypeAlias = tuple[float, ...]
+
+
+def _one_more(t: float, *_: float) -> Numbers:
+    return (t + 1,)
 
 
 @dataclass(frozen=True)
-class Adam:
-    """Adam and AdamW (their own decay is off), with amsgrad or without: `rules.adam`."""
+class Update:
+    """What a kernel needs to know about an optimizer's update of a param group."""
 
-    beta1: float
-    beta2: float
-    eps: float
-    amsgrad: bool
-    maximize: bool
-    counts: ClassVar[bool] = True  # the update reads and increases the base's step counter
-
-    @property
-    def kernel(self) -> str:
-        """The kernel that makes this update."""
-        return "amsgrad" if self.amsgrad else "adam"
-
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        """The tensors of a parameter's state that it reads and writes."""
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class SGD:
-    """SGD, with momentum or without: `rules.sgd`."""
-
-    momentum: float
-    dampening: float
-    nesterov: bool
-    maximize: bool
-    counts: ClassVar[bool] = False
+    formula: str
+    """The name of its function in `rules`."""
+    state_keys: tuple[str, ...]
+    """The tensors of a parameter's state that it reads and writes, in the formula's order."""
+    options: Numbers
+    """The group's options, in the order in which the functions below take them."""
+    of_step: Callable[..., Numbers]
+    """The formula's numbers, from the learning rate, the counters after the step, and the options."""
+    counters: tuple[str, ...] = ()
+    """The numbers in a parameter's state, each in a tensor of one element, that change with each step."""
+    of_counters: Callable[..., Numbers] = _one_more
+    """The counters after a step, from those before it and the options."""
+    maximize: bool = False
+    corrects_bias: bool = False
+    """True if the first two options are beta1 and beta2, the formula's first two numbers are lr / (1 - beta1**t) and
+    sqrt(1 - beta2**t), and nothing else depends on ``t``: then a kernel can read ``t`` on a device. Other counters must
+    be on the CPU."""
 
     @property
-    def kernel(self) -> str:
-        """The kernel that makes this update."""
-        return "sgd_momentum" if self.momentum else "sgd"
+    def of_what(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """What updates must have in common for one call of a kernel."""
+        return self.formula, self.state_keys, self.counters
 
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        """The tensors of a parameter's state that it reads and writes."""
-        return ("momentum_buffer",) if self.momentum else ()
+    def numbers(self, lr: float, *counters: float) -> Numbers:
+        """The formula's numbers in the step after which the counters have these values. The first is lr times some."""
+        return self.of_step(lr, *counters, *self.options)
 
+    def steps(self, lr: float, counters: Sequence[Numbers]) -> tuple[list[tuple[Numbers, Numbers]], list[int]]:
+        """The distinct steps of tensors whose counters have these values before it, and which one each tensor takes.
 
-@dataclass(frozen=True)
-class Lion:
-    """Lion: `rules.lion`."""
-
-    beta1: float
-    beta2: float
-    maximize: bool
-    kernel: ClassVar[str] = "lion"
-    counts: ClassVar[bool] = False
-    state_keys: ClassVar[tuple[str, ...]] = ("exp_avg",)
-
-
-Update: TypeAlias = Adam | SGD | Lion
+        A step is the formula's numbers and the counters after it.
+        """
+        known: dict[Numbers, int] = {before: i for i, before in enumerate(dict.fromkeys(counters))}
+        made = []
+        for before in known:
+            after = self.of_counters(*before, *self.options) if self.counters else ()
+            made.append((self.numbers(lr, *after), after))
+        return made, [0] * len(counters) if len(made) == 1 else [known[before] for before in counters]
 
 
 def find(optimizer: Optimizer, group: Group) -> Update | str:
@@ -80,16 +72,25 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     make = TABLE.get(known.name(cls) or "")
     if make is None:
         return f"no kernel for {cls.__name__}"
-    if (asked := _asked_for(group)) is not None:
-        return f"{asked} was passed, so {cls.__name__}'s own step runs"
-    if group.get("caution"):
-        return f"{cls.__name__} masks its own update in a group with caution=True"
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         return "GradScaler has not unscaled its gradients yet"
+    if (obstacle := _obstacle(cls.__name__, group)) is not None:
+        return obstacle
     update = make(group)
-    if not isinstance(update, str) and any(isinstance(value, Tensor) for value in vars(update).values()):
+    if isinstance(update, str):
+        return update
+    if any(isinstance(option, Tensor) for option in update.options):
         return "its coefficients (momentum, betas, eps) are tensors: pass numbers"
-    return update
+    return replace(update, options=tuple(map(float, update.options)), maximize=bool(group.get("maximize")))
+
+
+def _obstacle(name: str, group: Group) -> str | None:
+    """What in the options of a group rules out every kernel; None if nothing does."""
+    if (asked := _asked_for(group)) is not None:
+        return f"{asked} was passed, so {name}'s own step runs"
+    if group.get("caution"):
+        return f"{name} masks its own update in a group with caution=True"
+    return None
 
 
 def _asked_for(group: Group) -> str | None:
@@ -104,25 +105,162 @@ def _asked_for(group: Group) -> str | None:
 
 
 def _adam(group: Group) -> Update | str:
-    beta1, beta2 = group["betas"]
-    return Adam(beta1, beta2, group["eps"], bool(group["amsgrad"]), bool(group["maximize"]))
+    keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+    return Update("adam", keys, (*group["betas"], group["eps"]), _of_adam, ("step",), corrects_bias=True)
+
+
+def _of_adam(lr: float, t: float, beta1: float, beta2: float, eps: float) -> Numbers:
+    return lr / (1 - beta1**t), math.sqrt(1 - beta2**t), 1 - beta1, beta2, 1 - beta2, eps
 
 
 def _sgd(group: Group) -> Update | str:
-    return SGD(group["momentum"], group["dampening"], bool(group["nesterov"]), bool(group["maximize"]))
+    options = (group["momentum"], group["dampening"], group["nesterov"])
+    return Update("sgd", ("momentum_buffer",) if group["momentum"] else (), options, _of_sgd)
+
+
+def _of_sgd(lr: float, momentum: float, dampening: float, nesterov: float) -> Numbers:
+    return lr, momentum, 1 - dampening, nesterov
+
+
+def _nadam(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"], group["momentum_decay"])
+    counters = ("step", "mu_product")
+    return _unless_capturable(
+        group, Update("nadam", ("exp_avg", "exp_avg_sq"), options, _of_nadam, counters, _counters_of_nadam)
+    )
+
+
+def _of_nadam(lr: float, t: float, product: float, beta1: float, beta2: float, eps: float, psi: float) -> Numbers:
+    mu, mu_next = _mu(t, beta1, psi), _mu(t + 1, beta1, psi)
+    of_g, of_m = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+    return lr * of_g, math.sqrt(1 - beta2**t), of_m / of_g, 1 - beta1, beta2, 1 - beta2, eps
+
+
+def _counters_of_nadam(t: float, product: float, beta1: float, _beta2: float, _eps: float, psi: float) -> Numbers:
+    return t + 1, product * _mu(t + 1, beta1, psi)
+
+
+def _mu(t: float, beta1: float, psi: float) -> float:
+    return float(beta1 * (1 - 0.5 * 0.96 ** (t * psi)))
+
+
+def _nadamw(group: Group) -> Update | str:
+    if group.get("clipping_threshold") is not None:
+        return "NAdamW with clipping_threshold scales its update by a mean over each tensor"
+    options = (*group["betas"], group["eps"])
+    return Update("nadamw", ("exp_avg", "exp_avg_sq"), options, _of_adam, ("step",), corrects_bias=True)
+
+
+def _adamw_legacy(group: Group) -> Update | str:
+    if group.get("clipping_threshold") is not None:
+        return "AdamWLegacy with clipping_threshold scales its update by a mean over each tensor"
+    return _adam(group)
+
+
+def _radam(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"])
+    return _unless_capturable(group, Update("radam", ("exp_avg", "exp_avg_sq"), options, _of_radam, ("step",)))
+
+
+def _of_radam(lr: float, t: float, beta1: float, beta2: float, eps: float) -> Numbers:
+    rest, longest = 1 - beta2**t, 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / rest
+    eta = lr / (1 - beta1**t)
+    if length > 5:
+        ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+        eta *= math.sqrt(ratio) * math.sqrt(rest)
+    return eta, float(length > 5), 1 - beta1, beta2, 1 - beta2, eps
+
+
+def _adamax(group: Group) -> Update | str:
+    options = (*group["betas"], group["eps"])
+    return _unless_capturable(group, Update("adamax", ("exp_avg", "exp_inf"), options, _of_adamax, ("step",)))
+
+
+def _of_adamax(lr: float, t: float, beta1: float, beta2: float, eps: float) -> Numbers:
+    return lr / (1 - beta1**t), 1 - beta1, beta2, eps
+
+
+def _adagrad(group: Group) -> Update | str:
+    if group.get("fused") and any(p.device.type != "cpu" for p in group["params"]):
+        return "Adagrad with fused=True keeps its counters on the device"
+    return Update("adagrad", ("sum",), (group["lr_decay"], group["eps"]), _of_adagrad, ("step",))
+
+
+def _of_adagrad(lr: float, t: float, lr_decay: float, eps: float) -> Numbers:
+    return lr / (1 + (t - 1) * lr_decay), eps
+
+
+def _adadelta(group: Group) -> Update | str:
+    options = (group["rho"], group["eps"])
+    return _unless_capturable(group, Update("adadelta", ("square_avg", "acc_delta"), options, _of_adadelta, ("step",)))
+
+
+def _of_adadelta(lr: float, _t: float, rho: float, eps: float) -> Numbers:
+    return lr, rho, 1 - rho, eps
+
+
+def _rmsprop(group: Group) -> Update | str:
+    options = (group["alpha"], group["eps"], group["momentum"])
+    formula = "rmsprop_centered" if group["centered"] else "rmsprop"
+    return _unless_capturable(group, Update(formula, _keys_of_rmsprop(group), options, _of_rmsprop, ("step",)))
+
+
+def _of_rmsprop(lr: float, _t: float, alpha: float, eps: float, momentum: float) -> Numbers:
+    return lr, alpha, 1 - alpha, eps, momentum
+
+
+def _keys_of_rmsprop(group: Group) -> tuple[str, ...]:
+    optional = {"grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
+    return ("square_avg", *(key for key, there in optional.items() if there))
+
+
+def _rmsprop_tf(group: Group) -> Update | str:
+    if any(map(Tensor.is_complex, group["params"])):
+        return "RMSpropTF squares complex gradients as complex numbers"
+    formula = "rmsprop_tf_centered" if group["centered"] else "rmsprop_tf"
+    inside = group["lr_in_momentum"] and group["momentum"] > 0
+    options = (group["alpha"], group["eps"], group["momentum"], inside)
+    counters = ("step",) if "foreach" in group else ()  # timm before 1.0.23 does not count
+    return Update(formula, _keys_of_rmsprop(group), options, _of_rmsprop_tf, counters)
+
+
+def _of_rmsprop_tf(lr: float, *others: float) -> Numbers:
+    alpha, eps, momentum, inside = others[-4:]  # after the counter, if there is one
+    return lr, 1 - alpha, eps, momentum, inside
+
+
+def _unless_capturable(group: Group, update: Update) -> Update | str:
+    """``update``, unless the group keeps its counters on a device, where only biases can be corrected."""
+    if group.get("capturable"):
+        return "capturable=True keeps the numbers of its update on the device"
+    return update
 
 
 def _lion(group: Group) -> Update | str:
     if any(map(Tensor.is_complex, group["params"])):
         return "Lion's update of a complex weight is u/|u|, not the signs of two real ones"
-    beta1, beta2 = group["betas"]
-    return Lion(beta1, beta2, bool(group.get("maximize")))
+    return Update("lion", ("exp_avg",), tuple(group["betas"]), _of_lion)
+
+
+def _of_lion(lr: float, beta1: float, beta2: float) -> Numbers:
+    return lr, 1 - beta1, 1 - beta2
 
 
 TABLE: Mapping[str, Callable[[Group], Update | str]] = {
+    "torch.optim.adadelta.Adadelta": _adadelta,
+    "torch.optim.adagrad.Adagrad": _adagrad,
     "torch.optim.adam.Adam": _adam,
+    "torch.optim.adamax.Adamax": _adamax,
     "torch.optim.adamw.AdamW": _adam,
+    "torch.optim.nadam.NAdam": _nadam,
+    "torch.optim.radam.RAdam": _radam,
+    "torch.optim.rmsprop.RMSprop": _rmsprop,
     "torch.optim.sgd.SGD": _sgd,
+    "timm.optim.adamw.AdamWLegacy": _adamw_legacy,
     "timm.optim.lion.Lion": _lion,
+    "timm.optim.nadamw.NAdamW": _nadamw,
+    "timm.optim.rmsprop_tf.RMSpropTF": _rmsprop_tf,
+    "timm.optim.sgdw.SGDW": _sgd,
     "lion_pytorch.lion_pytorch.Lion": _lion,
 }

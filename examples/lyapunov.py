@@ -183,7 +183,7 @@ def walk(
         before = x.detach().clone()
         optimizer.step()
         if decay == "inverted":
-            grew = ~rules.moved_towards_zero(before, x.detach())
+            grew = ~rules.moved_towards_zero(before, x.detach(), strict=False)
             x.data = rules.decay(x.detach(), before, grew, h * lam)
         gradient_of_f = gradient(valley, x)
         state = dict(base.state[x])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, updates
 
 both_paths = pytest.mark.parametrize("path", ["direction", "snapshot"])
 
@@ -92,6 +92,14 @@ all_bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
 BASES_ON_PATHS = [
     param(on, path, path=path) for path in ALL_PATHS for base in BASES.values() if (on := base.on(path)) is not None
 ]
+
+
+def update_of(cls: Callable[..., Optimizer], **options: Any) -> updates.Update:
+    """The update of an optimizer that is built with ``options``."""
+    base = cls([weight(1.0)], **({"lr": 0.1} | options))
+    update = updates.find(base, base.param_groups[0])
+    assert isinstance(update, updates.Update), update
+    return update
 
 
 # ------------------------------------------------------------------------------------ methods

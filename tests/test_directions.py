@@ -153,7 +153,7 @@ def test_bf16_direction_has_the_sign_of_steps_that_round_away() -> None:
         wrapped.observer = counts.append
         wrapped.step()
         p.data.copy_(x)
-    truth = rules.aligned(p.grad, x).sum()
+    truth = rules.aligned(p.grad, x, strict=False).sum()
 
     assert counts[0].active == truth
     assert counts[1].active > 0.9 * SIZE

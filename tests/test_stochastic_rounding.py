@@ -223,7 +223,8 @@ def test_special_values_are_those_of_rounding_to_nearest(dtype: torch.dtype, ker
     along, after = w.clone(), w.clone()
     backend_of(kernel).decay_along([Coming([along], [x], None, 0.0, 1.0, 0.5, draws(w))], **ROUNDED)
     backend_of(kernel).decay_from_snapshot([Stepped([after], [after], [x], None, 0.5, draws(w))], **ROUNDED)
-    nearest = (rules.decay(w, w, rules.aligned(x, w), 0.5), rules.decay(w, x, rules.moved_towards_zero(x, w), 0.5))
+    masks = (rules.aligned(x, w, strict=False), rules.moved_towards_zero(x, w, strict=False))
+    nearest = (rules.decay(w, w, masks[0], 0.5), rules.decay(w, x, masks[1], 0.5))
     for one, other in zip((along, after), nearest, strict=True):
         assert torch.equal(*(t.nan_to_num(nan=3.0, posinf=4.0, neginf=5.0).view(torch.int16) for t in (one, other)))
 

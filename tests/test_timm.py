@@ -141,7 +141,7 @@ def eta(note: dict[str, Any], group: dict[str, Any]) -> float:
 
 def follow(x: Tensor, w: Tensor, eta_lam: float) -> Tensor:
     """The rule, in float64."""
-    return w.double() - eta_lam * rules.moved_towards_zero(x.double(), w.double()) * x.double()
+    return w.double() - eta_lam * rules.moved_towards_zero(x.double(), w.double(), strict=False) * x.double()
 
 
 def rounding(x: Tensor, w: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compiled_kernels
 import triton.language as tl
 from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
+from support import update_of
 
 from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
 from cwd_wrap.buckets import Coming, Stepped, Whole
 from cwd_wrap.kernels import _tables, _triton
-from cwd_wrap.updates import Adam
 
 all_targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
@@ -61,7 +61,7 @@ def test_inexact_instructions(kernel: Kernel, target: object) -> None:
     expected: set[str] = {"fma.rn.f32"} if kernel.rule is _triton._along_momentum else set()
     if kernel.rule is _triton._p_norm_decay:
         expected = {"ex2.approx.ftz.f32", "div.full.f32", "fma.rn.ftz.f32"}
-    harmless = {"abs.ftz.f32"} if kernel.rule is _triton._adam else set()
+    harmless = {"abs.ftz.f32"} if kernel.counts else set()
     if kernel.stochastic and tl.float16 in kernel.types:
         harmless = {"cvt.rmi.ftz.f32.f32"}
 
@@ -113,8 +113,8 @@ def call(rule: str, tensors: int, eta_lam: object = 0.1, a: float = 0.9, lr: obj
     buckets = []
     for at in (slice(tensors // 2), slice(tensors // 2, None)):
         if rule == "step_whole":
-            adam = Adam(a, 0.999, 1e-8, amsgrad=False, maximize=False)
-            buckets.append(Whole(w[at], g[at], (m[at], v[at]), steps[at], adam, lr, eta_lam))
+            adam = update_of(torch.optim.Adam, betas=(a, 0.999))
+            buckets.append(Whole(w[at], g[at], (m[at], v[at]), (steps[at],), adam, lr, eta_lam))
         elif rule == "decay_along":
             buckets.append(Coming(w[at], g[at], m[at], a, 1 - a, eta_lam))
         else:

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import both_paths, net, values
+from support import both_paths, net, update_of, values
 from test_devices import DEFAULTS, fused_adamw, same_on_a_default_device, sgd
 from test_stochastic_rounding import draws, sigmas
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 
 from cwd_wrap import CautiousDecay, kernels, rules
 from cwd_wrap.buckets import Coming, Stepped, Whole
-from cwd_wrap.updates import Adam
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,7 +49,7 @@ def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_sweep", None)
     empty = [torch.empty(0, device=DEVICE), torch.empty(0, 3, device=DEVICE)]
     buckets = [Stepped(empty, empty, empty, empty, 0.1)]
-    adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
+    adam = update_of(Adam)
     flags = {"strict": False, "count": True}
     _triton.copy(empty, empty)
     _triton.cautious_update(buckets, torch.ones(2))
@@ -60,7 +59,10 @@ def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for act, bucket in (
         (_triton.decay_along, Coming(empty, empty, None, 0.0, 1.0, 0.1)),
         (_triton.decay_from_snapshot, buckets[0]),
-        (_triton.step_whole, Whole(empty, empty, (empty, empty), [torch.zeros(()), torch.zeros(())], adam, 0.1, 0.1)),
+        (
+            _triton.step_whole,
+            Whole(empty, empty, (empty, empty), ([torch.zeros(()), torch.zeros(())],), adam, 0.1, 0.1),
+        ),
     ):
         assert act([bucket], **flags).tolist() == [[0.0] * 5] * 2
         assert act([], **flags) is None
@@ -87,9 +89,8 @@ def test_counters_of_another_type(wide: torch.dtype) -> None:
     weights = []
     for dtype in (torch.float32, wide):
         w, g, m, v = ([torch.ones(3, device=DEVICE)] for _ in range(4))
-        adam = Adam(0.9, 0.999, 1e-8, amsgrad=False, maximize=False)
         steps = [torch.tensor(4, dtype=dtype, device=DEVICE)]
-        _triton.step_whole([Whole(w, g, (m, v), steps, adam, 0.1, 0.1)], strict=False, count=False)
+        _triton.step_whole([Whole(w, g, (m, v), (steps,), update_of(Adam), 0.1, 0.1)], strict=False, count=False)
         weights += w
 
         assert steps[0].item() == 5

@@ -47,9 +47,9 @@ class Backend(Protocol):
     def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
-        `rules.adam`, `rules.sgd` or `rules.lion`, then `rules.decay`. The counters in ``steps`` are increased first.
-        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column
-        0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
+        One of `rules.UPDATES`, then `rules.decay`. Everything is checked before anything is written, and the counters
+        are set last. Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the
+        weight by column 0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:

@@ -6,7 +6,7 @@ takes four to six times as long. `kernels.Backend` says what each function does.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,27 @@ from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.tensors import has_numbers, marks
-from cwd_wrap.updates import Adam, Lion, Update
+from cwd_wrap.updates import Numbers
+
+_V = TypeVar("_V")
+
+
+class ByType(dict[torch.dtype, _V]):
+    """A value for each type that kernels read. Any other raises ValueError."""
+
+    def __missing__(self, dtype: torch.dtype) -> _V:
+        msg = (
+            f"a weight, gradient or state has the type {dtype}, but the kernels read only float32, float64, bfloat16 "
+            "and float16: convert it before the step"
+        )
+        raise ValueError(msg)
+
 
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
 BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece
 PACK = 1 << 18
+_READ = ByType(dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16)))
 _SCALE = {torch.float32: 2.0**127, torch.float64: 2.0**1023}  # see `_mask_by_product`
 
 
@@ -82,23 +97,26 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
 def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
     parts: list[list[Tensor]] = []
+    for tensors in chain.from_iterable(bucket.columns for bucket in buckets):
+        _READ[tensors[0].dtype]
     for bucket in buckets:
-        if bucket.steps:
-            torch._foreach_add_(list(bucket.steps), 1)
+        before = read(bucket)
+        steps, taken = bucket.update.steps(1.0 if on_a_device(bucket.lr) else float(bucket.lr), before)
         for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
             x = w.to(torch.promote_types(w.dtype, torch.float32))
-            t = float(bucket.steps[i]) if bucket.steps else 0.0
-            direction, step, *new = _update(bucket.update, g.to(x.dtype), [s.to(x.dtype) for s in state], bucket.lr, t)
+            g_wide = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
+            direction, step, *new = _update(bucket, g_wide, [s.to(x.dtype) for s in state], steps[taken[i]][0])
             mask = rules.aligned(direction, x, strict)
             values = (rules.decay(x - step, x, mask, bucket.eta_lam), *new)
             if count:
                 parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
-            for column, (old, value) in enumerate(zip((w, *state), values, strict=True)):
+            for column, (old, value) in enumerate(zip((w, *state), values, strict=False)):
                 if bucket.draws is not None and old.element_size() == 2:
                     random = _random(bucket.draws, i, column, w.shape)
                     old.copy_(rules.stochastic_rounding(value, old.dtype, random))
                 else:
                     old.copy_(value)
+        increase(bucket, before, [steps[k][1] for k in taken])
     return _per_tensor(parts, buckets) if count else None
 
 
@@ -150,29 +168,35 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
             after.copy_(rules.p_norm_decay(after, before, p, bucket.eta_lam, next(zeros)))
 
 
-def _update(update: Update, g: Tensor, state: list[Tensor], eta: float | Tensor, t: float) -> tuple[Tensor, ...]:
-    """(direction, eta*u, new state ...) of the update, from `rules`."""
-    g = -g if update.maximize else g
-    if isinstance(update, Adam):
-        m, v, *largest = state
-        numbers = {"beta1": update.beta1, "beta2": update.beta2, "eps": update.eps}
-        *every, most = rules.adam(g, m, v, largest[0] if largest else None, t, eta=eta, **numbers)
-        return (*every, most) if most is not None else tuple(every)
-    if isinstance(update, Lion):
-        return rules.lion(g, state[0], eta=eta, beta1=update.beta1, beta2=update.beta2)
-    direction, step, momentum = rules.sgd(
-        g,
-        state[0] if state else None,
-        eta=eta,
-        momentum=update.momentum,
-        dampening=update.dampening,
-        nesterov=update.nesterov,
-    )
-    return (direction, step) if momentum is None else (direction, step, momentum)
+def _update(bucket: Whole, g: Tensor, state: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, ...]:
+    """(direction, eta*u, new state ...) of the bucket's update."""
+    of_rules = getattr(rules, bucket.update.formula)
+    eta = bucket.lr * numbers[0] if on_a_device(bucket.lr) else numbers[0]
+    lacking = of_rules.__code__.co_argcount - 1 - len(state) - len(numbers)
+    made: tuple[Tensor, ...] = of_rules(g, *state, *[None] * lacking, eta, *numbers[1:])
+    return made
+
+
+def on_a_device(lr: float | Tensor) -> bool:
+    """Must it stay there, since to read it would wait?"""
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
+
+
+def read(bucket: Whole) -> list[Numbers]:
+    """The counters of each tensor."""
+    if not bucket.counters:
+        return [()] * len(bucket.w)
+    return list(zip(*(map(float, column) for column in bucket.counters), strict=True))
+
+
+def increase(bucket: Whole, before: Sequence[Numbers], after: Sequence[Numbers]) -> None:
+    """Set the counters of each tensor, which are those ``before``, to those ``after``."""
+    for k, column in enumerate(bucket.counters):
+        torch._foreach_add_(list(column), [new[k] - old[k] for old, new in zip(before, after, strict=True)])
 
 
 def _direction(bucket: Coming, m: Tensor, g: Tensor, out: Tensor) -> None:
-    """out <- a tensor with the sign of the coming update. Without momentum ``m`` is not read."""
+    """out <- `rules.heading` in place, by torch's own operations. Without momentum ``m`` is not read."""
     a, b = bucket.a, bucket.b
     if bucket.m is None:
         torch.mul(g, 1.0 if b > 0 else -1.0, out=out)

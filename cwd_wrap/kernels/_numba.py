@@ -1,11 +1,15 @@
 # Functions under register_jitable are compiled, not run: their arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202, PLR0124
+# ruff: noqa: ANN001, ANN202
 """The rules in numba, on the CPU: one pass over memory, for all tensors of the same types in one call.
 
 `_walk` has the loop, which is the same for every rule. `kernels.Backend` says what each function does.
 """
 
+import contextlib
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -18,12 +22,14 @@ from torch import Tensor
 from cwd_wrap import rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import _eager
+from cwd_wrap.kernels import bind as bound
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
 from cwd_wrap.kernels._walk import Job, Row, can_find_again, walk_of
 from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
+from cwd_wrap.kernels._walk import where as _where
+from cwd_wrap.kernels.bind import bind
 from cwd_wrap.tensors import Shard
-from cwd_wrap.updates import Adam, Lion
 
 __all__ = [
     "cautious_update", "copy", "count_agreeing", "count_nonzero", "decay_along", "decay_from_snapshot", "p_norm_decay",
@@ -31,19 +37,35 @@ __all__ = [
 ]  # fmt: skip
 
 
-# ---- the rules, each the twin of functions in rules.py. The numbers n come from the functions of the backend below.
+# ---- the rules, each made of formulas of rules.py. The numbers n come from the functions of the backend below.
 
 
 @register_jitable
-def _aligned(u, x, strict):
-    moved = (u > 0) & (x > 0) | (u < 0) & (x < 0)
-    moved_or_left = (u >= 0) & (x >= 0) | (u <= 0) & (x <= 0)
-    return moved if strict else moved_or_left, moved
+def _one(like):
+    return _number(True, like)
 
 
 @register_jitable
-def _decay(w, x, mask, eta_lam):
-    return w - _number(mask, x) * x * eta_lam
+def _root(a):
+    return np.sqrt(a)
+
+
+@register_jitable
+def _divide(a, b):
+    return a / b
+
+
+_WORDS = {"where": _where, "number": _number, "one": _one, "root": _root, "divide": _divide, "fused": _fma}
+_BOUND = bind(_WORDS, register_jitable)
+_aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
+_heading, _agreeing, _rescaled = _BOUND["heading"], _BOUND["agrees"], _BOUND["rescaled"]
+
+
+@register_jitable
+def _masks(mask_of, u, x, strict):
+    # The mask, and the strict one. Without a branch in the loop, which would cost up to a tenth.
+    moved = mask_of(u, x, True)
+    return _where(strict, moved, mask_of(u, x, False)), moved
 
 
 @register_jitable
@@ -53,25 +75,20 @@ def _seen(mask, moved, x, step, w):
 
 @register_jitable
 def _along_gradient(x, g, b, c, d, n, strict):
-    mask, moved = _aligned(n[0] * g, x, strict)
-    return _decay(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
+    mask, moved = _masks(_aligned, n[0] * g, x, strict)
+    return _decayed(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
 
 
 @register_jitable
 def _along_momentum(x, m, g, c, d, n, strict):
-    # Where a and b add up to 1, as torch.lerp computes it, so that near-cancellations come out as the optimizer's own.
-    average = _fma(n[0], g - m, m if n[1] > 0 else g)
-    u = average if n[2] > 0 else _fma(n[0], g, m)
-    mask, moved = _aligned(u, x, strict)
-    return _decay(x, x, mask, n[3]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
+    mask, moved = _masks(_aligned, _heading(m, g, n[0], n[2]), x, strict)
+    return _decayed(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
 
 
 @register_jitable
 def _from_snapshot(w, x, b, c, d, n, strict):
-    moved = (w < x) & (x > 0) | (w > x) & (x < 0)
-    moved_or_left = (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
-    mask = moved if strict else moved_or_left
-    new = _decay(w, x, mask, n[0])
+    mask, moved = _masks(_towards, x, w, strict)
+    new = _decayed(w, x, mask, n[1])
     return new, None, None, None, None, mask, _seen(mask, moved, x, x - w, new)
 
 
@@ -87,85 +104,53 @@ def _nonzero(x, a, b, c, d, n, strict):
 
 @register_jitable
 def _agrees(w, x, g, c, d, n, strict):
-    mask = (w < x) & (g > 0) | (w > x) & (g < 0)
-    return None, None, None, None, None, mask, (None, None, None, None)
+    return None, None, None, None, None, _agreeing(w, x, g), (None, None, None, None)
 
 
 @register_jitable
 def _cautious_update(w, x, g, c, d, n, strict):
-    mask = (w < x) & (g > 0) | (w > x) & (g < 0)
-    v = x + n[0] * _number(mask, x) * (w - x)
-    return v - n[1] * v, None, None, None, None, mask, (None, None, None, None)
+    mask = _agreeing(w, x, g)
+    return _rescaled(w, x, mask, n[0], n[1]), None, None, None, None, mask, (None, None, None, None)
 
 
-@register_jitable
-def _lerp(m, g, weight):
-    # The twin of rules.lerp.
-    low = weight < 0.5
-    return (m if low else g) + (weight if low else weight - _number(True, weight)) * (g - m)
+def _with_decay(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule that makes an ``update`` and decays."""
+
+    @register_jitable
+    def rule(x, g, a, b, c, n, strict):
+        u, step, a_new, b_new, c_new = update(n[0] * g, a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8])
+        mask, moved = _masks(_aligned, u, x, strict)
+        new = _decayed(x - step, x, mask, n[1])
+        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+
+    made: Callable[..., Any] = rule
+    return made
 
 
-@register_jitable
-def _sgd(x, g, b, c, d, n, strict):
-    u = n[0] * g
-    mask, moved = _aligned(u, x, strict)
-    step = n[1] * u
-    new = _decay(x - step, x, mask, n[2])
-    return new, None, None, None, None, mask, _seen(mask, moved, x, step, new)
+_walks: dict[str, Callable[..., int]] = {}
+_MADE_OF = ""  # without source files numba caches nothing
+with contextlib.suppress(OSError):
+    _SOURCES = "".join(map(inspect.getsource, (rules, bound, sys.modules[__name__])))
+    _MADE_OF = hashlib.sha256(_SOURCES.encode()).hexdigest()
 
 
-@register_jitable
-def _sgd_momentum(x, g, m, c, d, n, strict):
-    g = n[0] * g
-    m = n[3] * m + n[4] * g
-    u = g + n[3] * m if n[5] > 0 else m
-    mask, moved = _aligned(u, x, strict)
-    step = n[1] * u
-    new = _decay(x - step, x, mask, n[2])
-    return new, None, m, None, None, mask, _seen(mask, moved, x, step, new)
+def _add_walk(name: str, rule: Callable[..., Any]) -> None:
+    """Make the walk of a ``rule``.
+
+    numba's cache on disk notices changes of the file with the walk. Of the rule it knows the name, so this says what
+    the rule is made of.
+    """
+    rule.__name__ = rule.__qualname__ = f"{name}_{_MADE_OF}"
+    globals()[rule.__name__] = rule
+    _walks[name] = walk_of(rule)
 
 
-@register_jitable
-def _lion(x, g, m, c, d, n, strict):
-    g = n[0] * g
-    mean = _lerp(m, g, n[3])
-    u = _number(mean > 0, x) - _number(mean < 0, x)
-    mask, moved = _aligned(u, x, strict)
-    step = n[1] * u
-    new = _decay(x - step, x, mask, n[2])
-    return new, None, _lerp(m, g, n[4]), None, None, mask, _seen(mask, moved, x, step, new)
-
-
-@register_jitable
-def _adam(x, g, m, v, d, n, strict):
-    g = n[0] * g
-    m = _lerp(m, g, n[3])
-    v = n[4] * v + n[5] * g * g
-    mask, moved = _aligned(m, x, strict)
-    step = n[1] * m / (np.sqrt(v) / n[7] + n[6])
-    new = _decay(x - step, x, mask, n[2])
-    return new, None, m, v, None, mask, _seen(mask, moved, x, step, new)
-
-
-@register_jitable
-def _amsgrad(x, g, m, v, largest, n, strict):
-    g = n[0] * g
-    m = _lerp(m, g, n[3])
-    v = n[4] * v + n[5] * g * g
-    largest = v if (v > largest) | (v != v) else largest  # NaN stays
-    mask, moved = _aligned(m, x, strict)
-    step = n[1] * m / (np.sqrt(largest) / n[7] + n[6])
-    new = _decay(x - step, x, mask, n[2])
-    return new, None, m, v, largest, mask, _seen(mask, moved, x, step, new)
-
-
-_walks = {
-    rule.__name__: walk_of(rule)
-    for rule in (
-        _along_gradient, _along_momentum, _from_snapshot, _step, _nonzero, _agrees, _cautious_update,
-        _sgd, _sgd_momentum, _lion, _adam, _amsgrad,
-    )
-}  # fmt: skip
+for _name, _rule in (
+    ("along_gradient", _along_gradient), ("along_momentum", _along_momentum), ("from_snapshot", _from_snapshot),
+    ("step", _step), ("nonzero", _nonzero), ("agrees", _agrees), ("cautious_update", _cautious_update),
+    *((_update.__name__, _with_decay(_BOUND[_update.__name__])) for _update in rules.UPDATES),
+):  # fmt: skip
+    _add_walk(_name, _rule)
 
 
 # ---- the backend
@@ -187,44 +172,42 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums
         a, b, eta_lam = bucket.a, bucket.b, float(bucket.eta_lam)
         if bucket.m is None:
             rows.append((1.0 if b > 0 else -1.0, eta_lam))
-        elif b == 1 - a:
-            rows.append((b if b < 0.5 else b - 1, float(b < 0.5), 1.0, eta_lam))
         else:
-            rows.append((b / a, 1.0, 0.0, eta_lam))
-    rule = "_along_gradient" if buckets[0].m is None else "_along_momentum"
+            rows.append((b, eta_lam, 1.0) if b == 1 - a else (b / a, eta_lam, 0.0))
+    rule = "along_gradient" if buckets[0].m is None else "along_momentum"
     return _launch(rule, buckets, _per_bucket(buckets, rows), strict=strict, count=count)
 
 
 def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
-    rows = _per_bucket(buckets, [(float(bucket.eta_lam),) for bucket in buckets])
-    return _launch("_from_snapshot", buckets, rows, strict=strict, count=count)
+    rows = _per_bucket(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
+    return _launch("from_snapshot", buckets, rows, strict=strict, count=count)
 
 
 def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.step_whole`."""
-    return _launch(f"_{buckets[0].update.kernel}", buckets, _of_updates, strict=strict, count=count)
+    return _launch(buckets[0].update.formula, buckets, _of_updates, strict=strict, count=count)
 
 
 def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
     """`kernels.Backend.sums_of_step`."""
-    return cast("Tensor", _launch("_step", buckets, count=True))
+    return cast("Tensor", _launch("step", buckets, count=True))
 
 
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:
     """`kernels.Backend.count_nonzero`."""
-    return _counted("_nonzero", (x,))
+    return _counted("nonzero", (x,))
 
 
 def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
     """`kernels.Backend.count_agreeing`."""
-    return _counted("_agrees", _columns(buckets))
+    return _counted("agrees", _columns(buckets))
 
 
 def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
     """`kernels.Backend.cautious_update`."""
     eta_lams = [float(bucket.eta_lam) for bucket in buckets for _ in bucket.w]
-    _launch("_cautious_update", buckets, [(1, row) for row in zip(alpha.tolist(), eta_lams, strict=True)])
+    _launch("cautious_update", buckets, [(1, row) for row in zip(alpha.tolist(), eta_lams, strict=True)])
 
 
 def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
@@ -233,31 +216,32 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
 
 
 def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
-    """The numbers ``n`` of the update's rule: sign of the gradient, lr, eta*lam, and then its own."""
-    t = job.steps() if buckets[0].update.counts else []
-    first = 0
+    """The numbers ``n`` of the update's rule: sign of the gradient, eta*lam, and then its own. ``job`` is to count."""
+    before = job.counters()
+    alike = len(before) == 1
     rows: list[Row] = []
+    after: list[tuple[float, ...]] = []
+    first = 0
     for bucket in buckets:
-        update = bucket.update
-        sign, lr, eta_lam = -1.0 if update.maximize else 1.0, float(bucket.lr), float(bucket.eta_lam)
-        if isinstance(update, Adam):
-            last = first + len(bucket.w)
-            for each in t if len(t) == 1 else t[first:last]:
-                eta, root = lr / (1 - update.beta1**each), (1 - update.beta2**each) ** 0.5
-                row = (sign, eta, eta_lam, 1 - update.beta1, update.beta2, 1 - update.beta2, update.eps, root)
-                rows.append((len(bucket.w) if len(t) == 1 else 1, row))
-            first = last
-        elif isinstance(update, Lion):
-            rows.append((len(bucket.w), (sign, lr, eta_lam, 1 - update.beta1, 1 - update.beta2)))
-        else:
-            rest = update.momentum, 1 - update.dampening, float(update.nesterov)
-            rows.append((len(bucket.w), (sign, lr, eta_lam, *rest)))
+        last = first + len(bucket.w)
+        sign = -1.0 if bucket.update.maximize else 1.0
+        steps, taken = bucket.update.steps(float(bucket.lr), before if alike else before[first:last])
+        of_steps = [(sign, float(bucket.eta_lam), *numbers) for numbers, _ in steps]
+        rows += [(len(bucket.w), of_steps[0])] if len(steps) == 1 else [(1, of_steps[k]) for k in taken]
+        after += [steps[k][1] for k in (taken * len(bucket.w) if alike else taken)]
+        first = last
+    if buckets[0].counters:
+        job.count(after)
     return rows
 
 
-def _counters(buckets: Sequence[Bucket]) -> Sequence[Tensor]:
-    of_buckets = [bucket.steps for bucket in buckets if isinstance(bucket, Whole)]
-    return of_buckets[0] if len(of_buckets) == 1 else list(chain.from_iterable(of_buckets))
+def _counters(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
+    of_buckets = [bucket.counters for bucket in buckets if isinstance(bucket, Whole)]
+    return [_joined(columns) for columns in zip(*of_buckets, strict=True)]
+
+
+def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
 
 
 def _per_bucket(buckets: Sequence[Bucket], rows: Sequence[tuple[float, ...]]) -> list[Row]:

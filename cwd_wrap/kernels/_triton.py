@@ -1,6 +1,6 @@
 # Functions under triton.jit are compiled, not run: their arguments have no Python types, and constants are in capitals.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202, ARG001, N803, PLR0124, SIM102
+# ruff: noqa: ANN001, ANN202, ARG001, N803, SIM102
 """The rules in Triton: one launch for all tensors of one device and the same types, whatever their number.
 
 A launch works through chunks. A table on the device says which tensor and which bucket each chunk is of, another where
@@ -35,22 +35,25 @@ from torch import Tensor
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
-from cwd_wrap.kernels._eager import _order, _write_back
+from cwd_wrap.kernels._eager import ByType, _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
-from cwd_wrap.updates import SGD, Adam, Update
+from cwd_wrap.kernels.bind import NUMBERS, bind
+from cwd_wrap.updates import Numbers, Update
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are at most 0.1 % of theirs
 ALIGNMENT = 16  # bytes
-NUMBERS = 7  # coefficients in a row of the table of buckets: up to four of the rule, the sign, two log2(beta)
-ROW = 4 + NUMBERS
-"""Words in a row of that table: the addresses of eta*lam and of the learning rate on the device, or 0; their values, or
-0.0 where there is an address; the coefficients. Addresses are int64, the rest float64."""
+ROW = 4 + 1 + NUMBERS + 2
+"""Words in a row of the table of rows: the addresses of eta*lam and of a learning rate on the device, or 0; their
+values, or 0.0 where there is an address; the sign of the gradient; the rule's numbers; log2(beta) of two averages.
+Addresses are int64, the rest float64. Where a learning rate has an address, the first number is computed for 1."""
 
 _COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
 _DTYPE = attrgetter("dtype")
-_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = ByType(
+    {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _Row: TypeAlias = tuple[float | Tensor, float | Tensor, Sequence[float]]
@@ -60,40 +63,69 @@ _UNALIGNED = bytes(low % ALIGNMENT != 0 for low in range(256))
 """For each lowest byte of an address, 1 if the address is not a multiple of `ALIGNMENT`, else 0."""
 
 
-# ---- the decays, each the twin of a function in _eager.py
+# ---- the decays, each made of formulas of rules.py
 
 
 @triton.jit
-def _decay(w, x, mask, eta_lam):
-    return w - mask.to(w.dtype) * x * eta_lam
+def _where(condition, a, b):
+    return tl.where(condition, a, b)
 
 
 @triton.jit
-def _aligned(u, x, STRICT: tl.constexpr):
-    # As rules.py: by comparison alone, since the product underflows.
-    return (u > 0) & (x > 0) | (u < 0) & (x < 0) if STRICT else (u >= 0) & (x >= 0) | (u <= 0) & (x <= 0)
+def _number_of(flag, like):
+    return flag.to(like.dtype)
 
 
 @triton.jit
-def _along_gradient(x, g, z, eta_lam, sign, beta, STRICT: tl.constexpr):
+def _one(like):
+    return 1
+
+
+@triton.jit
+def _root(a):
+    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
+
+
+@triton.jit
+def _divide(a, b):
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _fused(a, b, c):
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def _abs(a):
+    return tl.abs(a)
+
+
+_WORDS = {
+    "where": _where, "number": _number_of, "one": _one, "root": _root, "divide": _divide, "fused": _fused, "abs": _abs,
+}  # fmt: skip
+_SEEN = {"tl": tl, "Tensor": tl.tensor, "Maybe": tl.tensor, "bool": tl.tensor}  # names that Triton looks up, no more
+_BOUND = bind({**_WORDS, **_SEEN}, triton.jit)
+_aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
+_heading, _agreeing, _rescaled = _BOUND["heading"], _BOUND["agrees"], _BOUND["rescaled"]
+
+
+@triton.jit
+def _along_gradient(x, g, z, eta_lam, sign, average, STRICT: tl.constexpr):
     mask = _aligned(sign * g, x, STRICT)
-    return _decay(x, x, mask, eta_lam), mask
+    return _decayed(x, x, mask, eta_lam), mask
 
 
 @triton.jit
-def _along_momentum(x, m, g, eta_lam, slope, is_average, STRICT: tl.constexpr):
-    # Where a and b add up to 1, as torch.lerp computes it, so that near-cancellations come out as the optimizer's own.
-    low = tl.abs(slope) < 0.5
-    average = tl.fma(tl.where(low, slope, slope - 1), g - m, tl.where(low, m, g))
-    u = tl.where(is_average != 0, average, tl.fma(slope, g, m))
-    mask = _aligned(u, x, STRICT)
-    return _decay(x, x, mask, eta_lam), mask
+def _along_momentum(x, m, g, eta_lam, slope, average, STRICT: tl.constexpr):
+    mask = _aligned(_heading(m, g, slope, average), x, STRICT)
+    return _decayed(x, x, mask, eta_lam), mask
 
 
 @triton.jit
 def _from_snapshot(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
-    mask = (w < x) & (x > 0) | (w > x) & (x < 0) if STRICT else (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
-    return _decay(w, x, mask, eta_lam), mask
+    mask = _towards(x, w, STRICT)
+    return _decayed(w, x, mask, eta_lam), mask
 
 
 @triton.jit
@@ -108,7 +140,7 @@ def _copy(to, source, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
 
 @triton.jit
 def _agrees(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
-    return w, (w < x) & (g > 0) | (w > x) & (g < 0)
+    return w, _agreeing(w, x, g)
 
 
 @triton.jit
@@ -118,9 +150,8 @@ def _nonzero(x, y, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
 
 @triton.jit
 def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
-    w, mask = _agrees(w, x, g, eta_lam, alpha, beta, STRICT)
-    v = x + alpha * mask.to(w.dtype) * (w - x)
-    return v - eta_lam * v, mask
+    mask = _agreeing(w, x, g)
+    return _rescaled(w, x, mask, alpha, eta_lam), mask
 
 
 @triton.jit
@@ -133,58 +164,6 @@ def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
     logarithm = tl.log2(tl.where(denormal, size * 16777216.0, size)) - tl.where(denormal, 24.0, 0.0)
     power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * logarithm))
     return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
-
-
-# ---- the updates, each the twin of a function in rules.py: (direction, eta*u, three tensors of state)
-#
-# A state that the optimizer does not have is None as an argument. What is returned for it is not written.
-
-
-@triton.jit
-def _divide(a, b):
-    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
-
-
-@triton.jit
-def _root(a):
-    return tl.sqrt(a) if a.dtype == tl.float64 else tl.sqrt_rn(a)
-
-
-@triton.jit
-def _lerp(m, g, weight):
-    # The twin of rules.lerp.
-    low = weight < 0.5
-    return tl.where(low, m, g) + tl.where(low, weight, weight - 1) * (g - m)
-
-
-@triton.jit
-def _adam(g, m, v, largest, eta, root, rest1, beta2, rest2, eps):
-    # eta and root: eta / (1 - beta1**t) and sqrt(1 - beta2**t); rest: 1 - beta.
-    m = _lerp(m, g, rest1)
-    v = beta2 * v + rest2 * g * g
-    most = v
-    if largest is not None:
-        most = tl.where((v > largest) | (v != v), v, largest)  # NaN stays
-    return m, _divide(eta * m, _divide(_root(most), root) + eps), m, v, most
-
-
-@triton.jit
-def _sgd(g, m, v, largest, eta, root, momentum, rest, nesterov, eps):
-    u = g
-    if m is not None:
-        m = momentum * m + rest * g
-        u = tl.where(nesterov != 0, g + momentum * m, m)
-    else:
-        m = g
-    return u, eta * u, m, m, m
-
-
-@triton.jit
-def _lion(g, m, v, largest, eta, root, rest1, rest2, beta, eps):
-    u = _lerp(m, g, rest1)
-    u = (u > 0).to(g.dtype) - (u < 0).to(g.dtype)
-    m = _lerp(m, g, rest2)
-    return u, eta * u, m, m, m
 
 
 # ---- the walk
@@ -270,13 +249,14 @@ def _piece(
     at,
     inside,
     eta_lam,
-    eta,
-    root,
     sign,
     n0,
     n1,
     n2,
     n3,
+    n4,
+    n5,
+    n6,
     key,
     offset,
     run,
@@ -303,11 +283,11 @@ def _piece(
     if UPDATE:
         v = _load(fourth, at, inside, WIDE) if fourth is not None else None
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
-        direction, step, z, v, largest = RULE(sign * y, z, v, largest, eta, root, n0, n1, n2, n3)
+        direction, step, z, v, largest = RULE(sign * y, z, v, largest, n0, n1, n2, n3, n4, n5, n6)
         before, mask = x, _aligned(direction, x, STRICT)
         if SUMS:
             moved = _aligned(direction, x, True)
-        x = _decay(x - step, x, mask, eta_lam)
+        x = _decayed(x - step, x, mask, eta_lam)
         if third is not None:
             _store(third, z, at, inside, words, 1)
         if fourth is not None:
@@ -387,11 +367,11 @@ def _sweep(
     the fifth if RULE is an UPDATE.
     ``chunks``: for each its tensor, its first element, the one after its last, and its row.
     ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
-    ``steps``: the address of each tensor's counter, for an update that corrects biases; the last two numbers of the row
-    are log2(beta) of its two averages.
+    ``steps``: None, or the address of each tensor's counter from before the step, for an update that only corrects
+    biases (see `Update.corrects_bias`); the last two numbers of the row are log2(beta) of its two averages.
     ``streams``: None rounds to nearest; otherwise the stream there makes the random numbers that round, and ``shards``
     holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: some have several runs.
-    ``per_tensor``: None, or a number for each tensor, in place of the first coefficient.
+    ``per_tensor``: None, or a number for each tensor, in place of the rule's first.
     SUMS: 0, or how many of `rules.sums` are known, and ``counts`` holds five numbers for each tensor: 3 before the
     step, when RULE decays along a direction, else 5.
     """
@@ -399,20 +379,22 @@ def _sweep(
     tensor, start, stop, row = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2), tl.load(chunk + 3) * ROW
     start = tl.multiple_of(start, BLOCK)
     eta_lam = _number(rows, numbers, row, WIDE).to(WIDE)
-    eta = _number(rows, numbers, row + 1, WIDE)
-    root = eta
+    of_rule = numbers + row + 4
+    sign, n0, n1 = tl.load(of_rule).to(WIDE), tl.load(of_rule + 1), tl.load(of_rule + 2)
+    if UPDATE:
+        n0 *= _number(rows, numbers, row + 1, WIDE)
     if steps is not None:
         # In float64, 2**y is right to an ulp or two, so 1 - beta**t is off by about 1e-16: where it is 0.001, by 1e-13
         # of itself.
-        t = tl.load(_pointer(steps, tensor, tl.float32, False)).to(tl.float64)
-        eta = eta / (1 - tl.exp2(t * tl.load(numbers + row + 9)))
-        root = tl.sqrt(1 - tl.exp2(t * tl.load(numbers + row + 10)))
-    eta, root = eta.to(WIDE), root.to(WIDE)
-    n0 = tl.load(numbers + row + 4).to(WIDE) if per_tensor is None else tl.load(per_tensor + tensor)
-    n1 = tl.load(numbers + row + 5).to(WIDE)
-    n2 = tl.load(numbers + row + 6).to(WIDE)
-    n3 = tl.load(numbers + row + 7).to(WIDE)
-    sign = tl.load(numbers + row + 8).to(WIDE)
+        t = tl.load(_pointer(steps, tensor, tl.float32, False)).to(tl.float64) + 1
+        n0 /= 1 - tl.exp2(t * tl.load(of_rule + 8))
+        n1 *= tl.sqrt(1 - tl.exp2(t * tl.load(of_rule + 9)))
+    n0, n1 = n0.to(WIDE), n1.to(WIDE)
+    if per_tensor is not None:
+        n0 = tl.load(per_tensor + tensor)
+    n2, n3 = tl.load(of_rule + 3).to(WIDE), tl.load(of_rule + 4).to(WIDE)
+    n4, n5 = tl.load(of_rule + 5).to(WIDE), tl.load(of_rule + 6).to(WIDE)
+    n6 = tl.load(of_rule + 7).to(WIDE)
     column = tl.cast(tensors, tl.int64)
     first = _pointer(addresses, tensor, FIRST, ALIGNED)
     second = _pointer(addresses + column, tensor, SECOND, ALIGNED) if SECOND is not None else None
@@ -432,14 +414,14 @@ def _sweep(
     for block in range(start, rest, BLOCK):  # no mask here: it would split the wide loads
         at = block + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
-            first, second, third, fourth, fifth, at, None, eta_lam, eta, root, sign, n0, n1, n2, n3,
+            first, second, third, fourth, fifth, at, None, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
             RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
-            first, second, third, fourth, fifth, at, at < stop, eta_lam, eta, root, sign, n0, n1, n2, n3,
+            first, second, third, fourth, fifth, at, at < stop, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
             RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
@@ -481,14 +463,42 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
 
 @_uncompiled
 def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
-    """`kernels.Backend.step_whole`, in one launch after the one that increases the counters."""
-    steps = _joined([bucket.steps for bucket in buckets])
-    if steps:
-        torch._foreach_add_(list(steps), 1)
-    rows = [_row(bucket.eta_lam, *_coefficients(bucket.update), lr=bucket.lr) for bucket in buckets]
-    rule = _UPDATES[buckets[0].update.kernel] if buckets else None
+    """`kernels.Backend.step_whole`, in one launch before those that increase the counters."""
+    if not buckets:
+        return None
+    rows: list[_Row] = []
+    row_of: list[int] = []
+    after: list[list[Numbers]] = []
+    in_kernel = _counts_in_kernel(buckets[0])
+    before = [[(math.inf,)] * len(bucket.w) if in_kernel else _eager.read(bucket) for bucket in buckets]
+    for bucket, counters in zip(buckets, before, strict=True):
+        lr, eta = (1.0, bucket.lr) if _eager.on_a_device(bucket.lr) else (float(bucket.lr), 1.0)
+        distinct, taken = bucket.update.steps(lr, counters)
+        row_of += [len(rows) + k for k in taken]
+        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers)) for numbers, _ in distinct]
+        after.append([distinct[k][1] for k in taken])
+    steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
     flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
-    return _launch(rule, _columns(buckets), rows, update=True, steps=steps, **flags)
+    rule = _BOUND[buckets[0].update.formula]
+    sums = _launch(rule, _columns(buckets), rows, row_of=row_of, update=True, steps=steps, **flags)
+    if in_kernel:
+        torch._foreach_add_(list(steps), 1)
+        return sums
+    for bucket, old, new in zip(buckets, before, after, strict=True):
+        _eager.increase(bucket, old, new)
+    return sums
+
+
+def _counts_in_kernel(bucket: Whole) -> bool:
+    """Does the kernel read the counters? Those of a device can only be read there, without a wait."""
+    return bucket.update.corrects_bias and bucket.counters[0][0].device == bucket.w[0].device
+
+
+def _coefficients(update: Update, numbers: Numbers) -> tuple[float, ...]:
+    """What the kernel of ``update`` reads from a row: see `ROW`."""
+    betas = update.options[:2] if update.corrects_bias else ()
+    logarithms = (math.log2(beta) if beta else -math.inf for beta in betas)
+    return (-1.0 if update.maximize else 1.0, *numbers, *[0.0] * (NUMBERS - len(numbers)), *logarithms)
 
 
 @_uncompiled
@@ -538,27 +548,14 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
     _launch(_p_norm_decay, columns, rows, per_tensor=(nonzero != 0).to(wide) * p)
 
 
-_UPDATES = {"adam": _adam, "amsgrad": _adam, "sgd": _sgd, "sgd_momentum": _sgd, "lion": _lion}
-
-
 def _slope(bucket: Coming) -> tuple[float, float]:
     """(b, 1) where a*m + b*g is an average of the two, else (b/a, 0)."""
     return (bucket.b, 1.0) if bucket.b == 1 - bucket.a else (bucket.b / bucket.a, 0.0)
 
 
-def _coefficients(update: Update) -> tuple[float, ...]:
-    """What the kernel of ``update`` reads: up to four coefficients; then its sign, and log2(beta) of two averages."""
-    sign = -1.0 if update.maximize else 1.0
-    if isinstance(update, Adam):
-        logarithms = (math.log2(beta) if beta else -math.inf for beta in (update.beta1, update.beta2))
-        return (1 - update.beta1, update.beta2, 1 - update.beta2, update.eps, sign, *logarithms)
-    if isinstance(update, SGD):
-        return (update.momentum, 1 - update.dampening, float(update.nesterov), 0.0, sign)
-    return (1 - update.beta1, 1 - update.beta2, 0.0, 0.0, sign)
-
-
-def _row(eta_lam: float | Tensor, *numbers: float, lr: float | Tensor = 0.0) -> _Row:
-    return eta_lam, lr, numbers
+def _row(eta_lam: float | Tensor, *numbers: float) -> _Row:
+    """The row of a decay, which has no sign and no learning rate."""
+    return eta_lam, 0.0, (1.0, *numbers)
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[tuple[Sequence[Tensor], ...]]:
@@ -584,6 +581,7 @@ def _launch(
     of_buckets: Sequence[tuple[Sequence[Tensor], ...]],
     rows: Sequence[_Row],
     *,
+    row_of: list[int] | None = None,
     update: bool = False,
     steps: Sequence[Tensor] = (),
     strict: bool = False,
@@ -593,8 +591,9 @@ def _launch(
     write: bool = True,
     per_tensor: Tensor | None = None,
 ) -> Tensor | None:
-    """Carry ``rule`` out on the columns of each bucket, which share a row. Return counts or `rules.sums` if asked.
+    """Carry ``rule`` out on the columns of each bucket. Return counts or `rules.sums` if asked.
 
+    ``row_of`` is the row of each tensor; if it is None, there is one for each bucket.
     It writes to the first column, and to the third and those after it if it is an ``update``. In place of its first
     coefficient it is given the tensor's entry in ``per_tensor``, if there is one.
     """
@@ -608,11 +607,12 @@ def _launch(
     if not any(sizes):
         return counts
     lines = _in_order(columns)
-    types = [line[0].dtype for line in lines]
-    wide = torch.float64 if types[0] == torch.float64 else torch.float32
+    types = [_TYPES[line[0].dtype] for line in lines]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
-    addresses = _bytes(list(map(Tensor.data_ptr, chain.from_iterable(lines))))
-    row_of = list(chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets)))
+    addresses = _bytes(_pointers(lines))
+    each_its_own = chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets))
+    row_of = list(each_its_own) if row_of is None else row_of
     if {*map(Tensor.get_device, steps), *map(_DTYPE, steps)} != {first.get_device(), torch.float32}:
         steps = [step.to(device, torch.float32) for step in steps]
     counters = _bytes(list(map(Tensor.data_ptr, steps)))
@@ -620,7 +620,7 @@ def _launch(
         rows = [(_on_device(eta_lam, device, wide), _on_device(lr, device, wide), more) for eta_lam, lr, more in rows]
         of_rows = table(plain, device, b"".join(map(_packed, rows)))
         streams, shards = None, None
-        if draws and any(types[column].itemsize == 2 for column in written):
+        if draws and any(lines[column][0].element_size() == 2 for column in written):
             streams = draws[0].stream  # on the device: no sync, and each replay of a graph draws new numbers
             places = (
                 (number, *place[:3]) for each in draws for number, place in zip(each.numbers, each.shards, strict=True)
@@ -644,7 +644,7 @@ def _launch(
                 RULE=rule,
                 UPDATE=update,
                 WRITE=write,
-                **dict(zip(_COLUMNS, [*map(_TYPES.get, types), None, None, None, None], strict=False)),
+                **dict(zip(_COLUMNS, [*types, None, None, None, None], strict=False)),
                 ROW=ROW,
                 WIDE=_TYPES[wide],
                 ALIGNED=aligned,
@@ -661,6 +661,18 @@ def _launch(
             if line is not t:
                 _write_back(t, line, _order(first))
     return counts
+
+
+def _pointers(lines: Sequence[Sequence[Tensor]]) -> list[int]:
+    """The addresses, one column after the other. Raises ValueError if one that is read is 0."""
+    pointers = list(map(Tensor.data_ptr, chain.from_iterable(lines)))
+    if 0 in pointers and any(t.numel() and not t.data_ptr() for t in chain.from_iterable(lines)):
+        msg = (
+            "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
+            "give it memory before the step"
+        )
+        raise ValueError(msg)
+    return pointers
 
 
 def _zeros(tensors: int, device: torch.device, sums: int) -> Tensor:
@@ -702,7 +714,7 @@ def _packed(row: _Row) -> bytes:
     *scalars, numbers = row
     addresses = array("q", (scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars))
     values = array("d", (0.0 if isinstance(scalar, Tensor) else scalar for scalar in scalars))
-    values.extend([*numbers, *[0.0] * (NUMBERS - len(numbers))])
+    values.extend([*numbers, *[0.0] * (ROW - 4 - len(numbers))])
     return addresses.tobytes() + values.tobytes()
 
 

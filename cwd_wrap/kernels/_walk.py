@@ -4,7 +4,7 @@
 """The loop over the tensors of a call, compiled by numba for each rule, and the tables that it reads (`Job`).
 
 The work is cut into chunks. A table says which tensor each chunk is of, another where the tensors are. `walk_of` makes
-the loop, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eight
+the loop, the same for every rule. A rule is a function of the values of up to five tensors in one place and of nine
 numbers ``n``; it returns what to write into each of the five (None: nothing), whether to count the place, and what
 `rules.sums` sums there. The sums are compiled in only if they are asked for.
 """
@@ -22,19 +22,22 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from cwd_wrap.kernels import _threads
+from cwd_wrap.kernels._eager import ByType
 from cwd_wrap.tensors import Shard
 
 CHUNK = 1 << 16  # elements
 ALONE = 1 << 17  # elements below which a second thread costs more than it brings
 
-COLUMNS, NUMBERS = 5, 8
+COLUMNS, COUNTERS, NUMBERS = 5, 2, 9
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
-TAGS: dict[torch.dtype, np.ndarray] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float64: np.empty(0, np.float64),
-    torch.bfloat16: np.empty(0, np.uint16),
-    torch.float16: np.empty(0, np.int16),
-}
+TAGS: dict[torch.dtype, np.ndarray] = ByType(
+    {
+        torch.float32: np.empty(0, np.float32),
+        torch.float64: np.empty(0, np.float64),
+        torch.bfloat16: np.empty(0, np.uint16),
+        torch.float16: np.empty(0, np.int16),
+    }
+)
 Row = tuple[int, tuple[float, ...]]
 """How many tensors share a row of numbers ``n``, and the row."""
 _WORD, _HALF = np.empty(0, np.int64), np.empty(0, np.int32)
@@ -42,8 +45,9 @@ _DOUBLE, _SINGLE = TAGS[torch.float64], TAGS[torch.float32]
 
 # The places of a `_threads.Control`: three numbers, the addresses of the first and of the tables, and their sizes.
 _TAKEN, _DONE, _CHUNKS, _SELF, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(11)
-# For `_reader`: two C functions, its tables, and how many columns there are. For `_counter`: is there a counter, and t.
-_EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _HAS_COUNTER, _T = range(11, 20)
+# For `_reader`: two C functions, its tables, and how many columns there are. How many counters each tensor has, and a
+# table of their values.
+_EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _COUNTED, _VALUES = range(11, 20)
 
 
 # ---- what numba does not have
@@ -78,6 +82,17 @@ def number(typing_context, flag, like):
         return builder.uitofp(bit, context.get_value_type(signature.return_type))
 
     return like(flag, like), generate
+
+
+@intrinsic
+def where(typing_context, condition, a, b):
+    """``a`` if the condition holds, else ``b``. Both are computed, so that LLVM can vectorise it."""
+
+    def generate(context, builder, signature, arguments):
+        bit = builder.trunc(arguments[0], ir.IntType(1))
+        return builder.select(bit, *arguments[1:])
+
+    return a(condition, a, a), generate
 
 
 @intrinsic
@@ -321,9 +336,11 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
 
         @compiled(cfunc, types.void(types.CPointer(types.int64)), error_model="numpy")
         def walk(control):
-            at = carray(control, _TENSORS + 1)
-            last, tensors = at[_CHUNKS] - at[_HAS_COUNTER], at[_TENSORS]
-            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors))
+            at = carray(control, _VALUES + 1)
+            counters, tensors = at[_COUNTED], at[_TENSORS]
+            last = at[_CHUNKS] - min(counters, 1)
+            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
+            values = carray(pointer(at[_VALUES], _DOUBLE), (COUNTERS, tensors))
             chunks = carray(pointer(at[_TABLE], _WORD), (last, 4))
             numbers = carray(pointer(at[_NUMBERS], of_numbers), (tensors, NUMBERS))
             counts = _table(at[_COUNTS], of_counts, last)
@@ -331,16 +348,16 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
             sums = _table(at[_SUMS], of_sums, (last, 4))
             while True:
                 k = _take(at[_SELF])
-                if k == last and at[_HAS_COUNTER] != 0:  # here, so that no interrupt can part counters and weights
-                    for tensor in range(tensors):
-                        counter = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)
-                        counter[0] += np.float32(1)
+                if k == last and counters > 0:  # here, so that no interrupt can part counters and weights
+                    for i in range(counters):
+                        for tensor in range(tensors):
+                            carray(pointer(addresses[COLUMNS + i, tensor], _SINGLE), 1)[0] = values[i, tensor]
                     _take(at[_SELF] + 8)
                 if k >= last:
                     break
                 tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
                 row = numbers[tensor]
-                n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7])
+                n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8])
                 line0 = _line(addresses, 0, tensor, start, stop, tags[0])
                 line1 = _line(addresses, 1, tensor, start, stop, tags[1])
                 line2 = _line(addresses, 2, tensor, start, stop, tags[2])
@@ -386,14 +403,17 @@ def _reader() -> Callable[[int], int]:
 
         A function of DLPack's C exchange API says what a tensor is, in a DLTensor (``facts``).
         """
-        at = carray(control, _ROWS + 1)
+        at = carray(control, _COUNTED + 1)
         rows, tensors = at[_ROWS], at[_TENSORS]
-        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors))
-        ids = carray(pointer(at[_IDS], _WORD), (COLUMNS + 1, tensors))
-        sizes, kinds = carray(pointer(at[_SIZES], _WORD), tensors), carray(pointer(at[_TYPES], _WORD), COLUMNS + 1)
+        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
+        ids = carray(pointer(at[_IDS], _WORD), (COLUMNS + COUNTERS, tensors))
+        sizes, kinds = (
+            carray(pointer(at[_SIZES], _WORD), tensors),
+            carray(pointer(at[_TYPES], _WORD), COLUMNS + COUNTERS),
+        )
         facts, halves = carray(pointer(at[_FACTS], _WORD), 6), carray(pointer(at[_FACTS], _HALF), 12)
-        for i in range(rows + at[_HAS_COUNTER]):
-            row = i if i < rows else COLUMNS
+        for i in range(rows + at[_COUNTED]):
+            row = i if i < rows else COLUMNS + i - rows
             for tensor in range(tensors):
                 if _call(at[_EXCHANGE], ids[row, tensor], at[_FACTS]) != 0:
                     _call(at[_CLEAR], 0, 0)
@@ -420,16 +440,15 @@ def _counter() -> Callable[[int], int]:
 
     @compiled(cfunc, types.int32(types.CPointer(types.int64)))
     def count(control):
-        """Note the number of each tensor's coming step. Returns 1 if all are the same, else 0."""
-        at = carray(control, _T + 1)
+        """Note the counters of each tensor. Returns 1 if all tensors have the same, else 0."""
+        at = carray(control, _VALUES + 1)
         tensors, same = at[_TENSORS], True
-        addresses, t = (
-            carray(pointer(at[_AT], _WORD), (COLUMNS + 1, tensors)),
-            carray(pointer(at[_T], _DOUBLE), tensors),
-        )
-        for tensor in range(tensors):
-            t[tensor] = carray(pointer(addresses[COLUMNS, tensor], _SINGLE), 1)[0] + np.float32(1)
-            same &= t[tensor] == t[0]
+        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
+        values = carray(pointer(at[_VALUES], _DOUBLE), (COUNTERS, tensors))
+        for i in range(at[_COUNTED]):
+            for tensor in range(tensors):
+                values[i, tensor] = carray(pointer(addresses[COLUMNS + i, tensor], _SINGLE), 1)[0]
+                same &= values[i, tensor] == values[i, 0]
         return np.int32(same)
 
     return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(count.address)
@@ -463,17 +482,17 @@ def _exchange() -> tuple[int, int] | None:
     return (int(api.dltensor), clear) if api.major == 1 and api.dltensor else None
 
 
-_KINDS = {torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002}
+_KINDS = ByType({torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002})
 """Each type in DLPack: its code, its bits, and one lane."""
 
 
 class Job:
     """The tables of a call on ``columns`` of contiguous tensors, which compiled code finds by their addresses.
 
-    ``counters``: float32 tensors of one element, a counter of steps for each tensor; or None.
+    ``counters``: columns of float32 tensors of one element, which count the steps of each tensor.
     """
 
-    def __init__(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> None:
+    def __init__(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Sequence[Tensor]] = ()) -> None:
         first = columns[0]
         self.found = False
         """True if the addresses are those of the tensors of the coming `run`."""
@@ -484,29 +503,29 @@ class Job:
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
         self._total = int(self._sizes.sum())
         self._draws = False
-        self._t = np.zeros(len(first))
-        self._ids = np.zeros((COLUMNS + 1, len(first)), np.int64)
-        self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + 1)
-        self._addresses = np.zeros((COLUMNS + 1, len(first)), np.int64)
-        self._kinds = np.array([_KINDS[torch.float32 if t is None else t] for t in (*self.types, None)], np.int64)
+        self._values = np.zeros((COUNTERS, len(first)))
+        self._ids = np.zeros((COLUMNS + COUNTERS, len(first)), np.int64)
+        self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + COUNTERS)
+        self._addresses = np.zeros((COLUMNS + COUNTERS, len(first)), np.int64)
+        types_of = (*self.types, *[torch.float32] * COUNTERS)
+        self._kinds = np.array([_KINDS[torch.float32 if t is None else t] for t in types_of], np.int64)
         self._facts = np.zeros(6, np.int64)
         self._control = _threads.Control()
         self._at = self._control[_SELF] = ctypes.addressof(self._control)
         self._control[_TENSORS], self._control[_ROWS] = len(first), len(columns)
-        self._control[_HAS_COUNTER] = bool(counters)
-        tables = (self._addresses, self.numbers, self._sizes, self._t, self._ids, self._kinds, self._facts)
-        for place, table in zip((_AT, _NUMBERS, _SIZES, _T, _IDS, _TYPES, _FACTS), tables, strict=True):
+        self._control[_COUNTED] = len(counters)
+        tables = (self._addresses, self.numbers, self._sizes, self._values, self._ids, self._kinds, self._facts)
+        for place, table in zip((_AT, _NUMBERS, _SIZES, _VALUES, _IDS, _TYPES, _FACTS), tables, strict=True):
             self._point(place, table)
         self._control[_EXCHANGE], self._control[_CLEAR] = _exchange() or (0, 0)
         self._lay_out(_chunks(self._sizes.tobytes()))
 
-    def find(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> None:
+    def find(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Sequence[Tensor]] = ()) -> None:
         """Note where the tensors are. Raises ValueError for one that has no memory."""
-        for row, column in zip(self._addresses, columns, strict=False):
+        of_counters = self._addresses[COLUMNS : COLUMNS + len(counters)]
+        for row, column in (*zip(self._addresses, columns, strict=False), *zip(of_counters, counters, strict=True)):
             row[:] = list(map(Tensor.data_ptr, column))
-        if counters:
-            self._addresses[COLUMNS] = list(map(Tensor.data_ptr, counters))
-        if not (self._addresses[: len(columns), self._sizes > 0].all() and (not counters or self._addresses[-1].all())):
+        if not (self._addresses[: len(columns), self._sizes > 0].all() and of_counters.all()):
             msg = (
                 "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
                 "give it memory before the step"
@@ -514,16 +533,14 @@ class Job:
             raise ValueError(msg)
         self.found = True
 
-    def find_again(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Tensor] = ()) -> bool:
+    def find_again(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Sequence[Tensor]] = ()) -> bool:
         """Note where the tensors are now. Returns False if they have other types, sizes or layouts than at first.
 
         Only where DLPack has a C exchange API (`can_find_again`).
         """
-        for i, column in enumerate(columns):
+        for i, column in (*enumerate(columns), *enumerate(counters, COLUMNS)):
             if column is not self._of_ids[i]:
                 self._take_ids(i, column)
-        if counters is not self._of_ids[COLUMNS]:
-            self._take_ids(COLUMNS, counters)
         self.found = _reader()(self._at) == 1
         return self.found
 
@@ -531,10 +548,17 @@ class Job:
         self._ids[row, : len(column)] = list(map(id, column))
         self._of_ids[row] = column
 
-    def steps(self) -> list[float]:
-        """The number of the coming step of each tensor; one for all if they are the same. `run` counts it."""
+    def counters(self) -> list[tuple[float, ...]]:
+        """The counters of each tensor; one tuple for all if they are the same."""
+        counted = self._control[_COUNTED]
+        if counted == 0 or not self._sizes.size:
+            return [()]
         same = _counter()(self._at)
-        return [float(self._t[0])] if same else self._t.tolist()
+        return list(zip(*self._values[:counted, : 1 if same else None].tolist(), strict=True))
+
+    def count(self, after: Sequence[tuple[float, ...]]) -> None:
+        """Have `run` write these counters at its end."""
+        self._values[: self._control[_COUNTED]] = np.transpose(after)
 
     def draw(self, streams: np.ndarray, shards: np.ndarray) -> None:
         """Use random numbers. ``streams`` has the stream of each tensor, ``shards`` the `Shard` that it holds."""
@@ -550,9 +574,10 @@ class Job:
         if made is not None:
             self._point(_SUMS, made)
         first = 0
-        for tensors, numbers in rows:
-            self.numbers[first : first + tensors, : len(numbers)] = numbers
-            first += tensors
+        with np.errstate(all="ignore"):  # numbers that are too small for float32 are 0
+            for tensors, numbers in rows:
+                self.numbers[first : first + tensors, : len(numbers)] = numbers
+                first += tensors
         address = walk(self.types, self.wide, strict, self._draws, sums)
         self.found = False
         _threads.run(address, self._control, min(torch.get_num_threads(), 1 + self._total // ALONE))
@@ -568,7 +593,7 @@ class Job:
         self._counts = np.zeros(len(table), np.int64)
         self._point(_TABLE, table)
         self._point(_COUNTS, self._counts)
-        self._control[_CHUNKS] = len(table) + self._control[_HAS_COUNTER]
+        self._control[_CHUNKS] = len(table) + min(self._control[_COUNTED], 1)
 
     def _point(self, place: int, array: np.ndarray) -> None:
         self._control[place] = array.ctypes.data
