@@ -641,7 +641,7 @@ class DecaysAnyway(Descends):
                 p.mul_(1 - group["lr"] * self.decay).sub_(p.grad, alpha=group["lr"])
 
 
-@pytest.mark.parametrize("options", [{}, {"lam": 0.5}, {"step_size": lambda group: group["lr"]}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lam": 0.5}, {"step_size": lambda group: group["lr"]}], ids=" ".join)
 def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], silent: None) -> None:
     """If weight_decay=0 in the group leaves the decay on, weights would decay twice. A base built with 0 is taken."""
     with pytest.raises(ValueError, match=r"stays on while .* weight_decay is 0.*Build it with weight_decay=0.*lam="):
