@@ -39,6 +39,8 @@ class Journal:
         ours (``group["weight_decay"] *= 0.99``): these entries are returned, with what was written as ``now``.
         """
         overwritten: list[Entry] = []
+        if not self._entries:
+            return overwritten
         for group, key, before, ours in reversed(self._entries[since:]):
             now = group.get(key)
             if now is ours or key == "params":

@@ -41,7 +41,8 @@ class Step:
         self._journal = journal
         self._make_plan = plan
         self._plan: Plan | None = None  # from the begin of the rule to its end
-        self._own_readers: dict[str, Any] | None = None  # those that the base has as attributes of the instance
+        self._changes = False  # are there any to undo?
+        self._own_readers: dict[str, Any] = {}  # those that the base has as attributes of the instance
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
@@ -66,22 +67,25 @@ class Step:
 
     def undo(self) -> None:
         """Restore all that the step has changed and not yet restored."""
-        if self._journal:
-            weight_decay.on(self._base, self._journal)
+        if not self._changes:
+            return
+        weight_decay.on(self._base, self._journal)
         for hooks in self._hooks:
             hooks.pop(id(self), None)
-        if self._own_readers is not None:
-            for name in _READERS:
-                vars(self._base).pop(name, None)
-            vars(self._base).update(self._own_readers)
+        attributes = vars(self._base)
+        for name in _READERS:
+            attributes.pop(name, None)
+        attributes.update(self._own_readers)
+        self._changes = False
 
     def _step(self) -> float | None:
         base = self._base
-        step = type(base).step
-        self._own_readers = {name: vars(base)[name] for name in _READERS if name in vars(base)}
-        for name in _READERS:
-            vars(base)[name] = self._guarded(getattr(base, name))
-        if getattr(step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
+        attributes = vars(base)
+        self._own_readers = {name: attributes[name] for name in _READERS if name in attributes}
+        readers = [self._guarded(getattr(base, name)) for name in _READERS]
+        self._changes = True
+        attributes.update(zip(_READERS, readers, strict=True))
+        if getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
             before, after = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
             self._hooks = before, after
             traced = hasattr(base.step, "_torchdynamo_orig_callable")  # a step that is compiled traces its hooks
@@ -91,7 +95,8 @@ class Step:
         else:
             self._begin()
         stepped = base.step() if self._closure is None else base.step(self._call_closure)
-        self._end()
+        if self._plan is not None:  # the base did not fire its hooks
+            self._end()
         return stepped
 
     def _guarded(self, read: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
@@ -122,12 +127,10 @@ class Step:
         plan.begin()
 
     def _end(self) -> None:
-        plan, self._plan = self._plan, None
-        if self._journal:
-            weight_decay.on(self._base, self._journal)
-        if plan is not None:
-            plan.end()
-            self.done = plan
+        plan, self._plan = cast("Plan", self._plan), None
+        weight_decay.on(self._base, self._journal)
+        plan.end()
+        self.done = plan
 
     def _call_closure(self) -> float:
         """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""

@@ -58,6 +58,9 @@ class Update:
 
         A step is the formula's numbers and the counters after it.
         """
+        if len(counters) == 1:
+            after = self.of_counters(*counters[0], *self.options) if self.counters else ()
+            return [(self.numbers(lr, *after), after)], [0]
         known: dict[Numbers, int] = {before: i for i, before in enumerate(dict.fromkeys(counters))}
         made = []
         for before in known:

@@ -218,9 +218,14 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
 def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
     """The numbers ``n`` of the update's rule: sign of the gradient, eta*lam, and then its own. ``job`` is to count."""
     before = job.counters()
+    if len(before) == 1 and len(buckets) == 1:  # nearly always
+        update, bucket = buckets[0].update, buckets[0]
+        ((numbers, after),), _ = update.steps(float(bucket.lr), before)
+        job.count([after])
+        return [(len(bucket.w), (-1.0 if update.maximize else 1.0, float(bucket.eta_lam), *numbers))]
     alike = len(before) == 1
     rows: list[Row] = []
-    after: list[tuple[float, ...]] = []
+    counted: list[tuple[float, ...]] = []
     first = 0
     for bucket in buckets:
         last = first + len(bucket.w)
@@ -228,10 +233,9 @@ def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
         steps, taken = bucket.update.steps(float(bucket.lr), before if alike else before[first:last])
         of_steps = [(sign, float(bucket.eta_lam), *numbers) for numbers, _ in steps]
         rows += [(len(bucket.w), of_steps[0])] if len(steps) == 1 else [(1, of_steps[k]) for k in taken]
-        after += [steps[k][1] for k in (taken * len(bucket.w) if alike else taken)]
+        counted += [steps[k][1] for k in (taken * len(bucket.w) if alike else taken)]
         first = last
-    if buckets[0].counters:
-        job.count(after)
+    job.count(counted)
     return rows
 
 

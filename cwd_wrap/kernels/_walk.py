@@ -503,6 +503,7 @@ class Job:
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
         self._total = int(self._sizes.sum())
         self._draws = False
+        self._rows: Sequence[Row] = ()
         self._values = np.zeros((COUNTERS, len(first)))
         self._ids = np.zeros((COLUMNS + COUNTERS, len(first)), np.int64)
         self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + COUNTERS)
@@ -557,8 +558,9 @@ class Job:
         return list(zip(*self._values[:counted, : 1 if same else None].tolist(), strict=True))
 
     def count(self, after: Sequence[tuple[float, ...]]) -> None:
-        """Have `run` write these counters at its end."""
-        self._values[: self._control[_COUNTED]] = np.transpose(after)
+        """Have `run` write these counters at its end: one tuple for each tensor, or one for all."""
+        for row, values in zip(self._values, zip(*after, strict=True), strict=False):
+            row[:] = values if len(values) > 1 else values[0]
 
     def draw(self, streams: np.ndarray, shards: np.ndarray) -> None:
         """Use random numbers. ``streams`` has the stream of each tensor, ``shards`` the `Shard` that it holds."""
@@ -573,11 +575,13 @@ class Job:
         made = np.zeros((len(self._table), 4)) if sums > 1 else None
         if made is not None:
             self._point(_SUMS, made)
-        first = 0
-        with np.errstate(all="ignore"):  # numbers that are too small for float32 are 0
-            for tensors, numbers in rows:
-                self.numbers[first : first + tensors, : len(numbers)] = numbers
-                first += tensors
+        if rows != self._rows:
+            first = 0
+            with np.errstate(all="ignore"):  # numbers that are too small for float32 are 0
+                for tensors, numbers in rows:
+                    self.numbers[first : first + tensors, : len(numbers)] = numbers
+                    first += tensors
+            self._rows = rows
         address = walk(self.types, self.wide, strict, self._draws, sums)
         self.found = False
         _threads.run(address, self._control, min(torch.get_num_threads(), 1 + self._total // ALONE))
