@@ -180,9 +180,10 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
 
     It is what the group's options say. For an optimizer that no table vouches for, it is also measured once (`probe`).
     """
+    by_options = _by_options(group, where, base, way_out)
     found = measured(group, where, base)
     if found is None:
-        return _by_options(group, where, base, way_out)
+        return by_options
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
@@ -199,7 +200,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
                 else ""
             ),
         )
-    return _by_options(group, where, base, way_out) if found.eta is None else found.eta(base, group)
+    return by_options if found.eta is None else found.eta(base, group)
 
 
 def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
