@@ -88,8 +88,9 @@ class Copies:
             for group in own.param_groups:
                 if "lr" in group:
                     group["lr"] = _like(self.options.get("lr"), self.lr * rate)
-                if off and "weight_decay" in group:
-                    group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group))
+                if "weight_decay" in group:
+                    group["weight_decay"] = decay
+                    group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group) if off else {})
             group, before = dict(own.param_groups[0]), [p.detach().clone() for p in parameters]
             torch.default_generator.manual_seed(number)
             own.step()

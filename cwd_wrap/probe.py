@@ -110,8 +110,11 @@ def _is_lost(steps: list[Taken], smaller: list[Taken]) -> bool:
 
 
 def _step_size(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
+    on = copies.run(copies.lam)
+    if on[-1].own.param_groups[0]["weight_decay"] != copies.lam:
+        return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
     factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
-    for x, w, v, step in _side_by_side(copies.run(copies.lam), off):
+    for x, w, v, step in _side_by_side(on, off):
         if (factor := _factor(x, w, v, copies.lam)) is None:
             return Found(coupled=True)
         factors.append((factor, _noise(x, v) / copies.lam, step))

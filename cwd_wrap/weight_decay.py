@@ -22,7 +22,6 @@ WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # An object of its own: `is` tells this 0.0 from one that a hook wrote.
 _NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
-_warned: WeakKeyDictionary[Optimizer, set[tuple[str, int]]] = WeakKeyDictionary()
 # What was measured of the groups of optimizers that no table vouches for; None for other optimizers.
 _measured: WeakKeyDictionary[Optimizer, dict[Hashable, probe.Found] | None] = WeakKeyDictionary()
 
@@ -129,7 +128,7 @@ def eta_lam(
         check(size, "the result of step_size=", where)
     product = size * strength
     if not isinstance(product, Tensor) and product > 1:
-        _warn_once(
+        notices.warn_once(
             base,
             "above 1",
             index,
@@ -159,14 +158,6 @@ class Strength:
         return self.step_size is None and not tensors and type(self.base).__module__.startswith("torch.optim.")
 
 
-def _warn_once(base: Optimizer, what: str, index: int, message: str) -> None:
-    """Warn once for each optimizer, kind of warning and group."""
-    said = _warned.setdefault(base, set())
-    if (what, index) not in said:
-        said.add((what, index))
-        notices.warn(message)
-
-
 def _scalar(value: float | Tensor) -> float | Tensor:
     """Make a one-element tensor 0-d: torch accepts any shape, but only a 0-d one broadcasts with a 0-d weight."""
     return value.reshape(()) if isinstance(value, Tensor) else value
@@ -189,14 +180,15 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
 
     It is what the group's options say. For an optimizer that no table vouches for, it is also measured once (`probe`).
     """
+    by_options = _by_options(group, where, base, way_out)
     found = measured(group, where, base)
     if found is None:
-        return _by_options(group, where, base, way_out)
+        return by_options
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
     if found.unmeasured is not None:
-        _warn_once(
+        notices.warn_once(
             base,
             "unmeasured",
             -1,
@@ -208,7 +200,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
                 else ""
             ),
         )
-    return _by_options(group, where, base, way_out) if found.eta is None else found.eta(base, group)
+    return by_options if found.eta is None else found.eta(base, group)
 
 
 def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
@@ -302,7 +294,7 @@ def on(base: Optimizer, journal: Journal) -> None:
     """Undo the journal. Warn where a value that was written during the step is lost, see `Journal.undo`."""
     for group, key, before, now in journal.undo():
         index = next((i for i, g in enumerate(base.param_groups) if g is group), 0)
-        _warn_once(
+        notices.warn_once(
             base,
             key,
             index,

@@ -64,7 +64,7 @@ class OptimizerWrapper(Contract):
         """The groups that took lam when it was last set."""
         self._start()
         self._give_lam(lam)
-        if lam is None:
+        if lam is None and not isinstance(base_optimizer, OptimizerWrapper):  # which has said it
             self._warn_if_coupled()
         if (remark := quirks.warning(base_optimizer)) is not None:
             notices.warn(f"{type(self).__name__} over {self._owner}: {remark}")

@@ -43,7 +43,8 @@ def test_path_is_the_one_that_a_wrapper_takes(cls: type[Optimizer], options: dic
 def test_refused_classes_are_listed() -> None:
     """The report marks a class as refused by its own name or that of a parent."""
 
-    class TRAC(SGD): ...
+    class TRAC(SGD):
+        __module__ = "pytorch_optimizer.optimizer.trac"
 
     class Mine(TRAC): ...
 

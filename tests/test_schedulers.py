@@ -25,6 +25,7 @@ from cwd_wrap import CautiousDecay
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.*own decay is coupled"),  # SGD with momentum
     # SequentialLR calls its own schedulers with the epoch, for which torch itself warns.
     pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning"),
 ]

@@ -120,7 +120,7 @@ def named(name: str, **attributes: Any) -> Optimizer:
 BY_NAME: dict[str, tuple[Optimizer, dict[str, Any], float]] = {
     "SGDP": (named("timm.SGDP"), {"lr": 0.25, "wd_ratio": 1.0, "momentum": 0.75}, 1.0),
     "SGDP with fixed_decay": (
-        named("any.SGDP"),
+        named("adamp.SGDP"),
         {"lr": 0.25, "wd_ratio": 1, "momentum": 0.75, "fixed_decay": True},
         4.0,
     ),
