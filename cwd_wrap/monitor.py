@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
@@ -71,7 +71,8 @@ class MaskMonitor:
 
     `watch` attaches it to a wrapper. `rows` gives a dict for each recorded step (a "look") and param group:
 
-    - ``step``, ``group``: the number of the group's step since the monitor was attached; the group's index
+    - ``step``, ``group``: the number of the group's step since the monitor was attached, plus ``start``; the group's
+      index. A step that raises does not count
     - ``name``: the group's key ``name``, or what `watch` found, or ``group 0``; see ``per_parameter``
     - ``path``: the path that the group took; several are joined by +
     - ``weights``: how many weights the method acted on, on this rank
@@ -95,11 +96,12 @@ class MaskMonitor:
         per_parameter: a row for each parameter. ``name`` is then the parameter's, if `watch` was given the model or the
             optimizer named parameters (torch 2.6 or newer), else like ``0.3``, group and place in it.
         every: record the first of every so many steps; the others cost nothing.
+        start: how many steps were taken before, in a resumed run: the first row has the step ``start + 1``.
         keep: how many rows are kept, the latest (about 1 kB each, less for rows of parameters). Older ones are dropped,
             so read or write them before.
 
     Raises:
-        ValueError: ``every`` or ``keep`` is not a whole number above 0.
+        ValueError: ``every`` or ``keep`` is not a whole number above 0, or ``start`` not one from 0 up.
 
     Examples:
         >>> import torch
@@ -125,15 +127,17 @@ class MaskMonitor:
             raise TypeError(msg)
         return super().__new__(cls)
 
-    def __init__(self, *, per_parameter: bool = False, every: int = 1, keep: int = 10_000) -> None:
-        for what, value in (("every", every), ("keep", keep)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                msg = f"{what}={value!r}: pass a whole number above 0"
+    def __init__(self, *, per_parameter: bool = False, every: int = 1, start: int = 0, keep: int = 10_000) -> None:
+        for what, value, least in (("every", every, 1), ("start", start, 0), ("keep", keep, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                msg = f"{what}={value!r:.80}: pass a whole number {'above 0' if least else 'from 0 up'}"
                 raise ValueError(msg)
         self.per_parameter = per_parameter
         self.every = every
+        self.start = start
         self.keep = keep
-        self._steps: dict[int, int] = defaultdict(int)  # of each group
+        self._steps: dict[int, int] = {}  # of each group
+        self._before: dict[int, int] = {}  # the same, before the last step
         self._due = 0  # the number of the step that is to be recorded, else 0
         self._looks: deque[_Look] = deque()
         self._count = 0  # of looks, dropped ones included
@@ -150,10 +154,15 @@ class MaskMonitor:
     def looks_at(self, groups: Iterable[int]) -> bool:
         """Count a step of these groups. Returns whether it is to be reported."""
         groups = list(groups)
-        step = 1 + max((self._steps[group] for group in groups), default=0)
-        self._steps.update(dict.fromkeys(groups, step))
+        step = 1 + max((self._steps.get(group, self.start) for group in groups), default=self.start)
+        self._before = self._steps
+        self._steps = self._steps | dict.fromkeys(groups, step)
         self._due = step if (step - 1) % self.every == 0 else 0
         return self._due > 0
+
+    def step_failed(self) -> None:
+        """Take back what `looks_at` counted: the step has raised."""
+        self._steps, self._due = self._before, 0
 
     def __call__(self, report: Report) -> None:
         """Record one step."""

@@ -1,9 +1,11 @@
 """Base class of CautiousDecay, CautiousUpdate and PNormDecay: checks, lam, step and repr. `Step` does one step."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import RLock
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -27,6 +29,23 @@ if TYPE_CHECKING:
 
 _NOT_READ = {"initial_accumulator_value", "maximize"}  # by a step of Adagrad; and of others, unless it is there
 _PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
+
+
+_alive: "WeakSet[OptimizerWrapper]" = WeakSet()
+
+
+def _end_steps_of_other_threads() -> None:
+    """In a forked child the threads that stepped are gone: undo what they had changed, and make their locks anew."""
+    for wrapper in _alive:
+        if not wrapper._lock._is_owned():  # type: ignore[attr-defined]
+            wrapper._lock = RLock()
+            if wrapper._stepping is not None:
+                wrapper._stepping.undo()
+                wrapper._stepping = None
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_end_steps_of_other_threads)
 
 
 class OptimizerWrapper(Contract):
@@ -102,6 +121,8 @@ class OptimizerWrapper(Contract):
         self._plan: Plan | None = None
         self._stepping: Step | None = None
         self._journal = Journal()
+        self._asked = False  # was the observer asked about the step?
+        _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
@@ -168,7 +189,8 @@ class OptimizerWrapper(Contract):
         """Called with a `Report` after each step, unless every group's ``lr`` is 0. Like hooks, it is not pickled.
 
         If it has a method ``looks_at``, this is called before each such step with the indices of the groups that step.
-        If it returns False, the step is neither counted nor reported.
+        If it returns False, the step is neither counted nor reported. If the step then raises, its method
+        ``step_failed`` is called, if it has one.
         """
         return cast("Callable[[Report], object] | None", self.__dict__["observer"])
 
@@ -268,7 +290,11 @@ class OptimizerWrapper(Contract):
         return Step(self.base_optimizer, journal, lambda closure: self._plan_of_step(journal, closure, count))
 
     def _run(self, step: Step, closure: Closure | None) -> float | None:
-        loss = step.run(closure)
+        try:
+            loss = step.run(closure)
+        except BaseException:
+            self._tell_that_it_failed()
+            raise
         self._plan = step.done
         if not step.begun:
             notices.warn(
@@ -317,13 +343,20 @@ class OptimizerWrapper(Contract):
 
     def _is_looked_at(self) -> bool:
         """True if the coming step is to be reported to the observer."""
-        if self.observer is None or all(map(weight_decay.stands_still, self.param_groups)):
+        self._asked = self.observer is not None and not all(map(weight_decay.stands_still, self.param_groups))
+        if not self._asked:
             return False
         looks_at = getattr(self.observer, "looks_at", None)
         groups = self.base_optimizer.param_groups
         return looks_at is None or bool(
             looks_at([index_of(self._groups, i, group) for i, group in enumerate(groups) if group["params"]])
         )
+
+    def _tell_that_it_failed(self) -> None:
+        """Tell the observer that the step that it was asked about has raised."""
+        tell = getattr(self.observer, "step_failed", None) if self._asked else None
+        if tell is not None:
+            tell()
 
     @property
     def _owner(self) -> str:

@@ -436,3 +436,59 @@ def test_a_step_that_waits_for_a_state_dict_ends(monkeypatch: pytest.MonkeyPatch
     assert errors == [
         "CautiousDecay.state_dict waited 0.1 seconds for the end of a step in another thread: call it between steps"
     ]
+
+
+FORKED = """
+import os, threading
+import torch
+from support import ALL_PATHS, can_run
+from test_checkpoint import stepped_adamw
+from cwd_wrap import wrapper
+
+torch.set_num_threads(1)
+wrapper._PATIENCE = 3.0
+init_group = torch.optim.AdamW._init_group
+
+
+def in_a_child_of_a_step(path):
+    opt, other = stepped_adamw(path), stepped_adamw(path)
+    between = opt.state_dict()["param_groups"]
+    inside, done = threading.Event(), threading.Event()
+
+    def waits(self, *args):
+        if threading.current_thread() is thread:
+            inside.set()
+            done.wait()
+        return init_group(self, *args)
+
+    torch.optim.AdamW._init_group = waits
+    thread = threading.Thread(target=opt.step)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        right = opt.state_dict()["param_groups"] == between and opt.lam == 0.1
+        other.step()
+        os._exit(not right)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    return status, opt.state_dict()["param_groups"] == between
+
+
+print({str(path): in_a_child_of_a_step(path) for path in ALL_PATHS if can_run(path)})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_that_is_forked_while_another_thread_steps() -> None:
+    """In the child, where that thread is gone, a state dict is made at once, and it is that of between steps."""
+    found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        env={**os.environ, "PYTHONPATH": found_in}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+    assert str({str(path): (0, True) for path in ALL_PATHS if can_run(path)}) == done.stdout.strip(), done.stderr[
+        -2000:
+    ]

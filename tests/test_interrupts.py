@@ -7,6 +7,7 @@ There it raises (Ctrl-C, a handler that raises), or saves (a handler that writes
 import contextlib
 import copy
 import itertools
+import os
 import pickle
 import random
 import signal
@@ -26,6 +27,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import cwd_wrap
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, paths
 
+HERE = Path(__file__).parent
 PACKAGE = str(Path(cwd_wrap.__file__).parent)
 
 pytestmark = pytest.mark.filterwarnings(
@@ -50,7 +52,15 @@ class Unhooked(Optimizer):
 
     def __init__(self, inner: Optimizer) -> None:
         self.inner, self.defaults = inner, inner.defaults
-        self.state_dict, self.load_state_dict, self.step = inner.state_dict, inner.load_state_dict, inner.step
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
 
     param_groups = property(lambda self: self.inner.param_groups)
     state = property(lambda self: self.inner.state)
@@ -176,8 +186,10 @@ def between(opt: Any) -> dict[str, Any]:
         {key: (id(v), [*map(id, v)]) if key == "params" else v for key, v in group.items()}
         for group in opt.param_groups
     ]
-    hooks = {name: [[*getattr(each, name, ())] for each in (opt, opt.base_optimizer)] for name in HOOKS}
-    return {"groups": groups, "hooks": hooks}
+    base = opt.base_optimizer
+    hooks = {name: [[*getattr(each, name, ())] for each in (opt, base)] for name in HOOKS}
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), len(vars(base))
+    return {"groups": groups, "hooks": hooks, "modes": modes}
 
 
 def parameters(opt: Any) -> list[Tensor]:
@@ -428,3 +440,59 @@ def test_a_handler_that_saves_during_one_pass_sees_no_half_stepped_tensor(on_two
 def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads: Any) -> None:
     """After the error no thread writes to the weights any more, and they can be freed without a crash."""
     assert (0, 2) == (on_two_threads.returncode, on_two_threads.stdout.count("written after the end: 0\n"))
+
+
+# ------------------------------------------------------------------------------------ a child of a process in a step
+
+FORKED = """
+import os, sys, threading
+import torch
+from cwd_wrap import paths
+from test_interrupts import PATHS, between, alike, stepped
+
+torch.set_num_threads(1)
+paths.PIECE = 16
+init_group = torch.optim.AdamW._init_group
+
+
+def goes_on_in_a_child(case):
+    opt = case.build()
+    before = between(opt)
+    inside, done = threading.Event(), threading.Event()
+
+    def waits(self, *args):
+        if threading.current_thread() is thread:
+            inside.set()
+            done.wait()
+        return init_group(self, *args)
+
+    torch.optim.AdamW._init_group = waits
+    thread = threading.Thread(target=case.step, args=[opt])
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        right = between(opt) == before
+        twin = stepped(opt, case)
+        case.step(opt)
+        os._exit(not (right and alike(opt, twin) and between(opt) == before))
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    return status == 0
+
+
+print({name: goes_on_in_a_child(case) for name, case in PATHS.items()})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_that_is_forked_while_another_thread_steps_can_train() -> None:
+    """In the child, where that thread is gone, groups and hooks are as between steps, and the next step is right."""
+    found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], env={**os.environ, "PYTHONPATH": found_in}, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+    assert str(dict.fromkeys(PATHS, True)) == done.stdout.strip(), done.stderr[-2000:]

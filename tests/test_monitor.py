@@ -1,8 +1,10 @@
 """MaskMonitor: its rows on every path, that it changes no weight, what it keeps and writes, and its warnings."""
 
+import contextlib
 import csv
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +329,13 @@ def test_unfit_options(options: dict[str, Any]) -> None:
         MaskMonitor(**options)
 
 
+@pytest.mark.parametrize("start", [-1, 1.5, True, None, "7"], ids=str)
+def test_an_unfit_start(start: Any) -> None:
+    """The error for a start that is no whole number from 0 up."""
+    with pytest.raises(ValueError, match=f"^start={start!r}: pass a whole number from 0 up$"):
+        MaskMonitor(start=start)
+
+
 # ---- where rows go
 
 
@@ -448,6 +457,131 @@ def test_a_decay_lost_in_16_bits_is_warned_of_by_group() -> None:
         'Pass rounding="stochastic", or keep float32 weights'
         for group in ("param group 0", "param group 1 (head)")
     ]
+
+
+# ---- which steps count
+
+
+def failing(p: nn.Parameter, at: set[int]) -> Any:
+    """A wrapper whose base raises in the calls of those numbers, and a function that steps it so often."""
+
+    class Failing(SGD):
+        calls = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.calls += 1
+            if self.calls in at:
+                raise RuntimeError
+            return super().step(closure)
+
+    opt = CautiousDecay(Failing([p], lr=0.1, weight_decay=0.5))
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            with contextlib.suppress(RuntimeError):
+                opt.step()
+
+    return opt, steps
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "steps"),
+    [
+        (1, {1}, [1, 2, 3, 4]),
+        (1, {2, 3}, [1, 2, 3]),
+        (2, {2}, [1, 3]),
+        (2, {3}, [1, 3]),
+        (2, {1, 4}, [1, 3]),
+        (3, {2, 3}, [1]),
+    ],
+    ids=str,
+)
+def test_a_step_that_raises_does_not_count(every: int, at: set[int], steps: list[int]) -> None:
+    """Of five calls some raise: the others are numbered as if these had not been, whether or not they were due."""
+    opt, step = failing(weight(1, grad=[1]), at)
+    monitor = watched(opt, every=every)
+    step(5)
+
+    assert steps == [row["step"] for row in monitor.rows()]
+
+
+def test_an_error_before_the_first_weight_does_not_count() -> None:
+    """A wrong learning rate, and a hook that raises, count as no step either."""
+    opt = CautiousDecay(SGD([weight(1, grad=[1])], lr=0.1, weight_decay=0.5))
+    monitor = watched(opt)
+    opt.step()
+    opt.param_groups[0]["lr"] = NAN
+    with pytest.raises(ValueError, match="lr"):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.1
+    with opt_hook(opt, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        opt.step()
+    opt.step()
+
+    assert [1, 2] == [row["step"] for row in monitor.rows()]
+
+
+@contextlib.contextmanager
+def opt_hook(opt: Any, error: type[BaseException]) -> Iterator[None]:
+    def raises(*_: object) -> None:
+        raise error
+
+    handle = opt.base_optimizer.register_step_post_hook(raises)
+    yield
+    handle.remove()
+
+
+def test_a_failure_between_two_groups_leaves_the_others_count() -> None:
+    """Where each call steps one group (DeepSpeed), a failed call of one group does not change the count of another."""
+    p, q = weight(1, grad=[1]), weight(1, grad=[1])
+    opt = CautiousDecay(SGD([{"params": [p]}, {"params": [q]}], lr=0.1, weight_decay=0.5))
+    monitor, groups = watched(opt), opt.param_groups
+    for chosen, lr in ((0, 0.1), (1, 0.1), (0, NAN), (1, 0.1), (0, 0.1)):
+        groups[chosen]["lr"] = lr
+        opt.param_groups = [groups[chosen]]
+        with contextlib.suppress(ValueError):
+            opt.step()
+
+    assert [(0, 1), (1, 1), (1, 2), (0, 2)] == [(row["group"], row["step"]) for row in monitor.rows()]
+
+
+def test_a_failed_step_with_a_learning_rate_of_0_takes_no_count_back() -> None:
+    """A call with lr 0 is no step: if it raises, the steps before it still count."""
+    opt, step = failing(weight(1, grad=[1]), {2})
+    monitor = watched(opt)
+    step(1)
+    opt.param_groups[0]["lr"] = 0.0
+    step(1)
+    opt.param_groups[0]["lr"] = 0.1
+    step(1)
+
+    assert [1, 2] == [row["step"] for row in monitor.rows()]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_goes_on_counting(every: int) -> None:
+    """Rows of four steps and of six more with start=4 have the step numbers of ten steps in one run."""
+    opt = CautiousDecay(SGD([weight(1, grad=[1])], lr=0.1, weight_decay=0.5))
+
+    def numbers(steps: int, **options: Any) -> list[int]:
+        monitor = watched(opt, every=every, **options)
+        for _ in range(steps):
+            opt.step()
+        return [row["step"] for row in monitor.rows()]
+
+    assert numbers(10) == numbers(4) + numbers(6, start=4)
+
+
+def test_a_group_that_is_added_later_has_the_number_of_the_others() -> None:
+    """A group that is added after two steps takes part in step start + 3."""
+    opt = CautiousDecay(SGD([weight(1, grad=[1])], lr=0.1, weight_decay=0.5))
+    monitor = watched(opt, start=100)
+    opt.step()
+    opt.step()
+    opt.add_param_group({"params": [weight(1, grad=[1])]})
+    opt.step()
+
+    assert [(0, 101), (0, 102), (0, 103), (1, 103)] == [(row["group"], row["step"]) for row in monitor.rows()]
 
 
 # ---- pictures

@@ -194,7 +194,6 @@ WRAPS: dict[str, Any] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="quirks._names_of keeps the classes")
 @pytest.mark.parametrize("name", WRAPS)
 def test_a_class_that_is_no_longer_used_is_freed(name: str) -> None:
     """A class of optimizers that was wrapped and stepped, as in a notebook's cell, can be freed with its instances."""

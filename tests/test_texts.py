@@ -213,6 +213,7 @@ def test_a_number_that_no_float_holds(method: Any, value: Any) -> None:
         ("lam", lambda: method(adamw(), lam=value)),
         ("lam", lambda: setattr(set_later, "lam", value)),
         ("weight_decay", lambda: method(base)),
+        ("lr", lambda: method(SGD([weight(1.0)], lr=value if value > 0 else -value, weight_decay=0.1))),
         ("step_size", lambda: method(adamw(), step_size=lambda _: value).step()),
     ]
     for name, act in given:

@@ -1,5 +1,6 @@
 """Tables of numbers on a device: sent there once, and kept for later launches that read the same numbers."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from threading import Lock
@@ -75,6 +76,8 @@ class _Tables:
 
 
 _of_device: dict[torch.device, _Tables] = {}
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_of_device.clear)  # a child has none of its parent's threads, which hold locks
 
 
 def table(build: _Build, device: torch.device, *parts: bytes) -> Tensor:
