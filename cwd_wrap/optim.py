@@ -28,7 +28,7 @@ _METHODS: dict[str, type[OptimizerWrapper]] = {
 
 def cautious(
     params: "ParamsT", base: str | Callable[..., Optimizer], *, method: str = "CautiousDecay", **options: Any
-) -> Any:  # not a class of optimizers: LightningCLI would take the function, and drop the options
+) -> Any:  # not -> OptimizerWrapper: LightningCLI would take the function for a class, and drop the options
     """Build an optimizer from parameters and wrap it: for configurations, which can only name it.
 
     Args:
