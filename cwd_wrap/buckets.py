@@ -72,8 +72,8 @@ class Held(NamedTuple):
 
     states: Sequence[Mapping[str, Any]] = ()
     """The state of each parameter."""
-    columns: Sequence[tuple[str, Sequence[Tensor]]] = ()
-    """A key of the state, and the entries under it."""
+    columns: Sequence[tuple[str, Sequence[Tensor | None]]] = ()
+    """A key of the state, and the entries under it; None where there is none."""
 
     def is_same(self) -> bool:
         """True if the state still has these very tensors."""
@@ -99,6 +99,8 @@ class Coming:
     draws: Draws | None = None
     of: "Of | None" = None
     held: Held = _NOT_HELD
+    varies: bool = False
+    """True if ``a`` and ``b`` are others in each step."""
     kept: object = None
     """What the backend keeps for a call that begins with this bucket."""
 
@@ -111,7 +113,7 @@ class Coming:
         """Take over the members' gradients and decay. Returns False if the state has other tensors."""
         of = cast("Of", self.of)
         self.eta_lam, self.g = of.members.eta_lam, of.gradients(self.w)
-        return self.held.is_same()
+        return not self.varies and self.held.is_same()
 
     def take_coefficients(self, base: Optimizer) -> bool:
         """Take over the group's coefficients. Returns False if they make another direction."""
@@ -120,7 +122,7 @@ class Coming:
         if isinstance(found, str) or found.varying is not None:
             return False
         self.a, self.b = (0.0, found.first) if self.m is None else found.pair
-        return [key for key, _ in self.held.columns] == ([] if self.m is None else [found.state_key])
+        return [key for key, _ in self.held.columns] == ([] if found.state_key is None else [found.state_key])
 
 
 @dataclass(eq=False)
@@ -332,8 +334,10 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
             m_of = None if average is None else _at(average, some)
             rows = [chosen[i] for i in some]
             of = Of(members, rows)
-            held = Held() if m_of is None else Held([states[i] for i in rows], [(cast("str", found.state_key), m_of)])
-            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, members.draws(rows), of, held)
+            entries = [None] * len(rows) if m_of is None else m_of
+            held = Held() if found.state_key is None else Held([states[i] for i in rows], [(found.state_key, entries)])
+            of_step = members.eta_lam, members.draws(rows)
+            yield Coming(_at(w, some), _at(along, some), m_of, a, b, *of_step, of, held, varies=bool(numbers))
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:

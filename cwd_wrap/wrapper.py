@@ -131,6 +131,9 @@ class OptimizerWrapper(Contract):
             self._stepping = step = self._new_step(self._journal, count)
             try:
                 return self._run(step, closure)
+            except BaseException:
+                self._plan = None  # it may be half made, or half carried over into this step
+                raise
             finally:
                 self._stepping = None
 
@@ -281,7 +284,7 @@ class OptimizerWrapper(Contract):
 
     def _plan_of_step(self, journal: Journal, closure: bool, count: bool) -> Plan:
         """The plan of the coming step: that of the last one, if it holds, or a new one."""
-        arguments = [self.__dict__[name] for name in self._settings]
+        arguments = [self.base_optimizer, *(self.__dict__[name] for name in self._settings)]
         fresh = closure or count or journal is not self._journal
         last = None if fresh else self._plan
         self._plan = None  # until the step is done: an interrupt may leave it half changed
