@@ -63,8 +63,24 @@ class Plan:
                 path.end()
         finally:
             torch._C._set_grad_enabled(grad)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of the gradients: the next backward pass needs their memory."""
+        for path in self.paths:
+            for call in path.calls:
+                for bucket in call.buckets:
+                    bucket.let_go()
+        for members, _ in self.members:
+            members.gradients.clear()
+            members.kept.clear()
 
     # ---- does it still hold?
+
+    @property
+    def is_kept(self) -> bool:
+        """True if `holds` can tell whether the plan is that of the next step."""
+        return self._groups is not None
 
     def keep(self, arguments: Sequence[object]) -> None:
         """Note what the plan was made from, if it can be checked. ``arguments``: those of the wrapper."""
@@ -79,12 +95,13 @@ class Plan:
         if of_this_step or not self.lasts or not isinstance(base.state, dict):
             return
         groups = [_Group(self, i, group) for i, group in enumerate(base.param_groups)]
-        if all(group.is_plain for group in groups):
-            self._arguments = list(arguments)
-            self._class = _class_of(base)
-            self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
-            self._state = list(base.state), list(base.state.values())
-            self._groups = groups
+        if not all(group.is_plain for group in groups):
+            return
+        self._arguments = list(arguments)
+        self._class = _class_of(base)
+        self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
+        self._state = list(base.state), list(base.state.values())
+        self._groups = groups
 
     def holds(self, arguments: Sequence[object]) -> bool:
         """True if the coming step is the same, but for the values of tensors and of the groups' numbers.

@@ -131,9 +131,6 @@ class OptimizerWrapper(Contract):
             self._stepping = step = self._new_step(self._journal, count)
             try:
                 return self._run(step, closure)
-            except BaseException:
-                self._plan = None  # it may be half made, or half carried over into this step
-                raise
             finally:
                 self._stepping = None
 
@@ -228,6 +225,7 @@ class OptimizerWrapper(Contract):
         before = self.state, self.param_groups
         super().load_state_dict(state_dict)
         self._check_options(before)
+        self._plan = None
         self._stream.restart()
         self._groups = list(self.param_groups)
         if not self._lam_was_replaced():
@@ -272,7 +270,7 @@ class OptimizerWrapper(Contract):
 
     def _run(self, step: Step, closure: Closure | None) -> float | None:
         loss = step.run(closure)
-        self._plan = step.done
+        self._plan = step.done if step.done is not None and step.done.is_kept else None
         if not step.begun:
             notices.warn(
                 f"{self._owner}.step did not fire its hooks, so {type(self).__name__} had no effect and {self._owner} "
