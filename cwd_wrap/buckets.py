@@ -72,8 +72,8 @@ class Held(NamedTuple):
 
     states: Sequence[Mapping[str, Any]] = ()
     """The state of each parameter."""
-    columns: Sequence[tuple[str, Sequence[Tensor]]] = ()
-    """A key of the state, and the entries under it."""
+    columns: Sequence[tuple[str, Sequence[Tensor | None]]] = ()
+    """A key of the state, and the entries under it; None where there is none."""
 
     def is_same(self) -> bool:
         """True if the state still has these very tensors."""
@@ -99,6 +99,8 @@ class Coming:
     draws: Draws | None = None
     of: "Of | None" = None
     held: Held = _NOT_HELD
+    varies: bool = False
+    """True if ``a`` and ``b`` are others in each step."""
     kept: object = None
     """What the backend keeps for a call that begins with this bucket."""
 
@@ -111,7 +113,11 @@ class Coming:
         """Take over the members' gradients and decay. Returns False if the state has other tensors."""
         of = cast("Of", self.of)
         self.eta_lam, self.g = of.members.eta_lam, of.gradients(self.w)
-        return self.held.is_same()
+        return not self.varies and self.held.is_same()
+
+    def let_go(self) -> None:
+        """Let go of the gradients."""
+        cast("list[Tensor]", self.g).clear()
 
     def take_coefficients(self, base: Optimizer) -> bool:
         """Take over the group's coefficients. Returns False if they make another direction."""
@@ -120,7 +126,7 @@ class Coming:
         if isinstance(found, str) or found.varying is not None:
             return False
         self.a, self.b = (0.0, found.first) if self.m is None else found.pair
-        return [key for key, _ in self.held.columns] == ([] if self.m is None else [found.state_key])
+        return [key for key, _ in self.held.columns] == ([] if found.state_key is None else [found.state_key])
 
 
 @dataclass(eq=False)
@@ -138,6 +144,8 @@ class Stepped:
     eta_lam: float | Tensor
     draws: Draws | None = None
     of: "Of | None" = None
+    uphill: bool = False
+    """True if the step goes up the gradient."""
     kept: object = None
 
     @property
@@ -146,9 +154,17 @@ class Stepped:
         return (self.w, self.x) if self.g is None else (self.w, self.x, self.g)
 
     def renew(self) -> bool:
-        """Take over the members' decay."""
-        self.eta_lam = cast("Of", self.of).members.eta_lam
-        return self.g is None
+        """Take over the members' decay and gradients."""
+        of = cast("Of", self.of)
+        self.eta_lam = of.members.eta_lam
+        if self.g is not None:
+            self.g = of.kept(self.uphill) if of.members.kept else of.gradients(self.w)
+        return True
+
+    def let_go(self) -> None:
+        """Let go of the gradients."""
+        if self.g is not None:
+            cast("list[Tensor]", self.g).clear()
 
     def take_coefficients(self, base: Optimizer) -> bool:
         """A comparison of weights has no coefficients."""
@@ -187,6 +203,10 @@ class Whole:
         of = cast("Of", self.of)
         self.eta_lam, self.g, self.lr = of.members.eta_lam, of.gradients(self.w), _lr(of.members.group)
         return self.held.is_same()
+
+    def let_go(self) -> None:
+        """Let go of the gradients."""
+        cast("list[Tensor]", self.g).clear()
 
     def take_coefficients(self, base: Optimizer) -> bool:
         """Take over the group's coefficients. Returns False if they make another update."""
@@ -264,6 +284,12 @@ class Of(NamedTuple):
         gradients = cast("list[Tensor]", _at(cast("list[Tensor]", self.members.gradients), self.rows))
         return companions(gradients, w, w)
 
+    def kept(self, uphill: bool) -> list[Tensor]:
+        """The members' gradients from before the step, negated if it goes ``uphill``."""
+        members = self.members
+        g = [companion(cast("Kept", members.kept[i]).gradient, members.parameters[i]) for i in self.rows]
+        return [-each for each in g] if uphill else g
+
     def parts(self, path: str, weights: Sequence[int], sums: Tensor) -> Iterator[Part]:
         """The reports on the parameters: one `Part` for all parameters that the same number of ranks hold."""
         members = self.members
@@ -332,8 +358,10 @@ def coming(base: Optimizer, members: Members) -> Iterator[Coming]:
             m_of = None if average is None else _at(average, some)
             rows = [chosen[i] for i in some]
             of = Of(members, rows)
-            held = Held() if m_of is None else Held([states[i] for i in rows], [(cast("str", found.state_key), m_of)])
-            yield Coming(_at(w, some), _at(along, some), m_of, a, b, members.eta_lam, members.draws(rows), of, held)
+            entries = [None] * len(rows) if m_of is None else m_of
+            held = Held() if found.state_key is None else Held([states[i] for i in rows], [(found.state_key, entries)])
+            of_step = members.eta_lam, members.draws(rows)
+            yield Coming(_at(w, some), _at(along, some), m_of, a, b, *of_step, of, held, varies=bool(numbers))
 
 
 def whole(base: Optimizer, members: Members) -> Iterator[Whole]:
@@ -367,15 +395,12 @@ def stepped(members: Members, x: Sequence[Tensor], maximizes: bool) -> Iterator[
         return
     p, x = _at(members.parameters, took), _at(x, took)
     w = local_real_views(p)
-    g = None
-    if members.kept:
-        kept = [companion(cast("Kept", members.kept[i]).gradient, members.parameters[i]) for i in took]
-        g = [-each for each in kept] if maximizes else kept
+    g = Of(members, took).kept(maximizes) if members.kept else None
     for some in _split((w, x, g)):
         g_of = None if g is None else _at(g, some)
         rows = [took[i] for i in some]
-        of = Of(members, rows)
-        yield Stepped(_at(p, some), _at(w, some), _at(x, some), g_of, members.eta_lam, members.draws(rows), of)
+        columns = _at(p, some), _at(w, some), _at(x, some), g_of
+        yield Stepped(*columns, members.eta_lam, members.draws(rows), Of(members, rows), maximizes)
 
 
 def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object] | None = None) -> list[list[int]]:

@@ -309,8 +309,7 @@ class Pieces:
     def __init__(self, work: Work, members: Sequence[Members]) -> None:
         self._work = work
         self._members = members
-        self._pieces = list(_cut(members))
-        self._only = Snapshot(work, self._pieces[0], "pieces") if len(self._pieces) == 1 else None
+        self._only = Snapshot(work, members, "pieces") if len(list(_cut(members))) == 1 else None
 
     @property
     def calls(self) -> list[Call]:
@@ -324,7 +323,7 @@ class Pieces:
             return
         work = self._work
         step = _unhooked_step(work.base)
-        for members in self._pieces:
+        for members in _cut(self._members):
             piece = Snapshot(work, members, "pieces")
             before = len(work.journal)
             _lend(work, _only(work.base, members))

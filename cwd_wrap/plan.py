@@ -1,6 +1,6 @@
 """What a step does with which parameter: found out once (`compile_plan`), and kept as long as it `holds`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import replace
 from numbers import Real
 from operator import attrgetter, is_
@@ -40,6 +40,8 @@ class Plan:
         self.members: list[tuple[Members, int | None]] = []
         """All members, with the index of the group that gives their decay; None if nothing decays them."""
         self.paths: list[Path] = []
+        self.lasts = True
+        """False if it takes facts from the state that a step changes: is there any, how many steps were made."""
         self._groups: list[_Group] | None = None
 
     def begin(self) -> None:
@@ -61,22 +63,45 @@ class Plan:
                 path.end()
         finally:
             torch._C._set_grad_enabled(grad)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of the gradients: the next backward pass needs their memory."""
+        for path in self.paths:
+            for call in path.calls:
+                for bucket in call.buckets:
+                    bucket.let_go()
+        for members, _ in self.members:
+            members.gradients.clear()
+            members.kept.clear()
 
     # ---- does it still hold?
+
+    @property
+    def is_kept(self) -> bool:
+        """True if `holds` can tell whether the plan is that of the next step."""
+        return self._groups is not None
 
     def keep(self, arguments: Sequence[object]) -> None:
         """Note what the plan was made from, if it can be checked. ``arguments``: those of the wrapper."""
         base = self.work.base
-        rows = any(isinstance(path, paths.Rows) for path in self.paths)
-        if rows or self.work.rule.draws or self.work.count or not isinstance(base.state, dict) or capturing():
+        of_this_step = (
+            any(isinstance(path, paths.Rows) for path in self.paths)
+            or self.work.rule.draws
+            or self.work.count
+            or capturing()
+            or _is_scaled(base)
+        )
+        if of_this_step or not self.lasts or not isinstance(base.state, dict):
             return
         groups = [_Group(self, i, group) for i, group in enumerate(base.param_groups)]
-        if all(group.is_plain for group in groups):
-            self._arguments = list(arguments)
-            self._class = _class_of(base)
-            self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
-            self._state = list(base.state), list(base.state.values())
-            self._groups = groups
+        if not all(group.is_plain for group in groups):
+            return
+        self._arguments = list(arguments)
+        self._class = _class_of(base)
+        self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
+        self._state = list(base.state), list(base.state.values())
+        self._groups = groups
 
     def holds(self, arguments: Sequence[object]) -> bool:
         """True if the coming step is the same, but for the values of tensors and of the groups' numbers.
@@ -113,10 +138,16 @@ class _Group:
         self._parameters = list(group["params"])
         self._keys = tuple(group)
         self._values = list(group.values())
+        self._lists = [
+            (value, list(value))
+            for key, value in group.items()
+            if isinstance(value, MutableSequence) and key not in {"params", "param_names"}
+        ]
         self._types = list(map(type, map(_GRAD, self._parameters)))
         self._members = [(some, i) for some, i in plan.members if some.group is group]
         self._worked = work.rule.has_work(plan.strength.eta_lam(index))
         self._settled = plan.strength.is_settled(group)
+        self._path = self._chosen()
         self.is_plain = are_plain(self._parameters) and {Tensor, type(None)}.issuperset(self._types)
 
     def holds(self, group: dict[str, Any]) -> bool:
@@ -126,9 +157,8 @@ class _Group:
             group is self._group
             and _same(group["params"], self._parameters)
             and list(map(type, gradients)) == self._types
-            and [g.layout for g in gradients if g is not None].count(torch.strided)
-            == len(gradients) - self._types.count(type(None))
             and tuple(group) == self._keys
+            and all(_same(now, before) for now, before in self._lists)
         ):
             return False
         values = list(group.values())
@@ -162,9 +192,14 @@ class _Group:
             plan.own_decay = weight_decay.own_decay(work.base)
         if _NO_COEFFICIENT.issuperset(changed):
             return True
-        return all(
+        return self._chosen() == self._path and all(
             bucket.take_coefficients(work.base) for path in plan.paths for call in path.calls for bucket in call.buckets
         )
+
+    def _chosen(self) -> str | None:
+        """The path of the group's members; None if nothing acts on them."""
+        plan, work = self._plan, self._plan.work
+        return choose(work.rule, work.base, self._group, work.backend, plan.forced).path if self._worked else None
 
 
 def _is_scaled(base: Optimizer) -> bool:
@@ -182,8 +217,8 @@ def _same(now: Any, before: Sequence[object]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """True for a number, but no flag, and for a tuple or list of numbers."""
-    if isinstance(value, tuple | list):
+    """True for a number, but no flag, and for a tuple of numbers."""
+    if isinstance(value, tuple):
         return all(map(_is_number, value))
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -238,6 +273,7 @@ def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
         members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
     if path == "one_pass":
         members, others = have_state(work.base, members)
+        plan.lasts = plan.lasts and not others.parameters
         if decays:
             yield from _along(plan, others)
         yield paths.OnePass, members

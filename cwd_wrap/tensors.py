@@ -12,7 +12,7 @@ from torch import Tensor
 
 _DISTRIBUTED = ("torch.distributed.tensor", "torch.distributed._tensor")  # the second up to torch 2.4
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
+_DTYPE, _SHAPE, _LAYOUT = attrgetter("dtype"), attrgetter("shape"), attrgetter("layout")
 
 
 def local_real_view(t: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def marks(columns: Sequence[Sequence[Tensor]]) -> list[object]:
     ts = list(chain.from_iterable(columns))
     if not (are_plain(ts) and {torch.strided}.issuperset(map(_LAYOUT, ts)) and all(map(Tensor.is_contiguous, ts))):
         return []
-    return [*map(_DTYPE, ts), *map(Tensor.numel, ts), *map(Tensor.get_device, ts)]
+    return [*map(_DTYPE, ts), *map(_SHAPE, ts), *map(Tensor.get_device, ts)]
 
 
 def companion(t: Tensor, parameter: Tensor) -> Tensor:

@@ -247,6 +247,7 @@ class OptimizerWrapper(Contract):
         before = self.state, self.param_groups
         super().load_state_dict(state_dict)
         self._check_options(before)
+        self._plan = None
         self._stream.restart()
         self._groups = list(self.param_groups)
         if not self._lam_was_replaced():
@@ -295,7 +296,7 @@ class OptimizerWrapper(Contract):
         except BaseException:
             self._tell_that_it_failed()
             raise
-        self._plan = step.done
+        self._plan = step.done if step.done is not None and step.done.is_kept else None
         if not step.begun:
             notices.warn(
                 f"{self._owner}.step did not fire its hooks, so {type(self).__name__} had no effect and {self._owner} "
@@ -307,7 +308,7 @@ class OptimizerWrapper(Contract):
 
     def _plan_of_step(self, journal: Journal, closure: bool, count: bool) -> Plan:
         """The plan of the coming step: that of the last one, if it holds, or a new one."""
-        arguments = [self.__dict__[name] for name in self._settings]
+        arguments = [self.base_optimizer, *(self.__dict__[name] for name in self._settings)]
         fresh = closure or count or journal is not self._journal
         last = None if fresh else self._plan
         self._plan = None  # until the step is done: an interrupt may leave it half changed

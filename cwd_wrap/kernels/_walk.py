@@ -401,6 +401,8 @@ def _reader() -> Callable[[int], int]:
     def read(control):
         """Note the tensors' addresses. Returns 0 if one is not as the tables of sizes and kinds say, else 1.
 
+        Also returns 0 if a gradient, state or copy has another shape than its weight.
+
         A function of DLPack's C exchange API says what a tensor is, in a DLTensor (``facts``).
         """
         at = carray(control, _COUNTED + 1)
@@ -412,17 +414,24 @@ def _reader() -> Callable[[int], int]:
             carray(pointer(at[_TYPES], _WORD), COLUMNS + COUNTERS),
         )
         facts, halves = carray(pointer(at[_FACTS], _WORD), 6), carray(pointer(at[_FACTS], _HALF), 12)
-        for i in range(rows + at[_COUNTED]):
-            row = i if i < rows else COLUMNS + i - rows
-            for tensor in range(tensors):
+        for tensor in range(tensors):
+            weight, dimensions = 0, 0  # the shape of the weight
+            for i in range(rows + at[_COUNTED]):
+                row = i if i < rows else COLUMNS + i - rows
                 if _call(at[_EXCHANGE], ids[row, tensor], at[_FACTS]) != 0:
                     _call(at[_CLEAR], 0, 0)
                     return np.int32(0)
                 shape, stride, size = facts[3], facts[4], 1
+                if i == 0:
+                    weight, dimensions = shape, halves[4]
+                elif i < rows and halves[4] != dimensions:
+                    return np.int32(0)
                 for d in range(halves[4] - 1, -1, -1):
                     length = carray(pointer(shape + 8 * d, _WORD), 1)[0]
                     if length > 1 and stride != 0 and carray(pointer(stride + 8 * d, _WORD), 1)[0] != size:
                         return np.int32(0)  # not contiguous
+                    if i < rows and length != carray(pointer(weight + 8 * d, _WORD), 1)[0]:
+                        return np.int32(0)
                     size *= length
                 if halves[2] != 1 or halves[5] != kinds[row] or (facts[0] == 0 and size > 0):
                     return np.int32(0)
