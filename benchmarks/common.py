@@ -108,7 +108,7 @@ def moved(optimizer: torch.optim.Optimizer, call: Callable[[], object]) -> None:
 def _sample(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """The first numbers of each weight and then of each tensor of the state (not the counters), copied."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [value for p in weights for value in optimizer.state[p].values()]
+    state = [value for p in weights for value in optimizer.state.get(p, {}).values()]
     tensors = [value for value in state if isinstance(value, torch.Tensor) and value.dim()]
     return torch.cat([tensor.detach().flatten()[:16].float() for tensor in [*weights, *tensors]])
 
@@ -164,7 +164,7 @@ def where() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    machine = f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{cpu}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return f"{machine}; torch {torch.__version__}, {_version('numba')}; {date.today()}"
 
 
