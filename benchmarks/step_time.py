@@ -1,96 +1,121 @@
-"""How long is a step with CautiousDecay, as a ratio to the plain optimizer in the same run?
+"""How long is a step, beside the plain step of the same optimizer on the same weights and the same state?
 
-python benchmarks/step_time.py            all tables, about five minutes
-python benchmarks/step_time.py --quick    shapes a quarter as wide
-python benchmarks/step_time.py --only small
+python benchmarks/step_time.py                        all rows
+python benchmarks/step_time.py --rows six "42 M, SGD"  the rows that have one of these in their name
+python benchmarks/step_time.py --rounds 3             a quick look
 
-Each round steps every candidate once; the ratio is to the plain optimizer's step in the same round. If a candidate does
-not move its weights, the run ends with an error.
+The plain and the wrapped step take turns, and every step has new gradients, as after a backward pass. A row whose steps
+do not change weights and state ends the run with an error. The last column is what we aim at.
 """
 
-import argparse
-import gc
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from common import gpt2_small, interleaved_steps, many_small, print_ratios, where
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from common import Table, arguments, duration, gpt, interleaved_steps, parameters, ratio, renewing_gradients
+from torch.optim import Optimizer
 
-from cwd_wrap import CautiousDecay, rules
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 
-Parameters = Callable[[], list[torch.nn.Parameter]]
-Build = Callable[[list[torch.nn.Parameter]], Optimizer]
-BACKENDS = ("numba", "eager") if importlib.util.find_spec("numba") else ("eager",)
-
-
-class ByHand(AdamW):
-    """The usual code by hand: clone all weights, step, then apply the rule to whole tensors."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        before = [p.clone() for p in parameters]
-        lam, self.param_groups[0]["weight_decay"] = self.param_groups[0]["weight_decay"], 0.0
-        super().step(closure)
-        self.param_groups[0]["weight_decay"] = lam
-        for p, x in zip(parameters, before, strict=True):
-            mask = rules.moved_towards_zero(x, p, strict=False)
-            p.copy_(rules.decay(p, x, mask, self.param_groups[0]["lr"] * lam))
+SETTINGS = {"lr": 1e-3, "weight_decay": 0.1}
+MODELS = {  # name: shapes and rounds
+    "six tensors": ([(64, 64), (64,), (64, 64), (64,), (10, 64), (10,)], 2000),
+    "1,000 of 64": ([(64,)] * 1000, 200),
+    "30 of 4,500": ([(4500,)] * 30, 500),
+    "42 M": (gpt(768, 4, 16384), 40),
+    "24 matrices": ([(1536, 512), (512, 512), (2048, 512), (512, 2048)] * 6, 5),  # 72 MiB: two pieces
+}
 
 
-def compare(title: str, make: Parameters, build: Build, rounds: int, paths: dict[str, tuple[str, ...]]) -> None:
-    """Time the plain optimizer and each path with each of its backends."""
-    print(f"\n{title}", flush=True)
-    plain = build(make())
-    candidates: dict[str, Optimizer] = {"plain": plain}
-    for path, backends in paths.items():
-        for backend in backends:
-            if backend in BACKENDS:
-                candidates[f"{path}, {backend}"] = CautiousDecay(build(make()), path=path, backend=backend)
-    if "by hand" in title:
-        candidates["clone and mask by hand"] = ByHand(make(), lr=1e-4, weight_decay=0.1, fused=True)
-    print_ratios(interleaved_steps(candidates, rounds), "plain")
-    gc.collect()
+@dataclass(frozen=True)
+class Case:
+    """One row: an optimizer of torch, its options, and what it is wrapped in."""
+
+    model: str
+    optimizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    path: str | None = None
+    aim: str = ""
+    method: Callable[..., Optimizer] = CautiousDecay
+
+    @property
+    def name(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        method = "" if self.method is CautiousDecay else f" in {self.method.__name__}"
+        return f"{self.model}, {self.optimizer}({options}){method}{f', {self.path}' if self.path else ''}"
+
+
+FUSED, DEFAULT, MOMENTUM = {"fused": True}, {}, {"momentum": 0.9}
+TABLES = {
+    "small": [
+        Case("six tensors", "AdamW", FUSED, aim="0.9"),
+        Case("six tensors", "AdamW", DEFAULT, aim="0.5"),
+        Case("six tensors", "AdamW", FUSED, "direction", aim="+40 us"),
+        Case("six tensors", "AdamW", FUSED, "snapshot", aim="+40 us"),
+        Case("six tensors", "AdamW", FUSED, "pieces", aim="as snapshot"),
+        Case("1,000 of 64", "AdamW", FUSED, aim="0.2"),
+        Case("1,000 of 64", "AdamW", DEFAULT),
+        Case("1,000 of 64", "AdamW", FUSED, "direction"),
+        Case("1,000 of 64", "AdamW", FUSED, "snapshot"),
+        Case("30 of 4,500", "AdamW", FUSED),
+        Case("30 of 4,500", "AdamW", DEFAULT),
+    ],
+    "large": [
+        Case("42 M", "AdamW", DEFAULT, aim="0.3"),
+        Case("42 M", "Adam", DEFAULT),
+        Case("42 M", "SGD", DEFAULT | MOMENTUM, aim="0.3"),
+        Case("42 M", "SGD", DEFAULT),
+        Case("42 M", "AdamW", FUSED, aim="0.95"),
+        Case("42 M", "Adam", FUSED, aim="1.0"),
+        Case("42 M", "SGD", FUSED | MOMENTUM, aim="1.0"),
+        Case("42 M", "SGD", FUSED, aim="1.0"),
+        Case("42 M", "AdamW", FUSED, "direction", aim="1.6"),
+        Case("42 M", "AdamW", FUSED, "snapshot", aim="1.86"),
+        Case("42 M", "AdamW", {"foreach": True}),
+        Case("24 matrices", "Muon"),
+    ],
+    "others": [
+        *(Case("42 M", name, aim="0.3") for name in ("NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta")),
+        Case("42 M", "AdamW", DEFAULT, method=CautiousUpdate, aim="0.4"),
+        Case("42 M", "AdamW", DEFAULT, method=PNormDecay, aim="0.4"),
+    ],
+}
+
+
+def measured(case: Case, rounds: int | None) -> list[str]:
+    """The cells of a row."""
+    if not hasattr(torch.optim, case.optimizer):
+        return [case.name, f"this torch has no {case.optimizer}", *[""] * 4, case.aim]
+    torch.manual_seed(0)
+    shapes, usual = MODELS[case.model]
+    weights = parameters(shapes)
+    base = getattr(torch.optim, case.optimizer)(weights, **SETTINGS, **case.options)
+    opt = case.method(base, **{"path": case.path} if case.path else {})
+    steps = {"plain": base, "wrapped": opt}
+    plain, wrapped = interleaved_steps(steps, rounds or usual, renewing_gradients(weights)).values()
+    above = [b - a for a, b in zip(plain, wrapped, strict=True)]
+    (path,) = opt.paths()
+    return [
+        case.name, path.path, duration(plain), duration(wrapped), duration(above), ratio(wrapped, plain), case.aim,
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["adamw", "others", "small"])
-    arguments = parser.parse_args()
-    rounds = arguments.rounds
-    settings = {"lr": 1e-4, "weight_decay": 0.1}
-    every = {"one_pass": ("numba",), "direction": BACKENDS, "snapshot": BACKENDS}
-
-    def big() -> list[torch.nn.Parameter]:
-        return gpt2_small(4 if arguments.quick else 1)
-
-    print(where())
-    if arguments.only in (None, "adamw"):
-        title = "GPT-2 small, float32, AdamW(fused=True)"
-        compare(title, big, lambda p: AdamW(p, **settings, fused=True), rounds, every)
-        compare(f"{title}, and by hand", big, lambda p: AdamW(p, **settings, fused=True), max(rounds // 3, 3), {})
-        foreach = {"direction": BACKENDS, "snapshot": BACKENDS, "pieces": BACKENDS}
-        compare(f"{title[:-12]}(foreach=True)", big, lambda p: AdamW(p, **settings, foreach=True), rounds, foreach)
-    if arguments.only in (None, "others"):
-        one = {"one_pass": ("numba",)}
-        compare("GPT-2 small, Adam(fused=True)", big, lambda p: Adam(p, **settings, fused=True), rounds, one)
-        for name, flags in {"momentum=0.9": {"momentum": 0.9}, "no momentum": {}}.items():
-            title = f"GPT-2 small, SGD(fused=True), {name}"
-            compare(title, big, lambda p, flags=flags: SGD(p, **settings, fused=True, **flags), rounds, one)
-        if importlib.util.find_spec("timm"):
-            from timm.optim import Lion
-
-            compare(
-                "GPT-2 small, timm's Lion(foreach=True)", big, lambda p: Lion(p, **settings, foreach=True), rounds, one
-            )
-    if arguments.only in (None, "small"):
-        for form in ("fused", "foreach"):
-            title = f"1,000 tensors of 64, AdamW({form}=True)"
-            paths = every if form == "fused" else {"direction": BACKENDS, "snapshot": BACKENDS}
-            compare(title, many_small, lambda p, form=form: AdamW(p, **settings, **{form: True}), 10 * rounds, paths)
+    parser = arguments(__doc__)
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="PART", help="parts of the names of rows")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for name, cases in TABLES.items():
+        chosen = [case for case in cases if any(part in case.name for part in options.rows)]
+        if not chosen:
+            continue
+        table = Table(name, "", "path", "plain", "wrapped", "above plain", "ratio (quartiles)", "aim")
+        for case in chosen:
+            table.row(*measured(case, options.rounds))
+        if options.write:
+            table.write()
 
 
 if __name__ == "__main__":
