@@ -19,11 +19,9 @@ import torch
 from events import EVENTS, PLACES, Happening, World, history
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from support import PathOptions, param, weight
-from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, buckets, paths, wrapper
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, paths, wrapper
 from cwd_wrap.plan import Plan, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
