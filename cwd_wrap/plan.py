@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import paths, quirks, weight_decay
+from cwd_wrap import directions, paths, quirks, weight_decay
 from cwd_wrap.buckets import Members, have_state
 from cwd_wrap.choice import choose, copying
 from cwd_wrap.graphs import capturing
@@ -284,11 +284,14 @@ def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
 
 
 def _along(plan: Plan, members: Members) -> Iterator[Taken]:
-    """The path direction, and one with a copy for gradients in another layout than their weights (partial sums).
+    """The path direction, and one with a copy where the direction is not known, or cannot be read without a collective.
 
-    To read those, the direction would need a collective, as the base itself does; a comparison needs no gradient.
-    If the user forces a path, all members keep it.
+    That is so for gradients in another layout than their weights (partial sums): the base itself needs a collective for
+    them, a comparison needs no gradient. If the user forces the path, all members with a known direction keep it.
     """
+    if isinstance(directions.find(plan.work.base, members.group), str):
+        yield paths.NAMED[copying(plan.work.base, members.group)], members
+        return
     otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
     if otherwise and plan.forced is None:
         yield paths.NAMED[copying(plan.work.base, members.group)], members.only(sorted(otherwise))

@@ -5,6 +5,7 @@ own state. `rules` has the formula of each update.
 """
 
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -140,11 +141,17 @@ def _of_nadam(lr: float, t: float, product: float, beta1: float, beta2: float, e
 
 
 def _counters_of_nadam(t: float, product: float, beta1: float, _beta2: float, _eps: float, psi: float) -> Numbers:
-    return t + 1, product * _mu(t + 1, beta1, psi)
+    return t + 1, _single(product * _single(_mu(t + 1, beta1, psi)))  # torch multiplies float32 numbers
 
 
 def _mu(t: float, beta1: float, psi: float) -> float:
     return float(beta1 * (1 - 0.5 * 0.96 ** (t * psi)))
+
+
+def _single(number: float) -> float:
+    """``number``, rounded to float32."""
+    (rounded,) = struct.unpack("f", struct.pack("f", number))
+    return float(rounded)
 
 
 def _nadamw(group: Group) -> Update | str:

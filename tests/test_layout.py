@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
         "buckets", "choice", "draws", "graphs", "journal", "kernels", "notices", "probe", "quirks", "snapshot",
         "tensors", "updates",
     },
-    "plan": {"buckets", "choice", "graphs", "paths", "quirks", "tensors", "weight_decay"},
+    "plan": {"buckets", "choice", "directions", "graphs", "paths", "quirks", "tensors", "weight_decay"},
     "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",

@@ -100,8 +100,8 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     for tensors in chain.from_iterable(bucket.columns for bucket in buckets):
         _READ[tensors[0].dtype]
     for bucket in buckets:
-        before = read(bucket)
-        steps, taken = bucket.update.steps(1.0 if on_a_device(bucket.lr) else float(bucket.lr), before)
+        lr = 1.0 if on_a_device(bucket.lr) else float(bucket.lr)
+        steps, taken = bucket.update.steps(lr, counters(bucket))
         for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
             x = w.to(torch.promote_types(w.dtype, torch.float32))
             g_wide = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
@@ -116,7 +116,7 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
                     old.copy_(rules.stochastic_rounding(value, old.dtype, random))
                 else:
                     old.copy_(value)
-        increase(bucket, before, [steps[k][1] for k in taken])
+        set_counters(bucket, [steps[k][1] for k in taken])
     return _per_tensor(parts, buckets) if count else None
 
 
@@ -182,17 +182,18 @@ def on_a_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
-def read(bucket: Whole) -> list[Numbers]:
+def counters(bucket: Whole) -> list[Numbers]:
     """The counters of each tensor."""
     if not bucket.counters:
         return [()] * len(bucket.w)
     return list(zip(*(map(float, column) for column in bucket.counters), strict=True))
 
 
-def increase(bucket: Whole, before: Sequence[Numbers], after: Sequence[Numbers]) -> None:
-    """Set the counters of each tensor, which are those ``before``, to those ``after``."""
-    for k, column in enumerate(bucket.counters):
-        torch._foreach_add_(list(column), [new[k] - old[k] for old, new in zip(before, after, strict=True)])
+def set_counters(bucket: Whole, after: Sequence[Numbers]) -> None:
+    """Set the counters of each tensor to those ``after`` the step."""
+    for column, values in zip(bucket.counters, zip(*after, strict=True), strict=True):
+        for counter, value in zip(column, values, strict=True):
+            counter.fill_(value)
 
 
 def _direction(bucket: Coming, m: Tensor, g: Tensor, out: Tensor) -> None:

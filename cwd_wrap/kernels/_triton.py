@@ -470,10 +470,10 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     row_of: list[int] = []
     after: list[list[Numbers]] = []
     in_kernel = _counts_in_kernel(buckets[0])
-    before = [[(math.inf,)] * len(bucket.w) if in_kernel else _eager.read(bucket) for bucket in buckets]
-    for bucket, counters in zip(buckets, before, strict=True):
+    for bucket in buckets:
+        before = [(math.inf,)] * len(bucket.w) if in_kernel else _eager.counters(bucket)
         lr, eta = (1.0, bucket.lr) if _eager.on_a_device(bucket.lr) else (float(bucket.lr), 1.0)
-        distinct, taken = bucket.update.steps(lr, counters)
+        distinct, taken = bucket.update.steps(lr, before)
         row_of += [len(rows) + k for k in taken]
         rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers)) for numbers, _ in distinct]
         after.append([distinct[k][1] for k in taken])
@@ -484,8 +484,8 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
     if in_kernel:
         torch._foreach_add_(list(steps), 1)
         return sums
-    for bucket, old, new in zip(buckets, before, after, strict=True):
-        _eager.increase(bucket, old, new)
+    for bucket, new in zip(buckets, after, strict=True):
+        _eager.set_counters(bucket, new)
     return sums
 
 
