@@ -210,7 +210,7 @@ def coupling(optimizer: Optimizer, group: Group, *, measured: bool) -> str | Non
     by_torch = known.library(type(optimizer)) == "torch" and not _COUPLED.isdisjoint(_names(optimizer))
     if not (measured or says_coupled(group) or (by_torch and not group.get("decoupled_weight_decay"))):
         return None
-    if "dampening" not in group:
+    if not {"dampening", "momentum"} <= group.keys():
         return "it adds the decay to the gradient, and scales it with the gradient"
     factor = (1 - group["dampening"]) / (1 - group["momentum"])
     return None if factor == 1 else f"its momentum makes the decay {factor:.3g} times as strong"

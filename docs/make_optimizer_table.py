@@ -32,8 +32,8 @@ four where the decay comes before the step).
 - **path**: [one_pass and direction](how_it_works.md#four-paths) need no memory, pieces needs 64 MiB or the largest
   tensor, snapshot needs a copy of the decaying weights.
   The table has the path for the default options on the CPU with numba. `foreach=True`, `foreach=False` and
-  `fused=False` turn one_pass into direction. `momentum` in RMSprop, `capturable` in NAdam and `caution` in timm's
-  optimizers may turn it into pieces. `opt.paths()` shows yours.
+  `fused=False` turn one_pass into direction or pieces, and so do some other options, such as `capturable` in NAdam and
+  `caution` in timm's optimizers. `opt.paths()` shows yours.
 - **works**: whether the test above passes. *needs an option*: with the default options the step size of the decay is
   not one number, and the wrapper raises an error, which names the option. So do the remarks.
 - **eta** is the factor by which the optimizer multiplies its own decay, [measured](../tests/test_own_decay.py). It is
