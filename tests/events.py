@@ -55,7 +55,9 @@ class World:
         self.in_place = False
         """Are gradients written into the tensors of the last step?"""
         half = len(self.known) // 2
-        self.opt = wrap(build([{"params": self.known[:half]}, {"params": self.known[half:], "weight_decay": 0.25}]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.opt = wrap(build([{"params": self.known[:half]}, {"params": self.known[half:], "weight_decay": 0.25}]))
         self.saved: Any = copy.deepcopy(self.opt.state_dict())
         self.noted: list[tuple[str, object]] = []
         self.once, self.always = ExitStack(), ExitStack()

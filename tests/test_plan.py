@@ -6,6 +6,7 @@ The random part compares the two, step by step, over sequences of events (events
 import os
 import secrets
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ import torch
 from events import EVENTS, PLACES, Happening, World, history
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from support import ALL_PATHS, PathOptions, param, weight
+from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, paths, wrapper
-from cwd_wrap.plan import Plan, compile_plan
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, buckets, paths, wrapper
+from cwd_wrap.plan import Plan, _Group, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
 MATRICES = [(2, 3), (3, 2), (4, 1), (2, 2)]
@@ -122,6 +125,292 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return plans
 
 
+def sgd(path: PathOptions, *weights: nn.Parameter, **options: Any) -> CautiousDecay:
+    return CautiousDecay(SGD(weights, **{"lr": 0.1, "weight_decay": 0.5, **path.base, **options}), **path)
+
+
+# ------------------------------------------------------------------------------------ what a kept plan takes over
+
+
+def test_new_learning_rates_and_decays_are_used(every_path: PathOptions, made: list[Plan]) -> None:
+    """A kept plan steps and decays by the numbers of the coming step: 0.85 - 0.2 * 1 - 0.2 * 0.1 * 0.85 = 0.633."""
+    weights = [weight(1.0, 1.0, 1.0, grad=[1.0, 1.0, 1.0]), weight(1.0, 1.0, grad=[1.0, 1.0])]  # two pieces
+    opt = sgd(every_path, *weights)
+    opt.step()
+    opt.param_groups[0].update(lr=0.2, weight_decay=0.1)
+    opt.step()
+
+    for w in weights:
+        torch.testing.assert_close(w.detach(), torch.full_like(w, 0.633))
+    assert len(made) == 1
+
+
+def test_a_tensor_that_is_filled_in_place_is_read(every_path: PathOptions, made: list[Plan]) -> None:
+    """A schedule may write into a tensor lr: 0.85 - 0.2 * 1 - 0.2 * 0.5 * 0.85 = 0.565."""
+    w, lr = weight(1.0, grad=[1.0]), torch.tensor(0.1)
+    opt = sgd(every_path, w, lr=lr)
+    opt.step()
+    lr.fill_(0.2)
+    opt.step()
+
+    torch.testing.assert_close(w.detach(), torch.tensor([0.565]))
+    assert len(made) == 1
+
+
+def test_a_learning_rate_of_zero_stands_still(every_path: PathOptions) -> None:
+    """A step with lr 0 changes nothing; the next one with lr 0.1 gives 0.85 - 0.1 - 0.05 * 0.85 = 0.7075."""
+    w = weight(1.0, grad=[1.0])
+    opt = sgd(every_path, w)
+    seen = []
+    for lr in (0.1, 0.0, 0.1):
+        opt.param_groups[0]["lr"] = lr
+        opt.step()
+        seen.append(w.item())
+
+    assert seen == pytest.approx([0.85, 0.85, 0.7075])
+
+
+def test_new_gradients_are_read(every_path: PathOptions, made: list[Plan]) -> None:
+    """A new tensor of gradients is read, and one that is written in place: 0.85 + 0.1, then 0.95 - 0.1 - 0.0475."""
+    w = weight(1.0, grad=[1.0])
+    opt = sgd(every_path, w)
+    opt.step()
+    w.grad = gradient = torch.tensor([-1.0])
+    opt.step()
+    gradient.fill_(1.0)
+    before = w.item()
+    opt.step()
+
+    assert before == pytest.approx(0.95)
+    assert w.item() == pytest.approx(0.8025)
+    assert len(made) == 1
+
+
+def test_replaced_state_is_read(every_path: PathOptions) -> None:
+    """Another momentum buffer, -4, gives u = 0.5 * -4 + 1 = -1 and no decay: 0.85 + 0.1 = 0.95."""
+    w = weight(1.0, grad=[1.0])
+    opt = sgd(every_path, w, momentum=0.5)
+    opt.step()
+    opt.state[w]["momentum_buffer"] = torch.tensor([-4.0])
+    opt.step()
+
+    assert w.item() == pytest.approx(0.95)
+
+
+def test_other_memory_is_read(every_path: PathOptions, made: list[Plan]) -> None:
+    """A weight that was set to 2 with ``.data =`` goes to 2 - 0.1 - 0.05 * 2 = 1.8."""
+    w = weight(1.0, grad=[1.0])
+    opt = sgd(every_path, w)
+    opt.step()
+    w.data = torch.tensor([2.0])
+    opt.step()
+
+    assert w.item() == pytest.approx(1.8)
+    assert len(made) == 1
+
+
+def test_gradients_are_let_go(every_path: PathOptions) -> None:
+    """After a step nothing holds the gradients: the next backward pass needs their memory."""
+    w = weight(1.0, 2.0)
+    opt = sgd(every_path, w)
+    for _ in range(3):
+        w.grad = torch.ones(2)
+        gradient = weakref.ref(w.grad)
+        opt.step()
+        opt.zero_grad()
+
+        assert gradient() is None
+
+
+# ------------------------------------------------------------------------------------ what a plan does not outlive
+
+
+def test_state_that_someone_has_made_empty_is_not_taken_for_none(every_path: PathOptions) -> None:
+    """With an empty state before the first step the second reads the momentum: u = 0.9 - 0.5 = 0.4, so w decays."""
+    w = weight(1.0, grad=[1.0])
+    opt = sgd(every_path, w, momentum=0.9)
+    assert opt.state[w] == {}
+    opt.step()
+    w.grad = torch.tensor([-0.5])
+    opt.step()
+
+    assert w.item() == pytest.approx(0.85 - 0.1 * 0.4 - 0.05 * 0.85)
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] == "one_pass"])
+def test_a_list_of_betas_that_is_written_to_is_read(path: PathOptions, made: list[Plan]) -> None:
+    """With betas[0] = 0 the average is the gradient itself. A list that stays as it is does not end the plan."""
+    w = weight(1.0, grad=[1.0])
+    betas: Any = [0.9, 0.99]
+    opt = CautiousDecay(AdamW([w], weight_decay=0.1, betas=betas), **path)
+    for _ in range(5):
+        opt.step()
+    assert len(made) <= 2
+    betas[0] = 0.0
+    w.grad = torch.tensor([-3.0])
+    opt.step()
+
+    assert opt.state[w]["exp_avg"].item() == -3.0
+
+
+def test_a_step_that_fails_leaves_no_plan_behind(every_path: PathOptions) -> None:
+    """Group 0 loses its momentum in a step that group 1 makes fail. The next step is without it: 0.85 - 0.1 - 0.0425."""
+    one, other = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
+    opt = CautiousDecay(
+        SGD([{"params": [one]}, {"params": [other]}], lr=0.1, weight_decay=0.5, momentum=0.9), **every_path
+    )
+    opt.step()
+    decay = opt.param_groups[1]["weight_decay"]
+    opt.param_groups[0]["momentum"], opt.param_groups[1]["weight_decay"] = 0.0, -1.0
+    with pytest.raises(ValueError, match=r"-1\.0"):
+        opt.step()
+    opt.param_groups[1]["weight_decay"] = decay
+    opt.step()
+
+    assert one.item() == pytest.approx(0.7075)
+
+
+def test_another_base_is_stepped(every_path: PathOptions) -> None:
+    """After an assignment to base_optimizer the new base's weights are stepped, the old ones are not."""
+    old, new = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
+    opt = sgd(every_path, old)
+    opt.step()
+    opt.base_optimizer = SGD([new], lr=0.1, weight_decay=0.5, **every_path.base)
+    opt.step()
+
+    assert [old.item(), new.item()] == pytest.approx([0.85, 0.85])
+
+
+@pytest.mark.parametrize(
+    "path", [param(path, path=path) for path in ALL_PATHS if path["path"] in ("one_pass", "direction")]
+)
+def test_a_weight_of_another_shape_than_its_state_is_refused(path: PathOptions) -> None:
+    """A weight that was reshaped after a step raises the error that a first step raises."""
+    w = weight(1.0, 2.0, 3.0, 4.0, grad=[1.0] * 4)
+    opt = sgd(path, w, momentum=0.9)
+    for _ in range(3):
+        opt.step()
+    w.data, w.grad = w.data.view(2, 2), None
+    w.grad = torch.ones(2, 2)
+
+    with pytest.raises(ValueError, match=r"weight of shape \(2, 2\) whose gradient or state has shape \(4,\)"):
+        opt.step()
+
+
+@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path.copies])
+def test_a_weight_of_another_shape_is_copied_anew(path: PathOptions) -> None:
+    """On the paths with a copy a weight may be reshaped: its copy follows."""
+    w = weight(1.0, 1.0, grad=[1.0, 1.0])
+    opt = sgd(path, w)
+    opt.step()
+    w.data, w.grad = w.data.view(2, 1), None
+    w.grad = torch.ones(2, 1)
+    opt.step()
+
+    torch.testing.assert_close(w.detach(), torch.full((2, 1), 0.7075))
+
+
+def test_a_parameter_that_stays_on_another_path_gets_new_gradients() -> None:
+    """A parameter whose counter one_pass cannot read takes the direction, with the gradients of each step."""
+    histories = []
+    for dtype in (torch.float64, torch.float32):
+        p, q = weight(1.0, 1.0), weight(1.0, 1.0)
+        opt = CautiousDecay(AdamW([p, q], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="eager")
+        for step, gradient in enumerate([1.0, -4.0, 3.0, -9.0]):
+            p.grad, q.grad = torch.full((2,), gradient), torch.full((2,), gradient)
+            opt.step()
+            if step == 0:
+                opt.state[p]["step"] = opt.state[p]["step"].to(dtype)
+        histories.append(p.detach())
+
+    torch.testing.assert_close(*histories)
+
+
+def test_scaled_gradients_end_the_plan_for_one_step(made: list[Plan]) -> None:
+    """one_pass leaves a step in which the base is to unscale its gradients to the base, and has the next one again."""
+    pytest.importorskip("numba")
+    w = weight(1.0, grad=[1.0])
+    base = AdamW([w], lr=0.1, weight_decay=0.5, fused=True)
+    opt = CautiousDecay(base)
+    taken = []
+    for scaled in (False, False, True, False):
+        base.grad_scale, base.found_inf = (torch.tensor(1.0), torch.tensor(0.0)) if scaled else (None, None)
+        opt.step()
+        taken.append([type(path) for path in made[-1].paths])
+
+    assert taken[1:] == [[paths.OnePass], [paths.Direction], [paths.OnePass]]
+
+
+def test_a_coefficient_that_opens_another_path_ends_the_plan(made: list[Plan]) -> None:
+    """RMSprop with momentum is compared with a copy; if the momentum becomes 0, its direction is known."""
+    w = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(RMSprop([w], lr=0.1, weight_decay=0.5, momentum=0.9))
+    for momentum in (0.9, 0.9, 0.8, 0.0):
+        opt.param_groups[0]["momentum"] = momentum
+        opt.step()
+
+    assert [[type(path) for path in plan.paths] for plan in made[-2:]] == [[paths.Pieces], [paths.Direction]]
+
+
+# ------------------------------------------------------------------------------------ when a plan is kept
+
+
+def plans_of(case: Case, made: list[Plan], before_step: Callable[[World, int], None], steps: int = 50) -> int:
+    """How many plans are made in some steps with new gradients."""
+    world = case.world()
+    with mock.patch.object(paths, "PIECE", case.piece):
+        for i in range(steps):
+            before_step(world, i)
+            world.step(Happening("nothing", "between steps", 0))
+            assert ("step", "None") in world.noted
+    return len(made)
+
+
+def constant(world: World, step: int) -> None:
+    """Nothing changes."""
+
+
+def schedule(world: World, step: int) -> None:
+    """A schedule of lr and weight_decay."""
+    for group in world.groups:
+        group["lr"], group["weight_decay"] = 0.1 / (step + 1), 0.5 / (step + 1)
+
+
+def one_cycle(world: World, step: int) -> None:
+    """A schedule of lr and of the momentum, as OneCycleLR writes it."""
+    for group in world.groups:
+        group["lr"] = 0.1 / (step + 1)
+        if "betas" in group:
+            group["betas"] = (0.9 - 0.01 * step, *group["betas"][1:])
+        elif group.get("momentum"):
+            group["momentum"] = 0.9 - 0.01 * step
+
+
+# The coefficients of NAdam's direction change with each step; random numbers are drawn for each step.
+ANEW = {"NAdam", "AdamW-CautiousDecay-random", "AdamW-CautiousDecay-stochastic"}
+
+
+@every_case
+@pytest.mark.parametrize("before_step", [constant, schedule, one_cycle])
+def test_plain_steps_keep_their_plan(case: Case, before_step: Any, made: list[Plan]) -> None:
+    """50 steps make two plans: one before there is state, one after. Schedules of numbers change nothing in that."""
+    plans = plans_of(case, made, before_step)
+
+    assert plans == 50 if case.name in ANEW else plans <= 2
+
+
+@pytest.mark.parametrize("happening", ["observer", "sparse gradient", "captured", "scaled"])
+def test_some_steps_have_a_plan_of_their_own(happening: str, made: list[Plan]) -> None:
+    """A step that is looked at, with a sparse gradient, captured or scaled is planned anew, and so is the next one."""
+    world = World(partial(SGD, lr=0.1, weight_decay=0.5), CautiousDecay, SHAPES)
+    counts = []
+    for event in ("nothing", "nothing", happening, happening, "nothing", "nothing"):
+        world.step(Happening(event, "between steps", 0))
+        counts.append(len(made))
+
+    assert counts == [1, 1, 2, 3, 4, 4]
+
+
 # ------------------------------------------------------------------------------------ random events
 
 
@@ -190,3 +479,37 @@ def test_random_events_make_no_difference(case: Case) -> None:
         number = int(os.environ.get("FUZZ_SEED", secrets.randbits(32)))
         print(f"FUZZ_SEED={number}")
         search(case, number, 100)
+
+
+# ------------------------------------------------------------------------------------ the check can fail
+
+
+@pytest.mark.parametrize("happening", EVENTS)
+def test_each_event_can_happen(happening: str) -> None:
+    """Each event does something to some world without an error, so it is no event in name only."""
+    for case in (Case("AdamW"), Case("SGD-momentum"), Case("AdamW", _p_norm())):
+        for pick in range(8):
+            seen = case.history(
+                [Happening("lr tensor", "between steps", 0), Happening(happening, "between steps", pick)]
+            )
+            if ("event", "None") in seen[1] or happening in ("error", "another step"):
+                return
+    pytest.fail(f"{happening!r} raises an error in every world")
+
+
+def test_the_check_finds_stale_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a plan did not look at the tensors of the state, the check would find it."""
+    happenings = [Happening(event, "between steps", 1) for event in ["nothing"] * 3 + ["tensor of state replaced"]]
+    check(Case("AdamW"), happenings)
+    monkeypatch.setattr(buckets.Held, "is_same", lambda _: True)
+    with pytest.raises(AssertionError, match="by a kept plan"):
+        check(Case("AdamW"), happenings)
+
+
+def test_the_check_finds_a_stale_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a plan did not take over new numbers, the check would find it."""
+    happenings = [Happening(event, "between steps", 1) for event in ["nothing"] * 3 + ["weight decay"]]
+    check(Case("AdamW"), happenings)
+    monkeypatch.setattr(_Group, "_takes", lambda *_: True)
+    with pytest.raises(AssertionError, match="by a kept plan"):
+        check(Case("AdamW"), happenings)
