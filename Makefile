@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm test fuzz test-without-triton test-oldest lint hooks wheel bench results gpu docs clean
+.PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel bench results gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -29,6 +29,12 @@ demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_a
 test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+# Neither what starts processes nor what compiles at length.
+CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures directions draws exceptions layout masks methods params_first paths \
+	project rules tensors weight_decay))
+check: lint $(BIN)/.test  ## lint and the core tests: about a minute
+	$(BIN)/python -m pytest -q -n 2 -m 'not process and not slow' $(CHECKED)
 
 fuzz: $(BIN)/.test  ## look for events after which a kept plan is wrong, for SECONDS (600); prints a seed and the events
 	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py -k random_events

@@ -143,6 +143,7 @@ def loaded(*program: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.process
 def test_import_loads_torch_and_nothing_else() -> None:
     """`import cwd_wrap` loads no numba, triton, timm or matplotlib beyond what torch loads."""
     assert loaded("import cwd_wrap") == "['cwd_wrap']"
@@ -155,11 +156,13 @@ WRAPPED = (
 )
 
 
+@pytest.mark.process
 def test_a_wrapper_loads_nothing_before_its_first_step() -> None:
     """Building a wrapper and calling paths() do not import numba, which takes half a second."""
     assert loaded(*WRAPPED) == "[]"
 
 
+@pytest.mark.process
 def test_the_first_step_loads_numba() -> None:
     """The first step imports numba, where it is installed."""
     pytest.importorskip("numba")

@@ -459,20 +459,7 @@ def in_a_process(program: str) -> str:
     return done.stdout.strip()
 
 
-OUR_THREADS = "sum(thread.name.startswith('cwd_wrap') for thread in threading.enumerate())"
-
-
-def test_as_many_threads_as_torch_has() -> None:
-    """torch.set_num_threads sets how many threads a step uses: with 1 we start no thread, with 2 we start one."""
-    pytest.importorskip("numba")
-    lines = ["results = []"]
-    for threads in (1, 2, 1):
-        lines += [f"torch.set_num_threads({threads})", "results.append(big_step(0))", f"print({OUR_THREADS})"]
-    lines += ["print(all(torch.equal(results[0], other) for other in results))"]
-
-    assert ["0", "1", "1", "True"] == in_a_process("\n".join(lines)).split()  # a thread that exists stays, idle
-
-
+@pytest.mark.process
 def test_a_thread_that_outlives_the_main_thread_can_step() -> None:
     """While Python waits for other threads at its end, no new threads can be started: the step works alone."""
     pytest.importorskip("numba")
@@ -488,6 +475,7 @@ threading.Thread(target=late).start()
     assert in_a_process(program) == "True"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
     """A child process forked after a multi-threaded step takes the same step as its parent."""

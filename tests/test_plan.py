@@ -254,7 +254,7 @@ def test_a_list_of_betas_that_is_written_to_is_read(path: PathOptions, made: lis
 
 
 def test_a_step_that_fails_leaves_no_plan_behind(every_path: PathOptions) -> None:
-    """Group 0 loses its momentum in a step that group 1 makes fail. The next step is without it: 0.85 - 0.1 - 0.0425."""
+    """Group 0 loses its momentum in a step that group 1 makes fail. Next, without it: 0.85 - 0.1 - 0.0425."""
     one, other = weight(1.0, grad=[1.0]), weight(1.0, grad=[1.0])
     opt = CautiousDecay(
         SGD([{"params": [one]}, {"params": [other]}], lr=0.1, weight_decay=0.5, momentum=0.9), **every_path
