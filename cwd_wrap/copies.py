@@ -63,12 +63,7 @@ class Copies:
         """A ``weight_decay`` that takes about 0.001 off the weights."""
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        # One parameter of each kind: steps can depend on the number of dimensions, and on attributes (``p.wd_mul``).
-        kinds = dict.fromkeys(
-            (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
-            for p in group["params"]
-        )
-        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds][:100]
+        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds(group)[:100]]
 
     def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
@@ -119,6 +114,15 @@ class Copies:
         )
         own.param_groups[0].update(options)
         return own, parameters
+
+
+def kinds(group: Mapping[str, Any]) -> list[tuple[int, tuple[tuple[str, float], ...]]]:
+    """What a step can tell parameters apart by: the number of dimensions, and attributes (``p.wd_mul``)."""
+    found = dict.fromkeys(
+        (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
+        for p in group["params"]
+    )
+    return list(found)
 
 
 def _like(value: object, number: float) -> float | Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import known, quirks
-from cwd_wrap.copies import Copies, Taken, unnoticed
+from cwd_wrap.copies import Copies, Taken, kinds, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]
@@ -68,6 +68,12 @@ class Found(NamedTuple):
 def is_vouched(base: Optimizer) -> bool:
     """True if tables vouch for ``base`` and all optimizers inside it."""
     return {known.library(type(layer)) for layer in quirks.all_layers(base)} <= VOUCHED
+
+
+def alike(group: Group) -> str:
+    """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
+    own = {"params", "param_names", "name", "lr", "lr_scale", "initial_lr", "max_lr", "weight_decay"}
+    return repr((kinds(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:

@@ -216,7 +216,10 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     switches = (item for item in group.items() if isinstance(item[1], bool | str))
     key = (where, *switches)
     if key not in of_base:
-        of_base[key] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
+        alike = probe.alike(group)
+        if alike not in of_base:
+            of_base[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
+        of_base[key] = of_base[alike]
     found = of_base[key]
     if found.fault is not None:
         msg = f"{where} cannot be wrapped: {found.fault}"

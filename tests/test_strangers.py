@@ -792,11 +792,12 @@ def test_an_optimizer_of_a_tested_library_is_not_measured(monkeypatch: pytest.Mo
 
 
 def test_a_group_is_measured_once_and_again_with_other_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One measurement for each group; a switch (a bool) that changes in it makes another."""
+    """One measurement for groups that differ in lr or lam only; a switch (a bool) that changes makes another."""
     made = []
     measure = probe.measure
     monkeypatch.setattr(probe, "measure", lambda *args: made.append(args[1]) or measure(*args))
-    base = Descends([{"params": [weight(1.0, grad=[1.0])]}, {"params": [weight(1.0, grad=[1.0])]}], weight_decay=0.5)
+    groups = [{"params": [weight(1.0, grad=[1.0])], "lr": lr, "weight_decay": 1 - lr} for lr in (0.2, 0.3, 0.4)]
+    base = Descends([*groups, {"params": [nn.Parameter(torch.ones(1, 1))]}], weight_decay=0.5)
     opt = CautiousDecay(base)
     for lr in (0.1, 0.2, 0.3):
         opt.param_groups[0]["lr"] = lr
