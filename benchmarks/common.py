@@ -42,6 +42,10 @@ def gpt2_small(scale: int = 1) -> list[torch.nn.Parameter]:
     return parameters(gpt(768 // scale, 12, 50257 // scale))
 
 
+SIX: Shapes = [(64, 64), (64,), (64, 64), (64,), (10, 64), (10,)]
+GPT_42_M = gpt(768, 4, 16384)
+
+
 def many_small(tensors: int = 1000, elements: int = 64) -> list[torch.nn.Parameter]:
     return parameters([(elements,)] * tensors)
 
@@ -140,8 +144,9 @@ class Table:
 
 def duration(seconds: Sequence[float]) -> str:
     """The median, with a unit."""
-    us = statistics.median(seconds) * 1e6
-    return f"{us:.0f} us" if abs(us) < 1000 else f"{us / 1e3:.{1 if abs(us) < 1e5 else 0}f} ms"
+    median = statistics.median(seconds)
+    size, unit = next(((size, unit) for size, unit in ((1, "s"), (1e-3, "ms")) if abs(median) >= size), (1e-6, "us"))
+    return f"{median / size:.3g} {unit}"
 
 
 def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> str:

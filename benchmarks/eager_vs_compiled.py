@@ -3,10 +3,8 @@
 python benchmarks/eager_vs_compiled.py            (needs a C++ compiler for inductor)
 """
 
-import argparse
-
 import torch
-from common import gpt2_small, interleaved, print_ratios, where
+from common import Table, arguments, duration, gpt2_small, interleaved, ratio
 from torch import Tensor
 
 from cwd_wrap.buckets import Coming, Stepped
@@ -30,29 +28,26 @@ def from_snapshot(w: Tensor, x: Tensor) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    rounds = arguments(__doc__).parse_args().rounds or 15
     x = [p.data for p in gpt2_small()]
     m, g = [torch.randn_like(t) for t in x], [torch.randn_like(t) for t in x]
     compiled_along, compiled_snapshot = torch.compile(along, dynamic=True), torch.compile(from_snapshot, dynamic=True)
-    print(where())
-    print("\nmask from the direction")
-    candidates = {
-        "torch.compile of the rule": lambda: [compiled_along(*row) for row in zip(x, m, g, strict=True)],
-        "blocked eager": lambda: _eager.decay_along(
-            [Coming(x, g, m, BETA, 1 - BETA, ETA_LAM)], strict=False, count=False
+    coming = [Coming(x, g, m, BETA, 1 - BETA, ETA_LAM)]
+    stepped = [Stepped(x, x, m, None, ETA_LAM)]
+    pairs = {
+        "from the direction": (
+            lambda: [compiled_along(*row) for row in zip(x, m, g, strict=True)],
+            lambda: _eager.decay_along(coming, strict=False, count=False),
+        ),
+        "from a snapshot": (
+            lambda: [compiled_snapshot(*row) for row in zip(x, m, strict=True)],
+            lambda: _eager.decay_from_snapshot(stepped, strict=False, count=False),
         ),
     }
-    print_ratios(interleaved(candidates, rounds), "torch.compile of the rule")
-    print("\nmask from a snapshot")
-    candidates = {
-        "torch.compile of the rule": lambda: [compiled_snapshot(*row) for row in zip(x, m, strict=True)],
-        "blocked eager": lambda: _eager.decay_from_snapshot(
-            [Stepped(x, x, m, None, ETA_LAM)], strict=False, count=False
-        ),
-    }
-    print_ratios(interleaved(candidates, rounds), "torch.compile of the rule")
+    table = Table("eager-or-compiled", "mask", "torch.compile of the rule", "blocked eager", "ratio (quartiles)")
+    for name, (compiled, eager) in pairs.items():
+        seconds = interleaved({"compiled": compiled, "eager": eager}, rounds)
+        table.row(name, *map(duration, seconds.values()), ratio(seconds["eager"], seconds["compiled"]))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import Table, arguments, duration, gpt, interleaved_steps, parameters, ratio, renewing_gradients
+from common import GPT_42_M, SIX, Table, arguments, duration, interleaved_steps, parameters, ratio, renewing_gradients
 from torch.optim import Optimizer
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1}
 MODELS = {  # name: shapes and rounds
-    "six tensors": ([(64, 64), (64,), (64, 64), (64,), (10, 64), (10,)], 2000),
+    "six tensors": (SIX, 2000),
     "1,000 of 64": ([(64,)] * 1000, 200),
     "30 of 4,500": ([(4500,)] * 30, 500),
-    "42 M": (gpt(768, 4, 16384), 40),
+    "42 M": (GPT_42_M, 40),
     "24 matrices": ([(1536, 512), (512, 512), (2048, 512), (512, 2048)] * 6, 5),  # 72 MiB: two pieces
 }
 
