@@ -123,7 +123,7 @@ class MaskMonitor:
         del kwargs
         if args and cls.__init__ is MaskMonitor.__init__:
             got = f"MaskMonitor takes keyword arguments only, but got {notices.described(args[0])}"
-            msg = f"{got}. To watch an optimizer: opt.observer = MaskMonitor()"
+            msg = f"{got}. To watch an optimizer: MaskMonitor().watch(optimizer)"
             raise TypeError(msg)
         return super().__new__(cls)
 

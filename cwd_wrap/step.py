@@ -45,6 +45,7 @@ class Step:
         self._own_readers: dict[str, Any] = {}  # those that the base has as attributes of the instance
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
+        self._grad = True  # the gradient mode before the step
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
 
     def run(self, closure: Closure | None) -> float | None:
@@ -55,6 +56,7 @@ class Step:
                 loss = closure()
         else:
             self._closure = closure
+        self._grad = torch.is_grad_enabled()
         try:
             # An interrupt can land in a `finally` too, but only once: then the outer one finishes its work.
             try:
@@ -70,6 +72,8 @@ class Step:
         if not self._changes:
             return
         weight_decay.on(self._base, self._journal)
+        if self.done is None:
+            torch._C._set_grad_enabled(self._grad)
         for hooks in self._hooks:
             hooks.pop(id(self), None)
         attributes = vars(self._base)

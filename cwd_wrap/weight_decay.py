@@ -172,7 +172,10 @@ def stands_still(group: Group) -> bool:
     lr = group.get("lr")
     if not isinstance(lr, Real | Tensor) or (isinstance(lr, Tensor) and (lr.device.type != "cpu" or lr.numel() != 1)):
         return False
-    return bool(-_NO_STEP <= cast("float | Tensor", lr) <= _NO_STEP)
+    try:
+        return abs(float(lr)) <= _NO_STEP
+    except OverflowError:  # an int above all floats: `check` refuses it
+        return False
 
 
 def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> float | Tensor:
