@@ -392,17 +392,20 @@ def _only(base: Optimizer, members: Sequence[Members]) -> list[list[Tensor]]:
 
 
 def _all_but(base: Optimizer, members: Sequence[Members]) -> list[list[Tensor]]:
-    taken = {id(p) for some in members for p in some.parameters}
+    taken: dict[int, set[int]] = {}
+    for some in members:
+        taken.setdefault(id(some.group), set()).update(map(id, some.parameters))
 
-    def left(parameters: list[Tensor]) -> list[Tensor]:
+    def left(group: Mapping[str, Any]) -> list[Tensor]:
+        parameters, of_group = group["params"], taken.get(id(group), set())
         ids = list(map(id, parameters))
         twice = len(set(ids)) != len(ids)
-        if not twice and taken.issuperset(ids):
+        if not twice and of_group.issuperset(ids):
             return []
-        # If a parameter is listed twice, torch steps it twice: the second time is left to the base.
-        return [p for i, p in enumerate(parameters) if ids[i] not in taken or (twice and ids[i] in ids[:i])]
+        # torch steps a parameter as often as it is listed, in one group or in several: the base makes the other steps.
+        return [p for i, p in enumerate(parameters) if ids[i] not in of_group or (twice and ids[i] in ids[:i])]
 
-    return [left(group["params"]) for group in base.param_groups]
+    return [left(group) for group in base.param_groups]
 
 
 def _unhooked_step(base: Optimizer) -> Callable[[], object]:

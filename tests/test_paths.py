@@ -500,6 +500,17 @@ assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(*(torch.load(tmp_path / process) for process in ("parent", "child")))
 
 
+def test_a_parameter_in_two_groups_is_stepped_twice(every_path: PathOptions) -> None:
+    """torch steps it once for each group: 1.0 - 0.1 - 0.2. It decays once, with the first: by 0.1 * 0.5."""
+    p, q = sizes(1, 1)
+    base = SGD([{"params": [p]}, {"params": [q], "lr": 0.2}], lr=0.1, weight_decay=0.5, **every_path.base)
+    opt = CautiousDecay(base, **every_path)
+    opt.param_groups[1]["params"].append(p)
+    opt.step()
+
+    assert pytest.approx(0.65) == p.item()
+
+
 # ------------------------------------------------------------------------------------ state that would crash a kernel
 
 
