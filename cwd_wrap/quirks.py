@@ -212,7 +212,10 @@ def coupling(optimizer: Optimizer, group: Group, *, measured: bool) -> str | Non
         return None
     if not {"dampening", "momentum"} <= group.keys():
         return "it adds the decay to the gradient, and scales it with the gradient"
-    factor = (1 - group["dampening"]) / (1 - group["momentum"])
+    momentum, rest = float(group["momentum"]), 1 - float(group["dampening"])
+    if momentum >= 1:
+        return "its momentum sums the decay up"
+    factor = rest / (1 - momentum)
     return None if factor == 1 else f"its momentum makes the decay {factor:.3g} times as strong"
 
 
