@@ -24,7 +24,7 @@ from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels import bind as bound
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
-from cwd_wrap.kernels._walk import Job, Row, can_find_again, walk_of
+from cwd_wrap.kernels._walk import COLUMNS, Job, Row, can_find_again, walk_of
 from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
 from cwd_wrap.kernels._walk import where as _where
@@ -161,8 +161,20 @@ def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
     unchanged = _eager.watch(buckets)
     if unchanged is None:
         return None
-    job = buckets[0].kept = Job(_columns(buckets), _counters(buckets))
-    return (lambda: job.find_again(_columns(buckets), _counters(buckets))) if can_find_again() else unchanged
+    columns, counters = _columns(buckets), _counters(buckets)
+    job = buckets[0].kept = Job(columns, counters)
+    if not can_find_again():
+        return unchanged
+    for row, column in (*enumerate(columns), *enumerate(counters, COLUMNS)):
+        job.take(row, column)
+    one, many = buckets[0], len(buckets) > 1
+
+    def found() -> bool:
+        for row, column in enumerate(_columns(buckets) if many else one.columns):
+            job.take(row, column)
+        return job.find_again()
+
+    return found
 
 
 def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:

@@ -11,6 +11,7 @@ numbers ``n``; it returns what to write into each of the five (None: nothing), w
 
 import ctypes
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -543,28 +544,28 @@ class Job:
             raise ValueError(msg)
         self.found = True
 
-    def find_again(self, columns: Sequence[Sequence[Tensor]], counters: Sequence[Sequence[Tensor]] = ()) -> bool:
-        """Note where the tensors are now. Returns False if they have other types, sizes or layouts than at first.
+    def take(self, row: int, column: Sequence[Tensor]) -> None:
+        """Note which tensors are in a column; the first counters are in row `COLUMNS`. For `find_again`."""
+        if column is not self._of_ids[row]:
+            self._ids[row, : len(column)] = list(map(id, column))
+            self._of_ids[row] = column
 
-        Only where DLPack has a C exchange API (`can_find_again`).
+    def find_again(self) -> bool:
+        """Note where the tensors are now. Returns False if they have other types, shapes or layouts than at first.
+
+        Only where DLPack has a C exchange API (`can_find_again`), and after `take`.
         """
-        for i, column in (*enumerate(columns), *enumerate(counters, COLUMNS)):
-            if column is not self._of_ids[i]:
-                self._take_ids(i, column)
         self.found = _reader()(self._at) == 1
         return self.found
-
-    def _take_ids(self, row: int, column: Sequence[Tensor]) -> None:
-        self._ids[row, : len(column)] = list(map(id, column))
-        self._of_ids[row] = column
 
     def counters(self) -> list[tuple[float, ...]]:
         """The counters of each tensor; one tuple for all if they are the same."""
         counted = self._control[_COUNTED]
         if counted == 0 or not self._sizes.size:
             return [()]
-        same = _counter()(self._at)
-        return list(zip(*self._values[:counted, : 1 if same else None].tolist(), strict=True))
+        if _counter()(self._at):
+            return [tuple([self._values.item(k, 0) for k in range(counted)])]
+        return list(zip(*self._values[:counted].tolist(), strict=True))
 
     def count(self, after: Sequence[tuple[float, ...]]) -> None:
         """Have `run` write these counters at its end: one tuple for each tensor, or one for all."""
@@ -585,11 +586,11 @@ class Job:
         if made is not None:
             self._point(_SUMS, made)
         if rows != self._rows:
-            first = 0
-            with np.errstate(all="ignore"):  # numbers that are too small for float32 are 0
-                for tensors, numbers in rows:
-                    self.numbers[first : first + tensors, : len(numbers)] = numbers
-                    first += tensors
+            first, kind = 0, "d" if self.wide == torch.float64 else "f"
+            for tensors, numbers in rows:  # an array makes 0 of numbers that are too small, whatever np.seterr says
+                of_row = np.frombuffer(array(kind, numbers), self.numbers.dtype)
+                self.numbers[first : first + tensors, : len(numbers)] = of_row
+                first += tensors
             self._rows = rows
         address = walk(self.types, self.wide, strict, self._draws, sums)
         self.found = False
