@@ -371,7 +371,7 @@ def test_sparse_gradients_from_a_closure_are_refused_too() -> None:
 
 
 class MovesAfterItsParent(SGD):
-    """Takes its parent's step, then subtracts lr, and sets the weights to zero if its group decays."""
+    """Takes its parent's step, then subtracts lr, and adds 1 if its group decays."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -380,7 +380,7 @@ class MovesAfterItsParent(SGD):
             for p in group["params"]:
                 p.sub_(group["lr"])
                 if group["weight_decay"]:
-                    p.zero_()
+                    p.add_(1.0)
 
 
 def test_a_base_that_moves_weights_after_its_parents_step() -> None:

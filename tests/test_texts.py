@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import weight
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, RMSprop, Rprop, SparseAdam
+from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop, Rprop, SparseAdam
 from torch.testing._internal.two_tensor import TwoTensor
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
@@ -264,9 +264,9 @@ OTHERS = [
     (adamw, lambda: RMSprop([weight(1.0)]), "RMSprop", "alpha"),
     (
         lambda: SGD([weight(1.0)]),
-        lambda: Muon([nn.Parameter(torch.ones(2, 2))]),
-        "Muon",
-        "adjust_lr_fn, eps, ns_coefficients, ns_steps",
+        lambda: Rprop([weight(1.0)]),
+        "Rprop",
+        "etas, step_sizes",
     ),
 ]
 
@@ -387,12 +387,11 @@ def reasons(opt: Any) -> list[str]:
 
 def test_reasons_in_plain_words() -> None:
     """Why a group does not take the earlier paths: one sentence for each of them."""
-    matrix = nn.Parameter(torch.ones(2, 2))
     groups = [{"params": [weight(1.0)]}, {"params": [weight(1.0)], "weight_decay": 0.0}]
 
     assert [
-        "not one_pass: no kernel for Muon. Not direction: the sign of Muon's step is not known before it"
-    ] == reasons(CautiousDecay(Muon([matrix], weight_decay=0.1)))
+        "not one_pass: no kernel for Rprop. Not direction: the sign of Rprop's step is not known before it"
+    ] == reasons(CautiousDecay(Rprop([weight(1.0)]), lam=0.1))
     assert "weight_decay is 0: a plain step, without decay" == reasons(CautiousDecay(AdamW(groups)))[1]
 
 
