@@ -23,7 +23,7 @@ from cwd_wrap.graphs import capturing
 from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
-from cwd_wrap.tensors import Shard, are_plain, largest_shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
 
 PIECE = 64 << 20  # bytes
 Counted: TypeAlias = tuple[Bucket, Tensor]
@@ -275,8 +275,7 @@ class Snapshot:
     def _was_skipped(self) -> bool:
         """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays.
 
-        On an accelerator the question waits for the device. There it is asked only of optimizers that no table vouches
-        for, and not in the capture of a CUDA graph.
+        It is asked only of optimizers that no table vouches for, because on an accelerator it waits for the device.
         """
         if not _may_skip(self._work, [p for members in self._members for p in members.parameters]):
             return False
@@ -458,8 +457,8 @@ def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor
 
 
 def _may_skip(work: Work, parameters: Sequence[Tensor]) -> bool:
-    on_cpu = are_plain(parameters) and all(p.device.type == "cpu" for p in parameters)
-    return bool(parameters) and (on_cpu or not (probe.is_vouched(work.base) or capturing()))
+    """True if the base may skip steps by itself: no table vouches for it. Not in the capture of a CUDA graph."""
+    return bool(parameters) and not (probe.is_vouched(work.base) or capturing())
 
 
 def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
@@ -468,8 +467,6 @@ def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
     if not any(bool(value.any()) for value in values):
         return False
     name = type(work.base).__name__
-    if probe.is_vouched(work.base):  # some optimizers of libraries leave the weights alone in their first steps
-        return True
     notices.warn_once(
         work.base,
         "skipped",
