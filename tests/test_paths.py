@@ -46,7 +46,7 @@ def mixed(**options: Any) -> CautiousDecay:
 def test_each_group_takes_its_own_path() -> None:
     """The group with momentum in RMSprop takes pieces, the group without takes the direction."""
     why = "RMSprop with momentum divides each past gradient by its own scale"
-    no_kernel = "no kernel for RMSprop"
+    no_kernel = NO_KERNEL
 
     assert [
         (0, "pieces", f"not one_pass: {no_kernel}. Not direction: {why}"),
@@ -91,7 +91,7 @@ def test_a_snapshot_beside_a_direction_costs_its_own_group_only() -> None:
         (AdamW, {"fused": False}, ("direction", "fused=False was passed, so AdamW's own step runs")),
         (SGD, {"foreach": True}, ("direction", "foreach=True was passed, so SGD's own step runs")),
         (SGD, {"foreach": False}, ("direction", "foreach=False was passed, so SGD's own step runs")),
-        (Adagrad, {"fused": True}, ("direction", "no kernel for Adagrad")),
+        (Adagrad, {"fused": True}, ("direction", NO_KERNEL)),
         (
             Rprop,
             {},
@@ -125,7 +125,7 @@ IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
         CautiousDecay, lambda params: AdamW(params, fused=False), "one_pass",
         "fused=False was passed, so AdamW's own step runs",
     ),
-    "no kernel": (CautiousDecay, Adagrad, "one_pass", "no kernel for Adagrad"),
+    "no kernel": (CautiousDecay, Rprop, "one_pass", "no kernel for Rprop"),
     "a subclass": (
         CautiousDecay, type("Mine", (AdamW,), {}), "one_pass",
         "no kernel for Mine",
