@@ -81,8 +81,6 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
     own = quirks.stepper(base, group)
     if known.library(type(own)) in VOUCHED:
         return Found()
-    if (constraint := quirks.constraint(group)) is not None:
-        return Found(fault=constraint)
     try:
         copies = Copies(own, group)
         with unnoticed(copies):

@@ -218,7 +218,9 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
         return None
     switches = (item for item in group.items() if isinstance(item[1], bool | str))
     key = (where, *switches)
-    if key not in of_base:
+    if key not in of_base and (constraint := quirks.constraint(group)) is not None:
+        of_base[key] = probe.Found(fault=constraint)
+    elif key not in of_base:
         alike = probe.alike(group)
         if alike not in of_base:
             of_base[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
