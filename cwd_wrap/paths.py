@@ -19,11 +19,10 @@ from cwd_wrap import kernels, notices, probe, quirks
 from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
 from cwd_wrap.choice import PATHS, Rule
 from cwd_wrap.draws import Draws, Stream
-from cwd_wrap.graphs import capturing
 from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
 from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
-from cwd_wrap.tensors import Shard, largest_shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import Shard, has_numbers, largest_shard, local_real_view, local_real_views, sparse_indices
 
 PIECE = 64 << 20  # bytes
 Counted: TypeAlias = tuple[Bucket, Tensor]
@@ -258,10 +257,13 @@ class Snapshot:
     def end(self) -> None:
         """Compare, and apply the rule."""
         work = self._work
-        if self._path == "snapshot" and self._was_skipped():
+        asks = self._path == "snapshot" and _may_skip(work)
+        if asks and self._was_skipped():
             return
         if not self.calls or not all(call.holds() for call in self.calls):  # the base may have replaced tensors
             self.calls = self._compare()
+        if asks:
+            self._mask_where_skipped()
         if work.rule.reads_gradient:
             _check_gradients(work, self._members)
         work.report(self._path, work.carry_out(self.calls))
@@ -275,18 +277,31 @@ class Snapshot:
     def _was_skipped(self) -> bool:
         """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays.
 
-        It is asked only of optimizers that no table vouches for, because on an accelerator it waits for the device.
+        It is asked on the CPU; `_mask_where_skipped` does without an answer.
         """
-        if not _may_skip(self._work, [p for members in self._members for p in members.parameters]):
-            return False
         of_groups = list(zip(self._members, self._x, strict=True))
+        if not all(_on_cpu(p) for members in self._members for p in members.parameters):
+            return False
         for members, x in reversed(of_groups):  # a head moves in nearly every step, an embedding may not
-            for p, g, before in zip(
-                reversed(members.parameters), reversed(members.gradients), reversed(x), strict=True
-            ):
+            rows = zip(members.parameters, members.gradients, x, strict=True)
+            for p, g, before in reversed(list(rows)):
                 if g is not None and not torch.equal(local_real_view(p), before):
                     return False
         return _skipped(self._work, [g for members in self._members for g in members.gradients if g is not None])
+
+    def _mask_where_skipped(self) -> None:
+        """On an accelerator, make eta*lam 0 if no weight moved although a gradient is not 0, without waiting for it."""
+        for call in self.calls:
+            w = [t for bucket in call.buckets for t in bucket.w]
+            if _on_cpu(w[0]):
+                continue
+            x = [t for bucket in call.buckets for t in cast("Stepped", bucket).x]
+            gradients = [g for members in self._members for g in members.gradients if g is not None]
+            moved = [(now != before).any() for now, before in zip(w, x, strict=True)]
+            pushed = [local_real_view(g).any() for g in gradients if g.device == w[0].device and not g.is_sparse]
+            steps = torch.stack(moved).any() | ~torch.stack(pushed).any()
+            for bucket in call.buckets:
+                bucket.eta_lam = steps * bucket.eta_lam
 
     def _compare(self) -> list[Call]:
         work = self._work
@@ -360,7 +375,8 @@ class Rows:
         parameters = [of.members.parameters[of.rows[0]] for of, *_ in self._before]
         moved = zip(parameters, self._before, strict=True)
         if (
-            _may_skip(self._work, parameters)
+            _may_skip(self._work)
+            and all(map(_on_cpu, parameters))
             and all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved)
             and _skipped(self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before])
         ):
@@ -456,9 +472,14 @@ def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor
     w[indices] = touched
 
 
-def _may_skip(work: Work, parameters: Sequence[Tensor]) -> bool:
-    """True if the base may skip steps by itself: no table vouches for it. Not in the capture of a CUDA graph."""
-    return bool(parameters) and not (probe.is_vouched(work.base) or capturing())
+def _may_skip(work: Work) -> bool:
+    """True if the base may skip steps by itself: no table vouches for it."""
+    return not probe.is_vouched(work.base)
+
+
+def _on_cpu(p: Tensor) -> bool:
+    """True if reading the tensor waits for no device. A tensor of a mode that computes no values cannot be read."""
+    return p.device.type == "cpu" and has_numbers(p)
 
 
 def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
