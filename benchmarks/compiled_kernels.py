@@ -90,6 +90,10 @@ class Code:
 
 F32, BF16 = tl.float32, tl.bfloat16
 _adam, _sgd, _lion = (_triton._BOUND[name] for name in ("adam", "sgd", "lion"))
+COLUMNS = {  # of the other updates, with all the state that they can have
+    "nadam": 4, "nadamw": 4, "radam": 4, "adamax": 4, "adagrad": 3, "adadelta": 4, "rmsprop": 4, "rmsprop_centered": 5,
+    "rmsprop_tf": 4, "rmsprop_tf_centered": 5,
+}  # fmt: skip
 KERNELS = {
     "direction": Kernel(_triton._along_momentum, (F32,) * 3),
     "direction, no momentum": Kernel(_triton._along_gradient, (F32,) * 2),
@@ -104,6 +108,10 @@ KERNELS = {
     "sgd": Kernel(_sgd, (F32,) * 2, update=True),
     "sgd, momentum": Kernel(_sgd, (F32,) * 3, update=True),
     "lion": Kernel(_lion, (F32,) * 3, update=True),
+    **{
+        name: Kernel(_triton._BOUND[name], (F32,) * columns, update=True, counts=name == "nadamw")
+        for name, columns in COLUMNS.items()
+    },
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
@@ -113,6 +121,7 @@ KERNELS = {
     "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 2, per_tensor=True),
     "adam, bf16": Kernel(_adam, (BF16,) * 4, update=True, counts=True),
     "adam, bf16 with fp32 state": Kernel(_adam, (BF16, BF16, F32, F32), update=True, counts=True),
+    "rmsprop_centered, bf16": Kernel(_triton._BOUND["rmsprop_centered"], (BF16,) * 5, update=True),
     "direction, bf16, stochastic": Kernel(_triton._along_momentum, (BF16,) * 3, stochastic=True),
     "snapshot, fp16, stochastic": Kernel(_triton._from_snapshot, (tl.float16,) * 2, stochastic=True),
     "adam, bf16, stochastic": Kernel(_adam, (BF16,) * 4, update=True, counts=True, stochastic=True),
