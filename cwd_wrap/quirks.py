@@ -400,8 +400,9 @@ def _held(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 def stepper(optimizer: Optimizer, group: Group) -> Optimizer:
     """The innermost layer that has the parameters of ``group``: the one that decays them."""
+    found = all_layers(optimizer)
     of_group = {id(p) for p in group["params"]}
-    for layer in reversed(all_layers(optimizer)):
+    for layer in reversed(found[1:]):
         if any(id(p) in of_group for own in layer.param_groups for p in own["params"]):
             return layer
     return optimizer
