@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from cwd_wrap import directions, kernels, pieces, quirks, updates
+from cwd_wrap.kernels import _threads
 
 PACKAGES = ("cwd-wrap", "torch", "numpy", "numba", "triton", "transformers", "accelerate", "lightning")
 # The module of each optimizer library, and the name under which it is installed.
@@ -91,6 +92,8 @@ def _devices() -> Iterator[str]:
             reason = _obstacle(backend, device)
             chosen = " (chosen)" if backend == kernels.name(None, device) else ""
             yield f"  {backend}: " + (f"can run{chosen}" if reason is None else f"cannot run: {reason}")
+        if _obstacle("numba", device) is None:
+            yield f"  numba's threads: {_threads.described()}"
 
 
 def _found() -> Iterator[tuple[torch.device, str]]:

@@ -11,6 +11,7 @@ import torch
 from torch.optim import LBFGS, SGD, AdamW, NAdam, Optimizer, Rprop
 
 from cwd_wrap import CautiousDecay, __main__, env, kernels, quirks
+from cwd_wrap.kernels import _threads
 
 CPU = torch.device("cpu")
 
@@ -60,6 +61,16 @@ def test_each_backend_can_run_or_says_why_not() -> None:
     assert [line.split(":")[0].strip() for line in of_cpu] == list(kernels.BACKENDS)
     assert all(line.endswith(("can run", "(chosen)")) or "cannot run: " in line for line in of_cpu)
     assert [line for line in of_cpu if "(chosen)" in line] == [f"  {kernels.name(None, CPU)}: can run (chosen)"]
+
+
+def test_the_threads_that_numba_uses_are_named() -> None:
+    """The report tells whether numba's kernels run on torch's own threads; without numba it does not speak of them."""
+    of_threads = [line for line in env.report().splitlines() if "threads: " in line]
+
+    if kernels.obstacle("numba", CPU) is None:
+        assert of_threads == [f"  numba's threads: {_threads.described()}"]
+    else:
+        assert of_threads == []
 
 
 def test_a_card_is_listed_with_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:

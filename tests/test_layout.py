@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "optim": {"params_first", "wrapper", "wrappers"},
     "timm": {"wrappers", "__init__"},
-    "env": {"directions", "kernels", "pieces", "quirks", "updates"},
+    "env": {"directions", "kernels", "kernels._threads", "pieces", "quirks", "updates"},
     "__main__": {"env"},
     "__init__": {"monitor", "optim", "plot", "wrappers"},
 }  # fmt: skip
