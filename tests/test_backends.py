@@ -118,26 +118,25 @@ def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:
 
 
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
-def test_numba_without_a_folder_for_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_without_a_folder_for_its_cache() -> None:
     """Where numba finds no folder that it may write to (a container without a home), it compiles without a cache."""
-    from cwd_wrap.kernels import _numba
+    from cwd_wrap.kernels import _walk
 
     asked = []
 
-    def njit(**options: object) -> Callable[[object], object]:
+    def cfunc(signature: str, **options: object) -> Callable[[object], object]:
         def decorate(function: object) -> object:
-            asked.append(options)
+            asked.append((signature, options))
             if options.get("cache"):
-                raise RuntimeError("cannot cache function 'f': no locator available for file '_numba.py'")
+                raise RuntimeError("cannot cache function 'f': no locator available for file '_walk.py'")
             return function
 
         return decorate
 
-    monkeypatch.setattr(_numba, "njit", njit)
     function = object()
 
-    assert _numba._compiled(nogil=True)(function) is function
-    assert asked == [{"cache": True, "nogil": True}, {"nogil": True}]
+    assert _walk.compiled(cfunc, "void()", nogil=True)(function) is function
+    assert asked == [("void()", {"cache": True, "nogil": True}), ("void()", {"nogil": True})]
 
 
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")

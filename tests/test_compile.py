@@ -100,7 +100,7 @@ def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool)
 def test_a_base_with_a_compiled_step_is_not_stepped_in_pieces() -> None:
     """A compiled base takes a snapshot, because pieces would call the plain step on groups set up for compiled code."""
     params = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)]
-    base, plain = (RMSprop([p], lr=0.1, momentum=0.9, weight_decay=0.5) for p in params)
+    base, plain = (RMSprop([p], lr=0.1, momentum=0.9, weight_decay=0.5, foreach=False) for p in params)
     compile_step(base)
     opt, other = CautiousDecay(base), CautiousDecay(plain)
     for grad in GRADIENTS:

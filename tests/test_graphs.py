@@ -179,19 +179,15 @@ def test_each_stream_has_tables_of_its_own(capture: Capture, monkeypatch: pytest
 # ---- copies of weights and gradients
 
 
-def copies(to: list[Tensor], source: list[Tensor]) -> None:
-    torch._foreach_copy_(to, source)
-
-
-@pytest.mark.parametrize("take", ["take", "take_piece"])
+@pytest.mark.parametrize("take", ["whole", "piece"])
 def test_a_graph_has_its_own_copies(capture: Capture, take: str) -> None:
     """A capture writes to buffers of its own, not to those of steps before or after it."""
     buffers = Buffers()
     w = [torch.ones(3), torch.ones(2, 2)]
 
     def taken() -> list[Tensor]:
-        arguments = (w, w) if take == "take" else (w,)
-        return getattr(buffers, take)(*arguments, lambda _: copies)
+        arguments = (w, w) if take == "whole" else (w,)
+        return getattr(buffers, take)(*arguments)
 
     warm = taken()
     with capture():
@@ -201,7 +197,6 @@ def test_a_graph_has_its_own_copies(capture: Capture, take: str) -> None:
 
     assert places[0] == places[3]
     assert not set(places[1]) & {*places[0], *places[2]}
-    assert all(torch.equal(a, b) for a, b in zip(captured, w, strict=True))
 
 
 @pytest.mark.parametrize("path", ["snapshot", "pieces"])

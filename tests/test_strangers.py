@@ -367,7 +367,7 @@ def test_every_class_of_the_tables_is_known_as_installed() -> None:
             continue  # of another version
         for _ in range(2):
             assert row == known.name(cls)
-            cls([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 0.1}])
+            cls([nn.Parameter(torch.ones(2, 2))], lr=0.1)
         checked += 1
 
     assert checked > 10

@@ -219,7 +219,7 @@ def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
 def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
     """`kernels.Backend.cautious_update`."""
     eta_lams = [float(bucket.eta_lam) for bucket in buckets for _ in bucket.w]
-    _launch("cautious_update", buckets, [(1, row) for row in zip(alpha.tolist(), eta_lams, strict=True)])
+    _launch("cautious_update", buckets, [(1, row) for row in zip(alpha.numpy(), eta_lams, strict=True)])
 
 
 def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
