@@ -27,7 +27,7 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     [
         (AdamW, {"fused": True}, "one_pass"),
         (SGD, {}, "one_pass"),
-        (NAdam, {}, "direction"),
+        (NAdam, {}, "one_pass"),
         (Rprop, {}, "pieces"),
         (LBFGS, {}, "snapshot"),
     ],
@@ -114,8 +114,7 @@ def test_optimizers_are_counted_and_listed() -> None:
 
 def test_broken_packages_are_listed_and_do_not_stop_the_report(tmp_path: Path) -> None:
     """Packages that are installed but raise when imported appear with their errors."""
-    (tmp_path / "numba.py").write_text("")
-    (tmp_path / "llvmlite.py").write_text("raise ImportError('no LLVM here')")
+    (tmp_path / "numba.py").write_text("raise ImportError('no LLVM here')")
     (tmp_path / "schedulefree.py").write_text("print('noise'); raise RuntimeError('not with this torch')")
     told = python("-m", "cwd_wrap", "env", PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}").stdout
 
