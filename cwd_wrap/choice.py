@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, pieces, quirks, updates
+from cwd_wrap import directions, kernels, known, pieces, quirks, updates
 from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import Backend
 from cwd_wrap.weight_decay import Strength
@@ -138,7 +138,7 @@ def copying(base: Optimizer, group: Mapping[str, Any]) -> str:
 
 def steps_without_closure(base: Optimizer) -> bool:
     """True if ``base`` is known to call its closure once, before anything else: it can as well be called earlier."""
-    name = f"{type(base).__module__}.{type(base).__qualname__}"
+    name = known.name(type(base))
     return name in directions.TABLE or name in pieces.TABLE
 
 

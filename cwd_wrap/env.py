@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, pieces, quirks, updates
+from cwd_wrap import directions, kernels, known, pieces, quirks, updates
 from cwd_wrap.kernels import _threads
 
 PACKAGES = ("cwd-wrap", "torch", "numpy", "numba", "triton", "transformers", "accelerate", "lightning")
@@ -49,7 +49,7 @@ def report(*, optimizers: bool = False) -> str:
 
 def path_of(cls: type[Optimizer]) -> str:
     """The first path that the tables allow ``cls`` to take, or "refused"."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = known.name(cls)
     if quirks.refusal_of(cls) is not None:
         return "refused"
     tables = zip(PATHS, (updates.TABLE, directions.TABLE, pieces.TABLE), strict=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import notices, probe, quirks
+from cwd_wrap import known, notices, probe, quirks
 from cwd_wrap.journal import Journal
 
 Group = Mapping[str, Any]
@@ -155,7 +155,7 @@ class Strength:
     def is_settled(self, group: Group) -> bool:
         """True if eta*lam is the same as long as the group holds the same objects."""
         tensors = any(isinstance(group.get(key), Tensor) for key in ("lr", "weight_decay"))
-        return self.step_size is None and not tensors and type(self.base).__module__.startswith("torch.optim.")
+        return self.step_size is None and not tensors and known.library(type(self.base)) == "torch"
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:

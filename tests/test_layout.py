@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels._tables": {"graphs"},
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "kernels.bind", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {"buckets", "directions", "kernels", "pieces", "quirks", "updates", "weight_decay"},
+    "choice": {"buckets", "directions", "kernels", "known", "pieces", "quirks", "updates", "weight_decay"},
     "paths": {
         "buckets", "choice", "draws", "graphs", "journal", "kernels", "notices", "probe", "quirks", "snapshot",
         "tensors", "updates",
@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
     "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
     "optim": {"params_first", "wrapper", "wrappers"},
     "timm": {"wrappers", "__init__"},
-    "env": {"directions", "kernels", "kernels._threads", "pieces", "quirks", "updates"},
+    "env": {"directions", "kernels", "known", "kernels._threads", "pieces", "quirks", "updates"},
     "__main__": {"env"},
     "__init__": {"monitor", "optim", "plot", "wrappers"},
 }  # fmt: skip

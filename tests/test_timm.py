@@ -339,7 +339,7 @@ def test_lam_of_parameters_without_a_model() -> None:
 @pytest.mark.parametrize("lam", ["abc", -1.0, math.nan, [0.1]], ids=str)
 def test_a_wrong_lam_names_lam(lam: Any) -> None:
     """A lam that is no number from 0 up raises with its name, not with that of weight_decay."""
-    with pytest.raises((TypeError, ValueError), match="lam of CautiousDecay is "):
+    with pytest.raises((TypeError, ValueError), match=r"lam of CautiousDecay\w* is "):
         create_optimizer_v2(model(), "cautious_adamw", lr=0.1, lam=lam)
 
 
