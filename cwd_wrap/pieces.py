@@ -119,6 +119,7 @@ TABLE: Mapping[str, Callable[[Group], str | None]] = {
     "timm.optim.sgdp.SGDP": _always,
     "timm.optim.sgdw.SGDW": _always,
     "lion_pytorch.lion_pytorch.Lion": _always,
+    "rose_opt.Rose": _always,
     "pytorch_ranger.ranger913A.RangerVA": _always,
     "pytorch_ranger.rangerqh.RangerQH": _always,
     "torch_optimizer.a2grad.A2GradExp": _always,
