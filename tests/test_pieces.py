@@ -296,7 +296,7 @@ ROWS: dict[str, tuple[dict[str, Any], ...]] = {
         ),
     ),
     "lion_pytorch.lion_pytorch.Lion": (PLAIN, {"decoupled_weight_decay": True}),
-    "rose_opt.Rose": (PLAIN,),
+    "rose_opt.Rose": ({"lr": 0.01},),
     "pytorch_ranger.ranger913A.RangerVA": (
         {"k": 2},
         {"k": 2, "amsgrad": False, "transformer": "none", "grad_transformer": "abs"},
