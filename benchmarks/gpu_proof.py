@@ -155,7 +155,7 @@ def tensors(dtype: torch.dtype, odd: int) -> list[Tensor]:
 
 def launch(kernel: object, *, sums: int = 0, odd: int = 0) -> Callable[[], object]:
     """A call that launches ``kernel`` (of compiled_kernels.KERNELS) on `tensors`."""
-    from cwd_wrap import rules, updates
+    from cwd_wrap import rules
     from cwd_wrap.draws import Draws
     from cwd_wrap.kernels import _triton
     from cwd_wrap.tensors import Shard
@@ -169,21 +169,14 @@ def launch(kernel: object, *, sums: int = 0, odd: int = 0) -> Callable[[], objec
         for column in columns[3:]:
             for t in column:
                 t.abs_()
-        made = {
-            _triton._adam: updates.Adam(0.9, 0.999, 1e-8, amsgrad=len(columns) == 5, maximize=False),
-            _triton._sgd: updates.SGD(0.9 if len(columns) == 3 else 0.0, 0.0, nesterov=False, maximize=False),
-            _triton._lion: updates.Lion(0.9, 0.99, maximize=False),
-        }[kernel.rule]
-        numbers = _triton._coefficients(made)
-        if made.counts:
-            options["steps"] = [torch.ones((), device=DEVICE) for _ in columns[0]]
+        numbers = (0.5,) * _triton.NUMBERS
     if kernel.per_tensor:
         options["per_tensor"] = torch.full((TENSORS,), 0.8, device=DEVICE)
     if kernel.stochastic:
         stream = rules.stream(torch.tensor(0), torch.ones((), dtype=torch.int64, device=DEVICE))
         shards = [Shard(0, t.numel(), t.numel(), t.numel()) for t in columns[0]]
         options["draws"] = [Draws(stream, list(range(TENSORS)), shards)]
-    row = _triton._row(1e-9, *numbers, lr=1e-9)
+    row = (1e-9, 1e-9, (1.0, *numbers))
     return lambda: _triton._launch(kernel.rule, [columns], [row], **options)
 
 
