@@ -33,7 +33,7 @@ test: $(BIN)/.test  ## all tests
 # Neither what starts processes nor what compiles at length.
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures directions draws exceptions layout masks methods params_first paths \
 	project rules tensors weight_decay))
-check: lint $(BIN)/.test  ## lint and the core tests: about a minute
+check: lint $(BIN)/.test  ## lint and the core tests: a few minutes
 	$(BIN)/python -m pytest -q -n 2 -m 'not process and not slow' $(CHECKED)
 
 fuzz: $(BIN)/.test  ## look for events after which a kept plan is wrong, for SECONDS (600); prints a seed and the events
