@@ -29,6 +29,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 DRY = "--dry" in sys.argv
@@ -421,7 +422,7 @@ def large() -> Iterator[Trial]:
     """Indices beyond 2**31: the last weights are reached, and all are counted."""
     from cwd_wrap.buckets import Coming, Stepped, Whole
     from cwd_wrap.kernels import _triton
-    from cwd_wrap.updates import SGD
+    from cwd_wrap.updates import Update, find
 
     numel = (1 << 14) + 5 if DRY else (1 << 31) + 5
 
@@ -452,8 +453,9 @@ def large() -> Iterator[Trial]:
 
     def one_pass() -> object:
         w, g, m = ones(3)
-        sgd = SGD(0.5, 0.0, nesterov=False, maximize=False)
-        return check(w[0], 0.125, _triton.step_whole([Whole(w, g, (m,), [], sgd, 0.25, 0.5)], **flags))
+        base = torch.optim.SGD(w, lr=0.25, momentum=0.5)
+        sgd = cast("Update", find(base, base.param_groups[0]))
+        return check(w[0], 0.125, _triton.step_whole([Whole(w, g, (m,), (), sgd, 0.25, 0.5)], **flags))
 
     yield from (("direction", direction), ("snapshot", from_snapshot), ("one_pass, SGD", one_pass))
 

@@ -62,9 +62,9 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums
             continue
         into = _parts_of(bucket, parts) if count else None
         for of, x, m, g in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
-            d = d_all[: x.numel()]
+            d = d_all.narrow(0, 0, x.numel())
             _direction(bucket, m, g, out=d)
-            wide = x if x.dtype == d.dtype else x_all[: x.numel()].copy_(x)
+            wide = x if x.dtype == d.dtype else x_all.narrow(0, 0, x.numel()).copy_(x)
             _decay_unless_opposed(bucket, of, wide, wide, d, -1.0, strict, out=x, into=into)
     return _per_tensor(parts, buckets) if count else None
 
@@ -85,10 +85,10 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
             continue
         into = _parts_of(bucket, parts) if count else None
         for of, after, before in _blocks(bucket.w, bucket.x):
-            d = d_all[: after.numel()]
+            d = d_all.narrow(0, 0, after.numel())
             w_wide, x_wide = after, before
             if after.dtype != d.dtype:
-                w_wide, x_wide = after.to(d.dtype), x_all[: after.numel()].copy_(before)
+                w_wide, x_wide = after.to(d.dtype), x_all.narrow(0, 0, after.numel()).copy_(before)
             torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
             _decay_unless_opposed(bucket, of, w_wide, x_wide, d, 1.0, strict, out=after, into=into)
     return _per_tensor(parts, buckets) if count else None
