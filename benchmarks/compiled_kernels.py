@@ -43,9 +43,9 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 class Kernel:
     """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
-    ``update``: does it make the optimizer's update? ``write``: does it write, or only count? ``stochastic``: does it
-    round at random? ``counts``: does it read counters? ``per_tensor``: does it read a
-    number for each tensor? ``sums``: how many of `rules.sums` it adds.
+    ``update``: does it make the optimizer's update? ``averages``: a schedule-free one? ``write``: does it write, or
+    only count? ``stochastic``: does it round at random? ``counts``: does it read counters? ``per_tensor``: does it read
+    a number for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
@@ -57,6 +57,7 @@ class Kernel:
     counts: bool = False
     per_tensor: bool = False
     sums: int = 0
+    averages: bool = False
 
     @property
     def read(self) -> tuple[tl.dtype, ...]:
@@ -112,6 +113,8 @@ KERNELS = {
         name: Kernel(_triton._BOUND[name], (F32,) * columns, update=True, counts=name == "nadamw")
         for name, columns in COLUMNS.items()
     },
+    "free_sgd": Kernel(_triton._BOUND["free_sgd"], (F32,) * 3, update=True, averages=True),
+    "free_adam": Kernel(_triton._BOUND["free_adam"], (F32,) * 4, update=True, averages=True),
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
@@ -134,6 +137,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     constants = {
         "RULE": kernel.rule,
         "UPDATE": kernel.update,
+        "AVERAGES": kernel.averages,
         "WRITE": kernel.write,
         **dict(zip(columns, [*kernel.types, None, None, None, None], strict=False)),
         "ROW": _triton.ROW,

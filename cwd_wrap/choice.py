@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, known, pieces, quirks, updates
+from cwd_wrap import directions, kernels, known, pieces, quirks, schedule_free, updates
 from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import Backend
 from cwd_wrap.weight_decay import Strength
@@ -44,6 +44,8 @@ class Rule:
     """For a method that counts over each whole tensor: what the error for flat pieces advises. Else None."""
     rounds: bool = False
     """True if ``whole`` rounds 16-bit weights stochastically: then it also steps groups that do not decay."""
+    averages: bool = False
+    """True if ``whole`` also makes the steps of schedule-free optimizers."""
 
     def has_work(self, eta_lam: float | Tensor) -> bool:
         """True if the method acts on a group with this eta*lam (or lam). A tensor counts as not 0: it is not read."""
@@ -68,14 +70,13 @@ class PathOfGroup(NamedTuple):
 
 def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
     """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that is impossible."""
+    groups = base.param_groups
+    # A group that is about to be added has the next index.
+    index = next((i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups))
     if forced is not None:
         check_path(forced)
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
-            groups = base.param_groups
-            index = next(
-                (i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups)
-            )  # a group that is about to be added has the next index
             msg = (
                 f"path={forced!r} does not work for param group {index} of {type(base).__name__}: {reason}. "
                 "Pass path=None to let the library choose one that works"
@@ -90,6 +91,9 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
             break
         ruled_out.setdefault(reason, []).append(path)
     because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
+    if reason is not None:
+        msg = f"{rule.name} cannot act on param group {index} of {type(base).__name__}: not {because}"
+        raise ValueError(msg)
     return Choice(path, f"not {because}" if because else "a compiled kernel makes the whole step")
 
 
@@ -138,6 +142,8 @@ def copying(base: Optimizer, group: Mapping[str, Any]) -> str:
 
 def steps_without_closure(base: Optimizer) -> bool:
     """True if ``base`` is known to call its closure once, before anything else: it can as well be called earlier."""
+    if schedule_free.is_known(base):
+        return not schedule_free.is_in_eval_mode(base)
     name = known.name(type(base))
     return name in directions.TABLE or name in pieces.TABLE
 
@@ -154,7 +160,7 @@ def _why_not(
     ``compiled_on``: the backend and device for which one_pass needs a compiled kernel; None does not check that.
     """
     if path == "snapshot":
-        return None
+        return quirks.refusal_of(type(base))
     if path == "pieces":
         return _why_not_pieces(base, group)
     if rule.needs_copy is not None:
@@ -162,7 +168,8 @@ def _why_not(
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
     if isinstance(found, str):
         return found
-    if path == "one_pass" and compiled_on is not None and kernels.name(*compiled_on) == "eager":
+    averages = isinstance(found, updates.Update) and found.averages  # no other path is left: even eager is better
+    if path == "one_pass" and compiled_on is not None and not averages and kernels.name(*compiled_on) == "eager":
         backend, device = compiled_on
         why = (
             f"backend={backend!r}"

@@ -50,7 +50,7 @@ def report(*, optimizers: bool = False) -> str:
 def path_of(cls: type[Optimizer]) -> str:
     """The first path that the tables allow ``cls`` to take, or "refused"."""
     name = known.name(cls)
-    if quirks.refusal_of(cls) is not None:
+    if quirks.refusal_of(cls) is not None and name not in updates.TABLE:
         return "refused"
     tables = zip(PATHS, (updates.TABLE, directions.TABLE, pieces.TABLE), strict=False)
     return next((path for path, table in tables if name in table), "snapshot")
@@ -130,5 +130,5 @@ def _paths(*, optimizers: bool) -> Iterator[str]:
         yield f"{module}: " + ", ".join(f"{path} {counts[path]}" for path in PATHS if counts[path])
         if optimizers:
             for cls, path in found.items():
-                reason = quirks.refusal_of(cls)
+                reason = quirks.refusal_of(cls) if path == "refused" else None
                 yield f"  {cls.__qualname__}: {path}" + (f" ({reason})" if reason else "")

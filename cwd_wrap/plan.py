@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, paths, quirks, weight_decay
+from cwd_wrap import directions, paths, quirks, schedule_free, weight_decay
 from cwd_wrap.buckets import Members, have_state
 from cwd_wrap.choice import choose, copying
 from cwd_wrap.graphs import capturing
@@ -232,11 +232,19 @@ def compile_plan(work: Work, strength: Strength, forced: str | None, *, closure:
     ``closure``: the base calls one, so gradients and decays are known only after it.
     """
     plan = Plan(work, strength, forced)
+    averages = schedule_free.is_known(work.base)
+    if averages and schedule_free.is_in_eval_mode(work.base):
+        plan.lasts = False
+        return plan  # the base's own step raises
     if closure:
+        if (reason := quirks.refusal_of(type(work.base))) is not None:  # it was patched after it had been wrapped
+            _refuse(work, reason)
         plan.members = list(_walk(plan, _could_step))
         plan.paths = [paths.Snapshot(work, [members for members, _ in plan.members])]
         return plan
     plan.members = list(_walk(plan, _steps))
+    if averages and any(g is not None and g.is_sparse for members, _ in plan.members for g in members.gradients):
+        _refuse(work, "gradients are sparse. Pass sparse=False to the embedding, or give its group weight_decay=0")
     taken: dict[type[Path], list[Members]] = {path: [] for path in paths.ORDER}
     for members, _ in plan.members:
         for path, some in _paths_of(plan, members):
@@ -246,6 +254,11 @@ def compile_plan(work: Work, strength: Strength, forced: str | None, *, closure:
         work.buffers.drop_whole()
     plan.paths = [path(work, members) for path, members in taken.items() if members]
     return plan
+
+
+def _refuse(work: Work, why: str) -> None:
+    msg = f"{work.rule.name} cannot step {type(work.base).__name__}: {why}"
+    raise ValueError(msg)
 
 
 def check_layouts(work: Work, gradients: Sequence[Tensor | None]) -> None:
@@ -272,7 +285,12 @@ def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
         yield paths.Rows, members.only(sparse)
         members = members.only([i for i, g in enumerate(gradients) if not g.is_sparse])
     if path == "one_pass":
+        averages = schedule_free.is_known(work.base)
+        if averages:
+            schedule_free.give_state(work.base, members.group, members.parameters)
         members, others = have_state(work.base, members)
+        if averages and others.parameters:
+            _refuse(work, "a state has other tensors than its weight or lacks some, so no kernel can step it")
         plan.lasts = plan.lasts and not others.parameters
         if decays:
             yield from _along(plan, others)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from cwd_wrap import known
+from cwd_wrap import known, schedule_free
 
 Group = Mapping[str, Any]
 Eta = float | Tensor | str | None  # a factor, or the reason why there is no single one; None: no special case
@@ -20,6 +20,10 @@ Eta = float | Tensor | str | None  # a factor, or the reason why there is no sin
 _OWN_COPY = (
     "each step computes the weights from a copy that the optimizer keeps, so the decay is lost. "
     "Use the optimizer without a wrapper"
+)
+_SCHEDULE_FREE = (
+    f"{_OWN_COPY}. Of schedule-free optimizers, CautiousDecay with mask='update' wraps AdamWScheduleFree, "
+    "SGDScheduleFree and RAdamScheduleFree of schedulefree 1.3 and 1.4, as they are shipped"
 )
 _IN_BACKWARD = "it updates the weights during backward, before its step is called. Use it without a wrapper"
 _SKIPS = "it may skip a step"
@@ -83,9 +87,13 @@ _WARNED: Mapping[str, str] = {
 ALMOST_ZERO = 1e-300  # 0 in every float32 product, but not equal to 0
 
 
-def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
-    """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can."""
-    if (by_class := refusal_of(type(optimizer))) is not None:
+def refusal(optimizer: Optimizer, rounding: str = "nearest", *, averages: bool = False) -> str | None:
+    """Why ``optimizer`` cannot be wrapped by something that writes with ``rounding``; None if it can.
+
+    ``averages``: it makes the whole step of the schedule-free optimizers that are known.
+    """
+    by_class = refusal_of(type(optimizer))
+    if by_class is not None and not (averages and schedule_free.is_known(optimizer)):
         return by_class
     if (overridden := _overridden(optimizer)) is not None:
         return overridden
@@ -103,10 +111,10 @@ def refusal(optimizer: Optimizer, rounding: str = "nearest") -> str | None:
 
 
 def refusal_of(cls: type[Optimizer]) -> str | None:
-    """Why no optimizer of class ``cls`` can be wrapped; None if they can."""
+    """Why no optimizer of class ``cls`` can be wrapped; None if they can. `refusal` makes an exception."""
     names = _names_of(cls)
     if any("ScheduleFree" in name for name in names):  # in any library: the name says what it is
-        return _OWN_COPY
+        return _SCHEDULE_FREE
     return next((_REFUSED[name] for name in names if name in _REFUSED), None)
 
 
@@ -342,6 +350,9 @@ _ETA: Mapping[str, Callable[[Any, Group], Any]] = {
     "heavyball.ChainOpt": _heavyball,
     "torch_optimizer.AdaBelief": _adabelief,
     "lion_pytorch.Lion": _lion,
+    "schedulefree.AdamWScheduleFree": lambda _, group: schedule_free.eta(group),
+    "schedulefree.RAdamScheduleFree": lambda _, group: schedule_free.eta(group),
+    "schedulefree.SGDScheduleFree": lambda _, group: schedule_free.eta(group),
     "pytorch_optimizer.SPlus": _differs("it scales the learning rate by the shape of each tensor"),
     "pytorch_optimizer.AdamS": _never("it divides the decay by the mean of its second moments"),
     **_of(

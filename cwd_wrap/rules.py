@@ -13,7 +13,8 @@ makes copies in which the words are those of numba or Triton. So a formula has n
 argument, and does no arithmetic with literals, which would make numba compute in float64.
 
 The updates are as their optimizers compute them, with `updates.Update.numbers`. Each returns the direction (which has
-the sign of u), eta*u, and its new state. Its first number is proportional to eta.
+the sign of u), eta*u, and its new state. Its first number is proportional to eta. Those of `AVERAGING` optimizers also
+take the decay, and return the new weight in place of the direction, which is the gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,9 +85,14 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool) -> Tensor:
     return (w < x) & (x > 0) | (w > x) & (x < 0) if strict else (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
 
 
+def taken(x: Tensor, mask: Tensor, eta_lam: float) -> Tensor:
+    """eta*lam * mask * x: what the decay takes off."""
+    return number(mask, x) * x * eta_lam
+
+
 def decayed(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float) -> Tensor:
     """w - eta*lam * mask * x: decay where ``mask`` is 1, computed from the weight ``x`` before the step."""
-    return w - number(mask, x) * x * eta_lam
+    return w - taken(x, mask, eta_lam)
 
 
 def heading(m: Tensor, g: Tensor, slope: float, average: float) -> Tensor:
@@ -301,8 +307,46 @@ def rmsprop_tf_centered(
     return u, where(inside > 0, u, eta * u), v, mean, u
 
 
+# ---- the updates of schedule-free optimizers (arXiv 2405.15682)
+
+
+def averaged(y: Tensor, z: Tensor, step: Tensor, c: float, share: float) -> tuple[Tensor, Tensor]:
+    """The new y and z: the paper's x is the average of all z, and y lies between the two.
+
+        z_new <- z - step,    x_new <- x + c*(z_new - x),    y = (1 - beta1)*z + beta1*x
+
+    Without x this is y_new <- y + c*(z - y) - (1 - beta1*(1 - c)) * step. ``share`` is 1 - beta1*(1 - c).
+    """
+    return lerp(y, z, c) - share * step, z - step
+
+
+def free_sgd(
+    g: Tensor, y: Tensor, decay: Tensor, z: Tensor, eta: float, c: float, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Schedule-free SGD (Section 2): `averaged` with step = eta*u + decay, u = g. The gradient is that at y."""
+    step = eta * g
+    y, z = averaged(y, z, step + decay, c, share)
+    return y, step, z
+
+
+def free_adam(
+    g: Tensor, y: Tensor, decay: Tensor, z: Tensor, v: Tensor, eta: float, c: float, share: float, rest: float,
+    beta2: float, rest2: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Schedule-free AdamW (Algorithm 1) and RAdam: `averaged` with step = eta*u + decay.
+
+    v <- beta2*v + (1 - beta2) * g * g,    u = g / (sqrt(v / (1 - beta2**t)) + eps)
+
+    ``rest`` is 1 - beta2**t; below 0 it says that RAdam does not rectify: then u = g.
+    """
+    v = beta2 * v + rest2 * g * g
+    step = eta * where(rest < 0, g, divide(g, root(divide(v, rest)) + eps))
+    y, z = averaged(y, z, step + decay, c, share)
+    return y, step, z, v
+
+
 FORMULAS: tuple[Callable[..., Any], ...] = (
-    aligned, moved_towards_zero, decayed, heading, agrees, rescaled, lerp, larger, added,
+    aligned, moved_towards_zero, taken, decayed, heading, agrees, rescaled, lerp, larger, added, averaged,
 )  # fmt: skip
 """The formulas that every backend has. Each uses only words and formulas before it."""
 UPDATES: tuple[Callable[..., Any], ...] = (
@@ -310,6 +354,8 @@ UPDATES: tuple[Callable[..., Any], ...] = (
     rmsprop_tf_centered,
 )  # fmt: skip
 """Those of the updates. The arguments of each: the gradient; its state, up to three tensors; up to seven numbers."""
+AVERAGING: tuple[Callable[..., Any], ...] = (free_sgd, free_adam)
+"""Those of schedule-free updates. They take the weight and its decay after the gradient."""
 
 
 # ---- on tensors of any type

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known
+from cwd_wrap import known, schedule_free
 
 Group = Mapping[str, Any]
 Numbers: TypeAlias = tuple[float, ...]
@@ -44,6 +44,8 @@ class Update:
     """True if the first two options are beta1 and beta2, the formula's first two numbers are lr / (1 - beta1**t) and
     sqrt(1 - beta2**t), and nothing else depends on ``t``: then a kernel can read ``t`` on a device. Other counters must
     be on the CPU."""
+    averages: bool = False
+    """True for schedule-free updates, one of `rules.AVERAGING`."""
 
     @property
     def of_what(self) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -74,11 +76,9 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     """The update of ``optimizer`` on ``group``, or the reason why no kernel computes it."""
     cls = type(optimizer)
     make = TABLE.get(known.name(cls) or "")
-    if make is None:
+    if make is None or schedule_free.is_of_another_version(optimizer):
         return f"no kernel for {cls.__name__}"
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
-        return "GradScaler has not unscaled its gradients yet"
-    if (obstacle := _obstacle(cls.__name__, group)) is not None:
+    if (obstacle := _obstacle(optimizer, group)) is not None:
         return obstacle
     update = make(group)
     if isinstance(update, str):
@@ -88,8 +88,13 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     return replace(update, options=tuple(map(float, update.options)), maximize=bool(group.get("maximize")))
 
 
-def _obstacle(name: str, group: Group) -> str | None:
+def _obstacle(optimizer: Optimizer, group: Group) -> str | None:
     """What in the options of a group rules out every kernel; None if nothing does."""
+    name = type(optimizer).__name__
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+        return "GradScaler has not unscaled its gradients yet"
+    if schedule_free.is_known(optimizer):  # it has no other path, and foreach=True by default: that asks for nothing
+        return f"the lr of {name} is a tensor: pass a number" if isinstance(group["lr"], Tensor) else None
     if (asked := _asked_for(group)) is not None:
         return f"{asked} was passed, so {name}'s own step runs"
     if group.get("caution"):
@@ -257,6 +262,52 @@ def _of_lion(lr: float, beta1: float, beta2: float) -> Numbers:
     return lr, 1 - beta1, 1 - beta2
 
 
+def _free_sgd(group: Group) -> Update | str:
+    options = (group["warmup_steps"], group["momentum"], *_schedule(group))
+    return Update("free_sgd", ("z",), options, _of_free_sgd, averages=True)
+
+
+def _of_free_sgd(lr: float, warmup_steps: float, beta1: float, k: float, *schedule: float) -> Numbers:
+    eta = lr * schedule_free.warmed_up(k, warmup_steps)
+    return eta, *schedule_free.averaging(eta, beta1, k, *schedule)
+
+
+def _free_adamw(group: Group) -> Update | str:
+    return _free_adam(group, group["warmup_steps"], _of_free_adamw)
+
+
+def _of_free_adamw(
+    lr: float, warmup_steps: float, beta1: float, beta2: float, eps: float, k: float, *schedule: float
+) -> Numbers:
+    eta = lr * schedule_free.warmed_up(k, warmup_steps)
+    average = schedule_free.averaging(eta, beta1, k, *schedule)
+    return eta, *average, 1 - beta2 ** (k + 1), beta2, 1 - beta2, eps
+
+
+def _free_radam(group: Group) -> Update | str:
+    return _free_adam(group, group["silent_sgd_phase"], _of_free_radam)
+
+
+def _of_free_radam(
+    lr: float, silent: float, beta1: float, beta2: float, eps: float, k: float, *schedule: float
+) -> Numbers:
+    eta = lr * schedule_free.rectified(k, beta2, silent)
+    average = schedule_free.averaging(eta, beta1, k, *schedule)
+    rest = 1 - beta2 ** (k + 1) if schedule_free.length(k, beta2) > 4 else -1.0
+    return eta, *average, rest, beta2, 1 - beta2, eps
+
+
+def _free_adam(group: Group, own: float, of_step: Callable[..., Numbers]) -> Update | str:
+    if any(map(Tensor.is_complex, group["params"])):
+        return "it squares complex gradients as complex numbers"
+    options = (own, *group["betas"], group["eps"], *_schedule(group))
+    return Update("free_adam", ("z", "exp_avg_sq"), options, of_step, averages=True)
+
+
+def _schedule(group: Group) -> tuple[Any, ...]:
+    return tuple(group[key] for key in ("k", "r", "weight_sum", "lr_max", "weight_lr_power"))
+
+
 TABLE: Mapping[str, Callable[[Group], Update | str]] = {
     "torch.optim.adadelta.Adadelta": _adadelta,
     "torch.optim.adagrad.Adagrad": _adagrad,
@@ -273,4 +324,7 @@ TABLE: Mapping[str, Callable[[Group], Update | str]] = {
     "timm.optim.rmsprop_tf.RMSpropTF": _rmsprop_tf,
     "timm.optim.sgdw.SGDW": _sgd,
     "lion_pytorch.lion_pytorch.Lion": _lion,
+    "schedulefree.adamw_schedulefree.AdamWScheduleFree": _free_adamw,
+    "schedulefree.radam_schedulefree.RAdamScheduleFree": _free_radam,
+    "schedulefree.sgd_schedulefree.SGDScheduleFree": _free_sgd,
 }

@@ -377,7 +377,8 @@ class OptimizerWrapper(Contract):
                     'CautiousDecay with mask="update" uses none'
                 )
                 raise ValueError(msg)
-            if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"))) is not None:
+            averages = layer is base and self._rule().averages
+            if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"), averages=averages)) is not None:
                 msg = f"{name} cannot wrap {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
             if inside := [type(inner).__name__ for inner in quirks.apart(layer)]:
@@ -398,7 +399,7 @@ class OptimizerWrapper(Contract):
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out, acts)
         if acts:
             self._check_weights(group, index)
-            if self.path is not None:
+            if self.path is not None or quirks.refusal_of(type(self.base_optimizer)) is not None:
                 choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)

@@ -122,7 +122,8 @@ class CautiousDecay(OptimizerWrapper):
         name = type(self).__name__
         if self.mask == "update":
             rounds = self.rounding == "stochastic"
-            return Rule(name, self._after, before=self._before, whole=self._whole, draws=rounds, rounds=rounds)
+            paths = (self._after, None, self._before, self._whole)
+            return Rule(name, *paths, draws=rounds, rounds=rounds, averages=True)
         why = f"mask={self.mask!r} is an ablation, which needs a copy of the weights"
         draws = self.mask == "random" or self.rounding == "stochastic"
         way_out = f"pass another mask than 'random', {_FULLY_SHARD}" if self.mask == "random" else None

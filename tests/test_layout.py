@@ -14,10 +14,11 @@ ARROWS: dict[str, set[str]] = {
     "rules": set(),
     "known": set(),
     "directions": {"known"},
-    "updates": {"known"},
+    "schedule_free": {"known"},
+    "updates": {"known", "schedule_free"},
     "pieces": {"known"},
     "tensors": set(),
-    "quirks": {"known"},
+    "quirks": {"known", "schedule_free"},
     "copies": {"quirks"},
     "probe": {"copies", "known", "quirks"},
     "notices": set(),
@@ -39,12 +40,16 @@ ARROWS: dict[str, set[str]] = {
     "kernels._tables": {"graphs"},
     "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "kernels.bind", "updates"},
     "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {"buckets", "directions", "kernels", "known", "pieces", "quirks", "updates", "weight_decay"},
+    "choice": {
+        "buckets", "directions", "kernels", "known", "pieces", "quirks", "schedule_free", "updates", "weight_decay",
+    },
     "paths": {
         "buckets", "choice", "draws", "graphs", "journal", "kernels", "notices", "probe", "quirks", "snapshot",
         "tensors", "updates",
     },
-    "plan": {"buckets", "choice", "directions", "graphs", "paths", "quirks", "tensors", "weight_decay"},
+    "plan": {
+        "buckets", "choice", "directions", "graphs", "paths", "quirks", "schedule_free", "tensors", "weight_decay",
+    },
     "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",

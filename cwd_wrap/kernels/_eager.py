@@ -105,11 +105,11 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
             x = w.to(torch.promote_types(w.dtype, torch.float32))
             g_wide = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
-            direction, step, *new = _update(bucket, g_wide, [s.to(x.dtype) for s in state], steps[taken[i]][0])
-            mask = rules.aligned(direction, x, strict)
-            values = (rules.decay(x - step, x, mask, bucket.eta_lam), *new)
+            of_state = [s.to(x.dtype) for s in state]
+            direction, step, *values = _stepped(bucket, x, g_wide, of_state, steps[taken[i]][0], strict)
             if count:
-                parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
+                mask, moved = (rules.aligned(direction, x, only) for only in (strict, True))
+                parts.append([rules.sums(mask, moved, x, step, values[0])])
             for column, (old, value) in enumerate(zip((w, *state), values, strict=False)):
                 if bucket.draws is not None and old.element_size() == 2:
                     random = _random(bucket.draws, i, column, w.shape)
@@ -168,13 +168,19 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
             after.copy_(rules.p_norm_decay(after, before, p, bucket.eta_lam, next(zeros)))
 
 
-def _update(bucket: Whole, g: Tensor, state: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, ...]:
-    """(direction, eta*u, new state ...) of the bucket's update."""
+def _stepped(
+    bucket: Whole, x: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Numbers, strict: bool
+) -> tuple[Tensor, ...]:
+    """(direction, eta*u, new weight, new state ...) of the bucket's update and decay."""
     of_rules = getattr(rules, bucket.update.formula)
     eta = bucket.lr * numbers[0] if on_a_device(bucket.lr) else numbers[0]
+    if bucket.update.averages:
+        decay = rules.taken(x, rules.aligned(g, x, strict), bucket.eta_lam)  # type: ignore[arg-type]
+        new_x, step, *new = of_rules(g, x, decay, *state, eta, *numbers[1:])
+        return g, step, new_x, *new
     lacking = of_rules.__code__.co_argcount - 1 - len(state) - len(numbers)
-    made: tuple[Tensor, ...] = of_rules(g, *state, *[None] * lacking, eta, *numbers[1:])
-    return made
+    direction, step, *new = of_rules(g, *state, *[None] * lacking, eta, *numbers[1:])
+    return direction, step, rules.decay(x - step, x, rules.aligned(direction, x, strict), bucket.eta_lam), *new
 
 
 def on_a_device(lr: float | Tensor) -> bool:

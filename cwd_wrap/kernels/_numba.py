@@ -58,7 +58,7 @@ def _divide(a, b):
 _WORDS = {"where": _where, "number": _number, "one": _one, "root": _root, "divide": _divide, "fused": _fma}
 _BOUND = bind(_WORDS, register_jitable)
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled = _BOUND["heading"], _BOUND["agrees"], _BOUND["rescaled"]
+_heading, _agreeing, _rescaled, _taken = (_BOUND[name] for name in ("heading", "agrees", "rescaled", "taken"))
 
 
 @register_jitable
@@ -127,6 +127,22 @@ def _with_decay(update: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _averaging(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule that decays inside of a schedule-free ``update``."""
+
+    @register_jitable
+    def rule(x, g, a, b, c, n, strict):
+        u = n[0] * g
+        mask, moved = _masks(_aligned, u, x, strict)
+        new, step, a_new, b_new, c_new = update(
+            u, x, _taken(x, mask, n[1]), a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8]
+        )
+        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+
+    made: Callable[..., Any] = rule
+    return made
+
+
 _walks: dict[str, Callable[..., int]] = {}
 _MADE_OF = ""  # without source files numba caches nothing
 with contextlib.suppress(OSError):
@@ -149,6 +165,7 @@ for _name, _rule in (
     ("along_gradient", _along_gradient), ("along_momentum", _along_momentum), ("from_snapshot", _from_snapshot),
     ("step", _step), ("nonzero", _nonzero), ("agrees", _agrees), ("cautious_update", _cautious_update),
     *((_update.__name__, _with_decay(_BOUND[_update.__name__])) for _update in rules.UPDATES),
+    *((_update.__name__, _averaging(_BOUND[_update.__name__])) for _update in rules.AVERAGING),
 ):  # fmt: skip
     _add_walk(_name, _rule)
 

@@ -10,7 +10,8 @@ from device memory: no value is compiled in, and each replay of a CUDA graph rea
 
 `_sweep` is the kernel for every rule. A decay is a function of the values of up to three tensors in one place, of
 eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update is a
-function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns. A rule that
+function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns; a
+schedule-free one takes the weight and its decay, too. A rule that
 needs a number for each whole tensor takes two launches: one counts, and the other reads a number that was computed from
 the counts. The sums for a monitor are made in the launch that decays, and compiled in only if they are asked for.
 
@@ -107,7 +108,7 @@ _WORDS = {
 _SEEN = {"tl": tl, "Tensor": tl.tensor, "Maybe": tl.tensor, "bool": tl.tensor}  # names that Triton looks up, no more
 _BOUND = bind({**_WORDS, **_SEEN}, triton.jit)
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled = _BOUND["heading"], _BOUND["agrees"], _BOUND["rescaled"]
+_heading, _agreeing, _rescaled, _taken = (_BOUND[name] for name in ("heading", "agrees", "rescaled", "taken"))
 
 
 @triton.jit
@@ -240,6 +241,22 @@ def _store(pointer, value, at, inside, words, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def _update(
+    x, g, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6,
+    RULE: tl.constexpr, AVERAGES: tl.constexpr, STRICT: tl.constexpr,
+):  # fmt: skip
+    """(new x, direction, mask, eta*u, new state) of an update and the decay."""
+    if AVERAGES:
+        mask = _aligned(g, x, STRICT)
+        new, step, z, v, largest = RULE(g, x, _taken(x, mask, eta_lam), z, v, largest, n0, n1, n2, n3, n4, n5, n6)
+        return new, g, mask, step, z, v, largest
+    else:  # noqa: RET505 - Triton compiles one of the two
+        direction, step, z, v, largest = RULE(g, z, v, largest, n0, n1, n2, n3, n4, n5, n6)
+        mask = _aligned(direction, x, STRICT)
+        return _decayed(x - step, x, mask, eta_lam), direction, mask, step, z, v, largest
+
+
+@triton.jit
 def _piece(
     first,
     second,
@@ -268,6 +285,7 @@ def _piece(
     weights,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
+    AVERAGES: tl.constexpr,
     WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
@@ -283,11 +301,12 @@ def _piece(
     if UPDATE:
         v = _load(fourth, at, inside, WIDE) if fourth is not None else None
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
-        direction, step, z, v, largest = RULE(sign * y, z, v, largest, n0, n1, n2, n3, n4, n5, n6)
-        before, mask = x, _aligned(direction, x, STRICT)
+        before = x
+        x, direction, mask, step, z, v, largest = _update(
+            x, sign * y, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, RULE, AVERAGES, STRICT
+        )
         if SUMS:
-            moved = _aligned(direction, x, True)
-        x = _decayed(x - step, x, mask, eta_lam)
+            moved = _aligned(direction, before, True)
         if third is not None:
             _store(third, z, at, inside, words, 1)
         if fourth is not None:
@@ -346,6 +365,7 @@ def _sweep(
     per_tensor,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
+    AVERAGES: tl.constexpr,
     WRITE: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -364,7 +384,7 @@ def _sweep(
     """Carry RULE out on chunk number ``program_id``.
 
     ``addresses``: columns of ``tensors`` each, of the types FIRST to FIFTH; the first is written if WRITE, the third to
-    the fifth if RULE is an UPDATE.
+    the fifth if RULE is an UPDATE; AVERAGES: a schedule-free one.
     ``chunks``: for each its tensor, its first element, the one after its last, and its row.
     ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
     ``steps``: None, or the address of each tensor's counter from before the step, for an update that only corrects
@@ -416,14 +436,14 @@ def _sweep(
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
+            RULE, UPDATE, AVERAGES, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, at < stop, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
             key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, WRITE, WIDE, STRICT, SUMS,
+            RULE, UPDATE, AVERAGES, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if SUMS:
         _add_to(counts + tensor * 5, active, towards, decayed, stepped, weights, SUMS)
@@ -479,8 +499,9 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         after.append([distinct[k][1] for k in taken])
     steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
     flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
+    flags |= {"row_of": row_of, "update": True, "averages": buckets[0].update.averages}
     rule = _BOUND[buckets[0].update.formula]
-    sums = _launch(rule, _columns(buckets), rows, row_of=row_of, update=True, steps=steps, **flags)
+    sums = _launch(rule, _columns(buckets), rows, steps=steps, **flags)
     if in_kernel:
         torch._foreach_add_(list(steps), 1)
         return sums
@@ -583,6 +604,7 @@ def _launch(
     *,
     row_of: list[int] | None = None,
     update: bool = False,
+    averages: bool = False,
     steps: Sequence[Tensor] = (),
     strict: bool = False,
     count: bool = False,
@@ -643,6 +665,7 @@ def _launch(
                 per_tensor,
                 RULE=rule,
                 UPDATE=update,
+                AVERAGES=averages,
                 WRITE=write,
                 **dict(zip(_COLUMNS, [*types, None, None, None, None], strict=False)),
                 ROW=ROW,
