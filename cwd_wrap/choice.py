@@ -90,10 +90,11 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
         if reason is None:
             break
         ruled_out.setdefault(reason, []).append(path)
-    because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
     if reason is not None:
-        msg = f"{rule.name} cannot act on param group {index} of {type(base).__name__}: not {because}"
+        why = next(iter(ruled_out))
+        msg = f"{rule.name} cannot step param group {index} of {type(base).__name__}: {why}. Without a kernel {reason}"
         raise ValueError(msg)
+    because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
     return Choice(path, f"not {because}" if because else "a compiled kernel makes the whole step")
 
 

@@ -30,7 +30,8 @@ _OPTIONS: Mapping[str, set[str]] = {
 
 def is_known(optimizer: Optimizer) -> bool:
     """True if the steps of ``optimizer`` are those that `updates` describes."""
-    return _OPTIONS.get(known.name(type(optimizer)) or "") == optimizer.defaults.keys()
+    # torch adds an option when it loads or copies an optimizer.
+    return _OPTIONS.get(known.name(type(optimizer)) or "") == optimizer.defaults.keys() - {"differentiable"}
 
 
 def is_of_another_version(optimizer: Optimizer) -> bool:

@@ -182,3 +182,52 @@ def lion(gradients: Gradients, lr: float, betas: tuple[float, float]) -> Tensor:
     """arXiv 2302.06675, Algorithm 2."""
     beta1, beta2 = betas
     return lr * torch.sign(beta1 * mean(gradients[:-1], beta2) + (1 - beta1) * gradients[-1])
+
+
+# ---- schedule-free optimizers (arXiv 2405.15682), which have no eta*u of their own: the average is in every step
+
+Iterates = tuple[Tensor, Tensor, Tensor]
+"""y, where the gradient is computed, the average x, and z."""
+
+
+def schedule_free(
+    start: Tensor,
+    gradients: Gradients,
+    etas: Sequence[float],
+    direction: Callable[[Gradients], Tensor],
+    beta: float,
+    lam: float = 0.0,
+    strict: bool = False,
+    r: float = 0.0,
+    power: float = 2.0,
+) -> Iterates:
+    """Algorithm 1 with its x, and with cautious weight decay at y. ``direction`` gives u from all gradients so far.
+
+    The weights of the average are t**r * max(etas so far)**power, as in the authors' code.
+    """
+    x = z = y = start
+    total = 0.0
+    for t, eta in enumerate(etas, 1):
+        u = direction(gradients[:t])
+        z = z - eta * (u + lam * aligned(u, y, strict) * y)
+        weight = t**r * max(etas[:t]) ** power
+        total += weight
+        c = weight / total if total else 0.0
+        x = (1 - c) * x + c * z
+        y = (1 - beta) * z + beta * x
+    return y, x, z
+
+
+def normalized(gradients: Gradients, beta2: float, eps: float) -> Tensor:
+    """Adam's u without momentum."""
+    v = mean(squared(gradients), beta2) / (1 - beta2 ** len(gradients))
+    return gradients[-1] / (v.sqrt() + eps)
+
+
+def rectification(t: int, beta2: float) -> float | None:
+    """arXiv 1908.03265, Algorithm 2: the factor of step ``t``; None where the variance is not tractable."""
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / (1 - beta2**t)
+    if length <= 4:
+        return None
+    return math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
