@@ -83,6 +83,7 @@ def row(case: Case) -> str:
         "`weight_decay_1d` is switched off with it" if case.decays and "1d" in case.decays else "",
         "keeps its trust ratio in groups that decay" if case.adapts is not None else "",
         f"weak: {case.fades}" if case.fades else "",
+        "schedule-free: the decay enters its step at y; CautiousDecay only" if case.averages else "",
         "`step` needs a closure" if case.closure else "",
         "gradients need a graph" if case.create_graph else "",
         "only rows in the sparse gradient decay" if case.sparse else "",

@@ -205,10 +205,15 @@ def expected_whole(bucket: Whole, i: int, strict: bool = False) -> tuple[Tensor,
     (((numbers, _),), _) = update.steps(float(lr), [tuple(counters)])
     formula = getattr(rules, update.formula)
     s: list[Tensor | None] = [each.to(x.dtype) for each in state]
-    s += [None] * (len(inspect.signature(formula).parameters) - 1 - len(numbers) - len(s))
-    u, step, *new = formula(g, *s, *numbers)
-    mask = rules.aligned(u, x, strict)
-    written = [rules.decay(x - step, x, mask, eta_lam), *new]
+    if update.averages:
+        u, mask = g, rules.aligned(g, x, strict)
+        new_x, step, *new = formula(g, x, mask.to(x.dtype) * x * float(eta_lam), *s, *numbers)
+        written = [new_x, *new]
+    else:
+        s += [None] * (len(inspect.signature(formula).parameters) - 1 - len(numbers) - len(s))
+        u, step, *new = formula(g, *s, *numbers)
+        mask = rules.aligned(u, x, strict)
+        written = [rules.decay(x - step, x, mask, eta_lam), *new]
     sums = rules.sums(mask, rules.aligned(u, x, strict=True), x, step, written[0])
     return sums, [value.to(old.dtype) for value, old in zip(written, (w, *state), strict=False)]  # no state, no column
 
@@ -606,7 +611,13 @@ def test_vector(on: Place) -> None:
 # ---- the whole step
 
 
-LION = updates.Update("lion", ("exp_avg",), (0.9, 0.99), updates._of_lion)  # its optimizer may not be installed
+# The optimizers of these may not be installed. The numbers of a schedule are k, r, weight_sum, lr_max and its power.
+LION = updates.Update("lion", ("exp_avg",), (0.9, 0.99), updates._of_lion)
+SCHEDULE = (3.0, 0.5, 7.0, 2.0, 1.0)
+FREE_SGD = updates.Update("free_sgd", ("z",), (8.0, 0.9, *SCHEDULE), updates._of_free_sgd, averages=True)
+FREE_ADAM = updates.Update(
+    "free_adam", ("z", "exp_avg_sq"), (8.0, 0.9, 0.99, 1e-8, *SCHEDULE), updates._of_free_adamw, averages=True
+)
 UPDATES: dict[str, updates.Update] = {
     "adam": update_of(Adam),
     "adam, beta 0": update_of(Adam, betas=(0.0, 0.0)),
@@ -621,8 +632,13 @@ UPDATES: dict[str, updates.Update] = {
     "lion": LION,
     "lion, beta 0": replace(LION, options=(0.0, 0.0)),
     "lion, maximize": replace(LION, options=(0.95, 0.98), maximize=True),
+    "free_sgd": FREE_SGD,
+    "free_sgd, first step": replace(FREE_SGD, options=(0.0, 0.9, 0.0, 0.0, 0.0, -1.0, 2.0)),
+    "free_adam": FREE_ADAM,
+    "free_adam, betas 0": replace(FREE_ADAM, options=(0.0, 0.0, 0.0, 1e-8, *SCHEDULE)),
+    "free_adam, not rectified": replace(FREE_ADAM, of_step=updates._of_free_radam, options=FREE_ADAM.options),
 }
-KERNELS = ("adam", "amsgrad", "sgd", "sgd, momentum", "lion")
+KERNELS = ("adam", "amsgrad", "sgd", "sgd, momentum", "lion", "free_sgd", "free_adam")
 all_updates = pytest.mark.parametrize("name", UPDATES)
 all_kernels = pytest.mark.parametrize("name", KERNELS)
 
@@ -725,7 +741,8 @@ def test_the_bias_correction(on: Place, beta: float, t: int) -> None:
 def test_special_values_of_the_whole_step(on: Place, name: str, strict: bool) -> None:
     """Every combination of signed zeros, denormals, huge numbers, infinities and NaN gives what rules.py gives."""
     w, g, m, v = on.special(4)
-    state = {"adam": ([m], [v.abs()]), "amsgrad": ([m], [v.abs()], [m.abs()]), "sgd": ()}.get(name, ([m],))
+    state = {"adam": ([m], [v.abs()]), "amsgrad": ([m], [v.abs()], [m.abs()]), "sgd": ()}
+    state = {**state, "free_adam": ([m], [v.abs()])}.get(name, ([m],))
     steps = ([torch.tensor(3.0, device=on.device)],) if UPDATES[name].counters else ()
     state = tuple([t.clone() for t in column] for column in state)
 

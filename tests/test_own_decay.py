@@ -65,9 +65,10 @@ def option_sets(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def rows() -> Iterator[Any]:
-    # heavyball takes gradients away and rounds at random; test_weight_decay.py tests its step sizes.
+    # heavyball takes gradients away and rounds at random; test_weight_decay.py tests its step sizes. The decay of
+    # schedule-free optimizers enters their steps; test_schedule_free.py compares it with their own.
     for case in cases(tuple(library for library in LIBRARIES if library != "heavyball")):
-        if case.refused or not case.decay_key:
+        if case.refused or case.averages or not case.decay_key:
             continue
         for options in option_sets(case):
             name = "-".join((case.name, *(f"{k}={v}" for k, v in options.items())))

@@ -295,9 +295,10 @@ def test_state_of_a_type_that_no_kernel_reads(key: str, backend: str) -> None:
 
 
 def test_every_class_of_the_table_is_tested() -> None:
-    """The rows of this file cover every class in the table of updates."""
+    """The rows of this file cover every class in the table, but schedule-free ones: test_schedule_free.py."""
     covered = {
         name if isinstance(name, str) else f"{name.__module__}.{name.__qualname__}" for name, *_ in ROWS.values()
     }
 
-    assert {name.rsplit(".", 1)[-1] for name in updates.TABLE} == {name.rsplit(".", 1)[-1] for name in covered}
+    listed = {name for name in updates.TABLE if not name.startswith("schedulefree.")}
+    assert {name.rsplit(".", 1)[-1] for name in listed} == {name.rsplit(".", 1)[-1] for name in covered}

@@ -22,7 +22,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
-Eta = Literal["lr", "lr * lr / max_lr_snapshot", "d * lr", "lr * sqrt(1 - betas[1]**t) / (1 - betas[0]**t)", "given"]
+Eta = Literal[
+    "lr",
+    "lr * lr / max_lr_snapshot",
+    "d * lr",
+    "lr * sqrt(1 - betas[1]**t) / (1 - betas[0]**t)",
+    "scheduled_lr",
+    "given",
+]
 
 # Their optimizers are the classes of their top-level module. torch and timm: see `cases`.
 LIBRARIES = (
@@ -54,7 +61,9 @@ class Case:
     decay_key: bool = True
     """Its groups have a `weight_decay` of their own."""
     eta: Eta = "lr"
-    """What `lam` is multiplied by, before the step. "given": it has no `lr`; pass `step_size=`."""
+    """What `lam` is multiplied by, before the step. "given": it has no `lr`; pass `step_size=`.
+
+    "scheduled_lr": the number of this name that the step leaves in the group."""
     decays: str | None = None
     """Another decay of its own, on by default and not switched off with `weight_decay`."""
     adapts: str | None = None
@@ -69,6 +78,8 @@ class Case:
     """It takes one group only: `build` puts all parameters in it, and the groups' keys are lost."""
     fades: str | None = None
     """Every step obeys the rule, but later steps pull the weight towards this copy."""
+    averages: bool = False
+    """Schedule-free: the decay enters its step at y, so the rule is that of test_schedule_free.py."""
     leaves_vectors: bool = False
     """Its own decay skips vectors, so ours does too."""
     refused: str | None = None
@@ -128,6 +139,7 @@ def _uncompiled(build: Callable[..., Optimizer], groups: Groups, **flags: Any) -
 
 _SCHEDULE_FREE = "schedule-free: recomputes the weights from its own copy z"
 _SCHEDULE_FREE_NOTE: dict[str, Any] = {"refused": _SCHEDULE_FREE, "how": _train}
+_AVERAGES: dict[str, Any] = {"averages": True, "eta": "scheduled_lr", "how": _train}
 _APEX = {"refused": "needs apex and a GPU"}
 _BNB = {"refused": "needs bitsandbytes and a GPU"}
 _LOOKAHEAD = "slow weights"
@@ -302,13 +314,16 @@ NOTES: dict[str, dict[str, Any]] = {
     "dadaptation.DAdaptLion": _D,
     "dadaptation.DAdaptSGD": {"refused": "recomputes p from x0 and the dual iterate z"},
     "prodigyopt.Prodigy": _D,
+    "schedulefree.AdamWScheduleFree": _AVERAGES,
+    "schedulefree.RAdamScheduleFree": _AVERAGES,
+    "schedulefree.SGDScheduleFree": _AVERAGES,
 }
 
 
 def _note(name: str) -> dict[str, Any]:
     library, short = name.split(".")
     if library == "schedulefree":
-        return _SCHEDULE_FREE_NOTE
+        return NOTES.get(name, _SCHEDULE_FREE_NOTE)
     if library == "timm" and short.startswith("fused"):
         return _APEX
     if library == "timm" and short.startswith("bnb"):

@@ -175,7 +175,9 @@ def _stepped(
     of_rules = getattr(rules, bucket.update.formula)
     eta = bucket.lr * numbers[0] if on_a_device(bucket.lr) else numbers[0]
     if bucket.update.averages:
-        decay = rules.taken(x, rules.aligned(g, x, strict), bucket.eta_lam)  # type: ignore[arg-type]
+        # A tensor of shape (1,) and another type would widen the result.
+        eta_lam: Any = bucket.eta_lam.reshape(()) if isinstance(bucket.eta_lam, Tensor) else bucket.eta_lam
+        decay = rules.taken(x, rules.aligned(g, x, strict), eta_lam)
         new_x, step, *new = of_rules(g, x, decay, *state, eta, *numbers[1:])
         return g, step, new_x, *new
     lacking = of_rules.__code__.co_argcount - 1 - len(state) - len(numbers)
