@@ -47,10 +47,10 @@ class Backend(Protocol):
     def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
-        One of `rules.UPDATES`, then `rules.decay`; or one of `rules.AVERAGING`, which takes the decay (and needs a number
-        as learning rate). Everything is checked before anything is written, and the counters
-        are set last. Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the
-        weight by column 0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
+        One of `rules.UPDATES`, then `rules.decay`; or one of `rules.AVERAGING`, which takes the decay, and needs a
+        number as learning rate. Everything is checked before anything is written, and the counters are set last.
+        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column
+        0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
