@@ -70,15 +70,12 @@ class PathOfGroup(NamedTuple):
 
 def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
     """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that is impossible."""
-    groups = base.param_groups
-    # A group that is about to be added has the next index.
-    index = next((i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups))
     if forced is not None:
         check_path(forced)
         reason = _why_not(forced, rule, base, group, None)
         if reason is not None:
             msg = (
-                f"path={forced!r} does not work for param group {index} of {type(base).__name__}: {reason}. "
+                f"path={forced!r} does not work for {_where(base, group)}: {reason}. "
                 "Pass path=None to let the library choose one that works"
             )
             raise ValueError(msg)
@@ -92,10 +89,17 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
         ruled_out.setdefault(reason, []).append(path)
     if reason is not None:
         why = next(iter(ruled_out))
-        msg = f"{rule.name} cannot step param group {index} of {type(base).__name__}: {why}. Without a kernel {reason}"
+        msg = f"{rule.name} cannot step {_where(base, group)}: {why}. Without a kernel {reason}"
         raise ValueError(msg)
     because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
     return Choice(path, f"not {because}" if because else "a compiled kernel makes the whole step")
+
+
+def _where(base: Optimizer, group: Mapping[str, Any]) -> str:
+    groups = base.param_groups
+    # A group that is about to be added has the next index.
+    index = next((i for i, g in enumerate(groups) if g["params"] is group["params"]), len(groups))
+    return f"param group {index} of {type(base).__name__}"
 
 
 def paths_of(
