@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
         "tensors", "updates",
     },
     "plan": {"buckets", "choice", "directions", "graphs", "paths", "quirks", "tensors", "weight_decay"},
-    "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
+    "step": {"choice", "journal", "known", "paths", "plan", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",
         "quirks", "snapshot", "step", "tensors", "weight_decay",
