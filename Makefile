@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel bench results gpu docs clean
+.PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel bench peers results gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -83,6 +83,9 @@ bench: $(BIN)/.examples  ## step time, memory and import time against the plain 
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
+
+peers: $(BIN)/.peers  ## step time beside other libraries with cautious decay
+	$(BIN)/python benchmarks/peers.py
 
 results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: 70 minutes), then docs/results.md
 	$(BIN)/python results/study.py

@@ -7,6 +7,7 @@ base's own step, `end` after it. The paths one_pass and pieces take parameters a
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -191,15 +192,24 @@ class OnePass:
         self._versioned = [w for bucket in own for w in bucket.w]
         self._left = _all_but(work.base, members)
 
+    @property
+    def leaves_nothing(self) -> bool:
+        """True if the base's own step would find nothing to step."""
+        return all(p.grad is None for left in self._left for p in left)
+
     def begin(self) -> None:
         """Decay and step."""
+        self.act()
+        _lend(self._work, self._left)
+
+    def act(self) -> None:
+        """Decay and step, and keep the base's groups as they are."""
         work = self._work
         counted = work.carry_out(self.calls)
         if work.count:
             work.report("one_pass", counted)
         for w in self._versioned:
             torch.autograd.graph.increment_version(w)
-        _lend(work, self._left)
 
     def end(self) -> None:
         """Nothing is left to do."""
@@ -336,7 +346,7 @@ class Pieces:
             self._only.begin()
             return
         work = self._work
-        step = _unhooked_step(work.base)
+        step = unhooked_step(work.base)
         for members in _cut(self._members):
             piece = Snapshot(work, members, "pieces")
             before = len(work.journal)
@@ -423,12 +433,12 @@ def _all_but(base: Optimizer, members: Sequence[Members]) -> list[list[Tensor]]:
     return [left(group) for group in base.param_groups]
 
 
-def _unhooked_step(base: Optimizer) -> Callable[[], object]:
-    """The base's own step without its hooks, which fire once around all pieces."""
+def unhooked_step(base: Optimizer) -> Callable[..., Any]:
+    """The base's own step without its hooks. Around pieces they fire once."""
     own = type(base).step
     while getattr(own, "hooked", False):  # torch wraps a step once, and dynamo may wrap that again
         own = own.__wrapped__  # type: ignore[attr-defined]
-    return lambda: own(base)
+    return partial(own, base)
 
 
 def _cut(members: Sequence[Members]) -> Iterator[list[Members]]:

@@ -42,6 +42,8 @@ class Plan:
         self.paths: list[Path] = []
         self.lasts = True
         """False if it takes facts from the state that a step changes: is there any, how many steps were made."""
+        self.alone: paths.OnePass | None = None
+        """The path that does the whole step, if it does and the plan is kept: the base's own step finds nothing."""
         self._groups: list[_Group] | None = None
 
     def begin(self) -> None:
@@ -61,6 +63,16 @@ class Plan:
         try:
             for path in reversed(self.paths):
                 path.end()
+        finally:
+            torch._C._set_grad_enabled(grad)
+            self._let_go()
+
+    def act_alone(self) -> None:
+        """The whole step, of a plan with a path that does it `alone`."""
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            cast("paths.OnePass", self.alone).act()
         finally:
             torch._C._set_grad_enabled(grad)
             self._let_go()
@@ -102,6 +114,9 @@ class Plan:
         self.copies = any(isinstance(path, paths.Snapshot | paths.Pieces) for path in self.paths)
         self._state = list(base.state), list(base.state.values())
         self._groups = groups
+        match self.paths:
+            case [paths.OnePass() as only] if only.leaves_nothing and not schedule_free.is_known(base):  # it counts
+                self.alone = only
 
     def holds(self, arguments: Sequence[object]) -> bool:
         """True if the coming step is the same, but for the values of tensors and of the groups' numbers.

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from cwd_wrap import weight_decay
+from cwd_wrap import known, weight_decay
 from cwd_wrap.choice import steps_without_closure
 from cwd_wrap.journal import Journal
+from cwd_wrap.paths import unhooked_step
 from cwd_wrap.plan import Plan, check_layouts
 
 if TYPE_CHECKING:
@@ -19,6 +22,19 @@ Closure = Callable[[], float]
 _READERS = ("state_dict", "__getstate__")
 """Methods that save a base. During its step they must see the groups as they are between steps: see `Step._guarded`."""
 _untraced: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
+
+
+def is_unheard(base: Optimizer) -> bool:
+    """True if nobody is told of a step of ``base``: it has no hooks, its step is that of its class, nobody profiles."""
+    own = vars(base)
+    return not (
+        own.get("_optimizer_step_pre_hooks")
+        or own.get("_optimizer_step_post_hooks")
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or "step" in own
+        or _profiler_enabled()
+    )
 
 
 class Step:
@@ -89,7 +105,11 @@ class Step:
         readers = [self._guarded(getattr(base, name)) for name in _READERS]
         self._changes = True
         attributes.update(zip(_READERS, readers, strict=True))
-        if getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
+        step: Callable[..., float | None] = base.step
+        if is_unheard(base) and known.name(type(base)) is not None:
+            self._begin()
+            step = unhooked_step(base)  # without torch's layer, which would find no hooks
+        elif getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
             before, after = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
             self._hooks = before, after
             traced = hasattr(base.step, "_torchdynamo_orig_callable")  # a step that is compiled traces its hooks
@@ -98,7 +118,7 @@ class Step:
             cast("OrderedDict[int, object]", after).move_to_end(id(self), last=False)
         else:
             self._begin()
-        stepped = base.step() if self._closure is None else base.step(self._call_closure)
+        stepped = step() if self._closure is None else step(self._call_closure)
         if self._plan is not None:  # the base did not fire its hooks
             self._end()
         return stepped

@@ -20,7 +20,7 @@ from cwd_wrap.journal import Journal
 from cwd_wrap.paths import Work, copied_bytes, index_of
 from cwd_wrap.plan import Plan, compile_plan
 from cwd_wrap.snapshot import Buffers, Gradients
-from cwd_wrap.step import Closure, Step
+from cwd_wrap.step import Closure, Step, is_unheard
 from cwd_wrap.tensors import made_of_others
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ class OptimizerWrapper(Contract):
         with self._lock:
             if self._stepping is not None:  # a step was interrupted, and again while it restored the groups
                 self._stepping.undo()
+            if closure is None and not count and self._stepped_alone():
+                return None
             self._stepping = step = self._new_step(self._journal, count)
             try:
                 return self._run(step, closure)
@@ -306,9 +308,32 @@ class OptimizerWrapper(Contract):
             self.observer(Report(step.done.work.parts))
         return loss
 
+    def _stepped_alone(self) -> bool:
+        """Make the step without the base's own, if that would find nothing to do and nobody is told of it.
+
+        On small models, the base's step of nothing would take a third of the time.
+        """
+        plan, self._plan = self._plan, None  # until the step is done: an interrupt may leave it half changed
+        if plan is None or plan.alone is None or not is_unheard(self.base_optimizer):
+            self._plan = plan
+            return False
+        try:
+            if not plan.holds(self._arguments()):
+                return False
+            plan.act_alone()
+        except BaseException:
+            self._tell_that_it_failed()
+            raise
+        self._plan = plan
+        return True
+
+    def _arguments(self) -> list[object]:
+        """What a plan is made from, of the wrapper itself."""
+        return [self.base_optimizer, *(self.__dict__[name] for name in self._settings)]
+
     def _plan_of_step(self, journal: Journal, closure: bool, count: bool) -> Plan:
         """The plan of the coming step: that of the last one, if it holds, or a new one."""
-        arguments = [self.base_optimizer, *(self.__dict__[name] for name in self._settings)]
+        arguments = self._arguments()
         fresh = closure or count or journal is not self._journal
         last = None if fresh else self._plan
         self._plan = None  # until the step is done: an interrupt may leave it half changed

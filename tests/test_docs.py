@@ -75,6 +75,22 @@ def test_the_commands_of_the_readme_are_those_of_ci() -> None:
     assert "make test" in of_ci
 
 
+def test_what_texts_tell_the_reader_to_make_can_be_made() -> None:
+    """Each target that a page, a script or a test names is in the Makefile, and has what it installs."""
+    makefile = (ROOT / "Makefile").read_text()
+    texts = [
+        *PAGES,
+        *(path for folder in ("benchmarks", "results", "examples") for path in (ROOT / folder).glob("*.py")),
+    ]
+    named = {target for path in texts for target in re.findall(r"`make ([a-z-]+)", path.read_text())}
+    needed = set(re.findall(r"\$\(BIN\)/\.([a-z]+)", makefile)) - {"torch"}
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    assert {"peers", "test"} <= named <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    assert needed <= set(extras)
+
+
 @pytest.mark.parametrize("name", ["cwd_wrap", *MODULES])
 def test_docstrings_run(name: str) -> None:
     """The examples in the docstrings print the output that is shown."""

@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "plan": {
         "buckets", "choice", "directions", "graphs", "paths", "quirks", "schedule_free", "tensors", "weight_decay",
     },
-    "step": {"buckets", "choice", "journal", "plan", "weight_decay"},
+    "step": {"choice", "journal", "known", "paths", "plan", "weight_decay"},
     "wrapper": {
         "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",
         "quirks", "snapshot", "step", "tensors", "weight_decay",

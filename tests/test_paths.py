@@ -225,6 +225,8 @@ def test_an_error_in_the_middle_of_a_step_leaves_the_groups_whole(
 ) -> None:
     """After the base raises in any group, lists and decays are restored and the next step works."""
     model, opt = trained(every_path)
+    if every_path["path"] == "one_pass":
+        opt.base_optimizer.register_step_pre_hook(lambda *_: None)  # otherwise the base's own step is left out
     before, calls, inner = lists(opt), itertools.count(), AdamW._init_group
 
     def init_group(*args: Any, **kwargs: Any) -> Any:
