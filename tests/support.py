@@ -104,6 +104,11 @@ def each_once(rows: Iterable[Any], paths_of: Callable[[Any], list[PathOptions]])
     return pairs
 
 
+def in_turn(rows: Iterable[Any], paths: list[PathOptions] = ALL_PATHS) -> list[Any]:
+    """Cases of a row and a path: the first row with each path, each other row with one."""
+    return [param(row, path, path=path) for row, path in each_once(rows, lambda _: paths)]
+
+
 BASES_ON_PATHS = [
     param(base.on(path), path, path=path)
     for base, path in each_once(

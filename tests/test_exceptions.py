@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Method, PathOptions, weight
+from support import Method, PathOptions, in_turn, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
@@ -195,11 +195,12 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
-def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], every_path: PathOptions) -> None:
+@pytest.mark.parametrize(("name", "path"), in_turn(UNFIT))
+def test_an_unfit_group_stops_the_step(name: str, path: PathOptions) -> None:
     """A bad value written into group 1 raises a ValueError that names it, and no weight moves."""
-    base = sgd(**every_path.base)
-    opt = CautiousDecay(base, **every_path)
+    key, value, pieces = UNFIT[name]
+    base = sgd(**path.base)
+    opt = CautiousDecay(base, **path)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:
@@ -211,16 +212,16 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-@pytest.mark.parametrize("value", NOT_DECAYS)
-def test_an_unfit_step_size_stops_the_step(value: float, every_path: PathOptions) -> None:
+def test_an_unfit_step_size_stops_the_step(every_path: PathOptions) -> None:
     """A step_size= that returns a negative, NaN or infinite value raises with the group, and no weight moves."""
-    base = sgd(**every_path.base)
-    opt = CautiousDecay(base, step_size=lambda group: value, **every_path)
-    with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
-        opt.step()
+    for value in NOT_DECAYS:
+        base = sgd(**every_path.base)
+        opt = CautiousDecay(base, step_size=lambda group, value=value: value, **every_path)
+        with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
+            opt.step()
 
-    assert repr(value) in str(caught.value)
-    assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
+        assert repr(value) in str(caught.value)
+        assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
 
 
 def broken(*_: object, **__: object) -> None:
