@@ -149,8 +149,8 @@ def rounding(x: Tensor, w: Tensor) -> Tensor:
     return 4 * torch.finfo(torch.float32).eps * torch.maximum(x.abs(), w.detach().abs()).double()
 
 
-def test_the_two_tests_above_are_over_all_of_timm() -> None:
-    """The tests above cover all of timm's optimizers, except those of apex and bitsandbytes."""
+def test_the_names_are_all_of_timm() -> None:
+    """The names above are those of all of timm's optimizers, except those of apex and bitsandbytes."""
     assert len(ON_CPU) >= {"1.0.31": 85}.get(timm.__version__, 50)
     assert all(name.startswith(("fused", "bnb")) for name in set(PLAIN) - set(ON_CPU))
 
