@@ -31,10 +31,10 @@ test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-# Neither what starts processes nor what compiles at length.
-CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures directions draws exceptions layout masks methods params_first paths \
-	project rules tensors weight_decay))
-check: lint $(BIN)/.test  ## lint and the core tests: a few minutes
+# Neither what starts processes or compiles at length, nor other libraries: half a minute on two processors.
+CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures exceptions layout masks methods paths project public rules \
+	sequences tensors weight_decay))
+check: lint $(BIN)/.test  ## lint and the core tests: about a minute
 	$(BIN)/python -m pytest -q -n 2 -m 'not process and not slow' $(CHECKED)
 
 # Two processes, and two files of which each takes as many seconds as it is told.
