@@ -39,7 +39,8 @@ check: lint $(BIN)/.test  ## lint and the core tests: about a minute
 
 # Two processes, and two files of which each takes as many seconds as it is told.
 fuzz: $(BIN)/.test  ## random events and sequences for about SECONDS (600); prints a seed and the shortest that fails
-	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py tests/test_sequences.py -k random
+	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py tests/test_sequences.py \
+		-k "random_events or random_sequences"
 
 # The package with torch alone, in virtual environments of their own.
 CORE := --ignore tests/test_examples.py
