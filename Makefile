@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel bench peers results gpu docs clean
+.PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel release bench peers results \
+	gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -30,14 +31,16 @@ test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-# Neither what starts processes nor what compiles at length.
-CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures directions draws exceptions layout masks methods params_first paths \
-	project rules tensors weight_decay))
-check: lint $(BIN)/.test  ## lint and the core tests: a few minutes
+# Neither what starts processes or compiles at length, nor other libraries: half a minute on two processors.
+CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures exceptions layout masks methods paths project public rules \
+	sequences tensors weight_decay))
+check: lint $(BIN)/.test  ## lint and the core tests: about a minute
 	$(BIN)/python -m pytest -q -n 2 -m 'not process and not slow' $(CHECKED)
 
-fuzz: $(BIN)/.test  ## look for events after which a kept plan is wrong, for SECONDS (600); prints a seed and the events
-	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py -k random_events
+# Two processes, and two files of which each takes as many seconds as it is told.
+fuzz: $(BIN)/.test  ## random events and sequences for about SECONDS (600); prints a seed and the shortest that fails
+	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py tests/test_sequences.py \
+		-k "random_events or random_sequences"
 
 # The package with torch alone, in virtual environments of their own.
 CORE := --ignore tests/test_examples.py
@@ -75,6 +78,9 @@ hooks: $(BIN)/.lint  ## what `pre-commit` checks beside `make lint`, on all file
 wheel: $(VENV)-cpu/.core  ## wheel and sdist in dist/, their contents checked and the README's example run
 	$(VENV)-cpu/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dist]'
 	$(VENV)-cpu/bin/python .ci/wheel.py
+
+release: wheel  ## can this commit be released? version, changelog, tag and the files of `make wheel`; publishes nothing
+	$(VENV)-cpu/bin/python .ci/release.py
 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py

@@ -62,6 +62,8 @@ def run_example(wheel: Path, folder: Path) -> None:
     assert Path(where).is_relative_to(own), where
     print(run(python, "-I", folder / "example.py", cwd=folder), end="")
     assert run(python, "-I", "-m", "cwd_wrap", "env", cwd=folder).startswith("python ")
+    version = run(python, "-I", "-c", "import cwd_wrap; print(cwd_wrap.__version__)", cwd=folder).strip()
+    assert version == wheel.name.split("-")[1], version
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import ALL_PATHS, BASES_ON_PATHS, METHODS_ON_PATHS, param
+from support import ALL_PATHS, BASES_ON_PATHS, METHODS_ON_PATHS, METHODS_ONCE, PAIRS, param
 
 from cwd_wrap import paths
 
@@ -28,25 +28,31 @@ def _version(name: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes ``every_path``, ``every_base`` or ``every_method`` once for each of them.
+    """Make the cases of a test over paths, bases or methods.
 
-    ``every_rule``: the methods that have a reference, because they draw no random numbers.
+    ``every_path``: each path. ``every_base`` with ``every_path``: each base and each path. ``every_method``: each
+    method and each path. ``every_pair``: each method, base and path. ``every_rule``: the methods that have a
+    reference, because they draw no random numbers. ``every_formula``: each of these on each of its paths, for tests of
+    the maths.
     """
     if "every_base" in metafunc.fixturenames:
         metafunc.parametrize(("every_base", "every_path"), BASES_ON_PATHS)
     elif "every_path" in metafunc.fixturenames:
         metafunc.parametrize("every_path", [param(path, path=path) for path in ALL_PATHS])
     if "every_method" in metafunc.fixturenames:
-        metafunc.parametrize("every_method", METHODS_ON_PATHS)
-    if "every_rule" in metafunc.fixturenames:
-        metafunc.parametrize("every_rule", [case for case in METHODS_ON_PATHS if case.values[0].reference is not None])
+        metafunc.parametrize("every_method", METHODS_ONCE)
+    if "every_pair" in metafunc.fixturenames:
+        metafunc.parametrize("every_pair", PAIRS)
+    for name, methods in (("every_rule", METHODS_ONCE), ("every_formula", METHODS_ON_PATHS)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, [case for case in methods if case.values[0].reference is not None])
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make pieces small, so that tests over every path step in more than one piece."""
     whole = paths.PIECE
-    if {"every_path", "every_method", "every_rule"} & set(request.fixturenames):
+    if {"every_path", "every_pair", "every_method", "every_rule", "every_formula"} & set(request.fixturenames):
         paths.PIECE = 16
     yield
     paths.PIECE = whole

@@ -89,8 +89,32 @@ BASES: dict[str, Base] = {
     )
 }
 all_bases = pytest.mark.parametrize("build", BASES.values(), ids=list(BASES))
+
+
+def each_once(rows: Iterable[Any], paths_of: Callable[[Any], list[PathOptions]]) -> list[tuple[Any, PathOptions]]:
+    """The first row on all of its paths, and each other row on one of its own that can run here, in turn.
+
+    What the row and the path decide each for itself needs no more. Only the maths needs every row on every path.
+    """
+    first, *others = rows
+    pairs = [(first, path) for path in paths_of(first)]
+    for turn, row in enumerate(others):
+        paths = list(filter(can_run, paths_of(row)))
+        pairs.append((row, paths[turn % len(paths)]))
+    return pairs
+
+
+def in_turn(rows: Iterable[Any], paths: list[PathOptions] = ALL_PATHS) -> list[Any]:
+    """Cases of a row and a path: the first row with each path, each other row with one."""
+    return [param(row, path, path=path) for row, path in each_once(rows, lambda _: paths)]
+
+
 BASES_ON_PATHS = [
-    param(on, path, path=path) for path in ALL_PATHS for base in BASES.values() if (on := base.on(path)) is not None
+    param(base.on(path), path, path=path)
+    for base, path in each_once(
+        [BASES["AdamW"], *(base for name, base in BASES.items() if name != "AdamW")],
+        lambda base: [path for path in ALL_PATHS if base.on(path) is not None],
+    )
 ]
 
 
@@ -143,10 +167,43 @@ METHODS: dict[str, tuple[Any, reference.Reference | None, dict[str, Any]]] = {
     "p-norm-1": (PNormDecay, reference.p_norm(1.0), {"p": 1.0}),
     "p-norm-2": (PNormDecay, reference.p_norm(2.0), {"p": 2.0}),
 }
-METHODS_ON_PATHS = [
-    param(Method(name, cls, of_reference, path, **options), path=path)
-    for name, (cls, of_reference, options) in METHODS.items()
-    for path in (ALL_PATHS if name in ("decay", "strict") else COPYING)
+
+
+def paths_of(name: str) -> list[PathOptions]:
+    """The paths that a method can take."""
+    return ALL_PATHS if name in ("decay", "strict") else COPYING
+
+
+def _on(name: str, path: PathOptions) -> Any:
+    cls, of_reference, options = METHODS[name]
+    return param(Method(name, cls, of_reference, path, **options), path=path)
+
+
+METHODS_ON_PATHS = [_on(name, path) for name in METHODS for path in paths_of(name)]
+METHODS_ONCE = [_on(name, path) for name, path in each_once(METHODS, paths_of)]
+
+
+class Pair:
+    """A method on one path around one base: a call with parameters builds both."""
+
+    def __init__(self, method: Method, base: Base) -> None:
+        self.method = method
+        self.base = base
+
+    def __call__(self, params: Any) -> Any:
+        return self.method.wrap(self.base(params))
+
+    def __str__(self) -> str:
+        return f"{self.method.name}-{self.base}-{self.method.path}"
+
+
+def _pair(name: str, base: Base, path: PathOptions) -> Any:
+    return param(Pair(_on(name, path).values[0], base), path=path)
+
+
+PAIRS = [
+    *(_pair("decay", *case.values) for case in BASES_ON_PATHS),
+    *(_pair(name, BASES["AdamW"].on(path), path) for name, path in each_once(METHODS, paths_of) if name != "decay"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import BASES, Base, Method, PathOptions, all_bases, net, same, train, values, weight
+from support import BASES, Method, Pair, all_bases, net, same, train, values, weight
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -31,9 +31,8 @@ def wrapped(**options: Any) -> CautiousDecay:
     return CautiousDecay(sgd(fused=options.get("path") == "one_pass"), **options)
 
 
-duplicates = pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
-)
+def pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
 
 
 # ------------------------------------------------------------------------------------ type and signatures
@@ -129,26 +128,16 @@ def copy_trains_alike(model: torch.nn.Module, opt: Optimizer, duplicate: Any) ->
     return type(one) is type(other) and torch.equal(*(values(twin) for twin, _ in twins))
 
 
-@duplicates
-def test_a_copy_trains_on_like_the_original(every_base: Base, every_path: PathOptions, duplicate: Any) -> None:
-    """A deep copy or pickle of a net with its optimizer trains on like the original."""
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_trains_on_like_the_original(every_pair: Pair, duplicate: Any) -> None:
+    """A deep copy or pickle of a net with its optimizer trains on like the original: class and arguments are copied."""
     model = net()
 
-    assert copy_trains_alike(model, CautiousDecay(every_base(model.parameters()), **every_path), duplicate)
+    assert copy_trains_alike(model, every_pair(model.parameters()), duplicate)
 
 
-@duplicates
-def test_a_copy_of_every_method_trains_on_like_the_original(every_method: Method, duplicate: Any) -> None:
-    """The same holds for every method: its class and arguments are copied."""
-    model = net()
-    opt = every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base))
-
-    assert copy_trains_alike(model, opt, duplicate)
-
-
-@duplicates
-def test_a_class_from_over_trains_like_the_wrapper(every_method: Method, duplicate: Any) -> None:
-    """A class from over() trains like the method around the same base, and can be copied."""
+def test_a_class_from_over_trains_like_the_wrapper(every_method: Method) -> None:
+    """A class from over() trains like the method around the same base, and can be copied and pickled."""
     model, other = net(), net()
     opt = every_method.wrap(AdamW(model.parameters(), lr=0.01, weight_decay=0.5, **every_method.base))
     cls = every_method.over(AdamW)
@@ -158,8 +147,9 @@ def test_a_class_from_over_trains_like_the_wrapper(every_method: Method, duplica
         train(one, optimizer, range(2))
 
     assert torch.equal(values(model), values(other))
-    assert copy_trains_alike(other, built, duplicate)
-    assert cls is duplicate(cls)
+    for duplicate in (copy.deepcopy, pickled):
+        assert copy_trains_alike(other, built, duplicate)
+        assert cls is duplicate(cls)
 
 
 def test_copies_keep_the_settings() -> None:
@@ -200,22 +190,12 @@ def has_the_plain_state(opt: Optimizer, ours: torch.nn.Module, base: Any, roundi
     return same(plain.state_dict(), opt.state_dict(), roundings)
 
 
-def test_state_dict_is_that_of_the_plain_optimizer(every_base: Base, every_path: PathOptions) -> None:
+def test_state_dict_is_that_of_the_plain_optimizer(every_pair: Pair) -> None:
     """The state dict has the plain optimizer's keys, types, values and counters; one pass may round differently."""
     model = net()
-    opt = CautiousDecay(every_base(model.parameters()), **every_path)
+    roundings = 1e-6 if every_pair.method.path["path"] == "one_pass" else 0
 
-    assert has_the_plain_state(opt, model, every_base, 1e-6 if every_path["path"] == "one_pass" else 0)
-
-
-def test_state_dict_of_every_method_is_that_of_the_plain_optimizer(every_method: Method) -> None:
-    """The same holds for every method around AdamW."""
-    model = net()
-    opt = every_method.wrap(BASES["AdamW"](model.parameters(), **every_method.base))
-
-    assert has_the_plain_state(
-        opt, model, BASES["AdamW"].on(every_method.path), 1e-6 if every_method.path["path"] == "one_pass" else 0
-    )
+    assert has_the_plain_state(every_pair(model.parameters()), model, every_pair.base, roundings)
 
 
 @all_bases
@@ -273,14 +253,14 @@ def test_state_dict_does_not_hold_the_snapshot() -> None:
 # ------------------------------------------------------------------------------------ hooks
 
 
-@pytest.mark.parametrize("register", STEP_HOOKS)
-def test_a_step_hook_fires_once_with_the_wrapper(register: str, every_method: Method) -> None:
-    """A step hook on the wrapper fires once a step, and its first argument is the wrapper."""
+def test_step_hooks_fire_once_with_the_wrapper(every_method: Method) -> None:
+    """A step hook on the wrapper, before or after, fires once a step, and its first argument is the wrapper."""
     opt, seen = every_method.wrap(sgd(**every_method.base)), []
-    getattr(opt, register)(lambda optimizer, *_: seen.append(optimizer))
+    for register in STEP_HOOKS:
+        getattr(opt, register)(lambda optimizer, *_, register=register: seen.append((register, optimizer)))
     opt.step()
 
-    assert [opt] == seen
+    assert [(register, opt) for register in STEP_HOOKS] == seen
 
 
 @pytest.mark.parametrize("register", STATE_HOOKS)
@@ -350,18 +330,19 @@ def test_hooks_of_the_base_fire_too(every_method: Method) -> None:
     assert [opt.base_optimizer] * 2 == seen
 
 
-@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
-def test_global_hooks_fire_once_a_step(register: Any, every_method: Method) -> None:
+def test_global_hooks_fire_once_a_step(every_method: Method) -> None:
     """torch's profiler counts steps with a global hook; a wrapped step counts as one."""
     opt, seen = every_method.wrap(sgd(**every_method.base)), []
-    handle = register(lambda *_: seen.append(1))
+    before = register_optimizer_step_pre_hook(lambda *_: seen.append("before"))
+    after = register_optimizer_step_post_hook(lambda *_: seen.append("after"))
     try:
         opt.step()
         opt.step()
     finally:
-        handle.remove()
+        before.remove()
+        after.remove()
 
-    assert [1, 1] == seen
+    assert ["before", "after"] * 2 == seen
 
 
 def test_torch_does_not_patch_the_step_again() -> None:

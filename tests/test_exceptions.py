@@ -2,13 +2,14 @@
 
 import copy
 import inspect
+import itertools
 import math
 import sys
 from typing import Any
 
 import pytest
 import torch
-from support import Method, PathOptions, weight
+from support import Method, PathOptions, in_turn, weight
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
@@ -194,11 +195,12 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("key", "value", "pieces"), UNFIT.values(), ids=list(UNFIT))
-def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], every_path: PathOptions) -> None:
+@pytest.mark.parametrize(("name", "path"), in_turn(UNFIT))
+def test_an_unfit_group_stops_the_step(name: str, path: PathOptions) -> None:
     """A bad value written into group 1 raises a ValueError that names it, and no weight moves."""
-    base = sgd(**every_path.base)
-    opt = CautiousDecay(base, **every_path)
+    key, value, pieces = UNFIT[name]
+    base = sgd(**path.base)
+    opt = CautiousDecay(base, **path)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:
@@ -210,16 +212,16 @@ def test_an_unfit_group_stops_the_step(key: str, value: Any, pieces: list[str], 
     assert 0 == len(base._optimizer_step_pre_hooks)
 
 
-@pytest.mark.parametrize("value", NOT_DECAYS)
-def test_an_unfit_step_size_stops_the_step(value: float, every_path: PathOptions) -> None:
+def test_an_unfit_step_size_stops_the_step(every_path: PathOptions) -> None:
     """A step_size= that returns a negative, NaN or infinite value raises with the group, and no weight moves."""
-    base = sgd(**every_path.base)
-    opt = CautiousDecay(base, step_size=lambda group: value, **every_path)
-    with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
-        opt.step()
+    for value in NOT_DECAYS:
+        base = sgd(**every_path.base)
+        opt = CautiousDecay(base, step_size=lambda group, value=value: value, **every_path)
+        with pytest.raises(ValueError, match=r"step_size=.*group 0 of SGD") as caught:
+            opt.step()
 
-    assert repr(value) in str(caught.value)
-    assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
+        assert repr(value) in str(caught.value)
+        assert [1.0, 1.0] == [group["params"][0].item() for group in base.param_groups]
 
 
 def broken(*_: object, **__: object) -> None:
@@ -254,24 +256,23 @@ def test_a_step_after_an_error_is_right(every_rule: Method, monkeypatch: pytest.
     torch.testing.assert_close(expected, p.detach())
 
 
-@pytest.mark.parametrize(
-    "where", ["closure", *(f"{owner} {which} hook" for owner in ("wrapper's", "base's") for which in ("pre", "post"))]
-)
-def test_an_error_in_a_closure_or_a_hook_reaches_the_caller(where: str, every_method: Method) -> None:
-    """An error in a closure or a hook reaches the caller, and groups and the base's hooks are restored."""
+def test_an_error_in_a_closure_or_a_hook_reaches_the_caller(every_method: Method) -> None:
+    """An error in a closure or in a hook, of four, reaches the caller; groups and the base's hooks are restored."""
     base = sgd(**every_method.base)
     opt = every_method.wrap(base)
-    if where != "closure":
-        owner, which, _ = where.split()
-        handle = getattr(base if owner == "base's" else opt, f"register_step_{which}_hook")(broken)
     before = contents(base)
     with pytest.raises(RuntimeError, match="raised on purpose"):
-        opt.step(broken if where == "closure" else None)
-    if where != "closure":
+        opt.step(broken)
+
+    assert before == contents(base), "closure"
+    for owner, which in itertools.product((opt, base), ("pre", "post")):
+        handle = getattr(owner, f"register_step_{which}_hook")(broken)
+        with pytest.raises(RuntimeError, match="raised on purpose"):
+            opt.step()
         handle.remove()
 
-    assert before == contents(base)
-    assert 0 == len(base._optimizer_step_pre_hooks) == len(base._optimizer_step_post_hooks)
+        assert before == contents(base), (owner, which)
+        assert 0 == len(base._optimizer_step_pre_hooks) == len(base._optimizer_step_post_hooks), (owner, which)
 
 
 def test_the_decay_is_off_while_the_base_steps(every_method: Method, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -315,13 +315,13 @@ def built(name: str, variant: str, p: Tensor) -> Optimizer:
 
 
 @pytest.mark.parametrize("path", [param(path, path=path) for path in ONE_PASS])
-@pytest.mark.parametrize("dtype", [F64, torch.float32, BF16], ids=["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("name", "variant"),
+    ("name", "variant", "dtype"),
     [
-        (name, variant)
+        (name, variant, dtype)
         for name in UPDATES
         for variant in VARIANTS
+        for dtype in ((F64, torch.float32, BF16) if variant == "" else (F64,))
         if not (name == "lion_pytorch.Lion" and variant == "maximize")
     ],
 )

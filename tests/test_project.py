@@ -1,7 +1,12 @@
 """Facts stated in two places agree: versions of Python, of torch and of this package. Actions are pinned."""
 
+import importlib.util
 import re
+from datetime import date
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT, CITATION, MAKEFILE, CI, BUG = (
@@ -17,6 +22,57 @@ def test_the_citation_has_the_version_of_the_package() -> None:
     (version,) = re.findall(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)
 
     assert f"\nversion: {version}\n" in CITATION
+
+
+def release() -> Any:
+    """The script that `make release` runs."""
+    spec = importlib.util.spec_from_file_location("release", ROOT / ".ci" / "release.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TODAY = date(2026, 12, 1)
+VERSIONED, CITED = '[project]\nversion = "0.2.0"\n', "type: software\nversion: 0.2.0\n"
+LOGGED = "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2026-12-01\n\n- More.\n"
+
+
+def test_a_version_with_a_dated_section_can_be_released() -> None:
+    """`make release` finds nothing wrong if all texts, the tag and the files are of the version in pyproject.toml."""
+    check = release()
+
+    assert check.wrong_texts(VERSIONED, CITED, LOGGED, TODAY) == []
+    assert check.wrong_tag("0.2.0", "abc", "", "") == check.wrong_tag("0.2.0", "abc", "abc", "") == []
+    assert check.wrong_files("0.2.0", {"cwd_wrap-0.2.0-py3-none-any.whl", "cwd_wrap-0.2.0.tar.gz"}) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "was", "now", "found"),
+    [
+        (1, "0.2.0", "0.1.0", "CITATION.cff does not name version 0.2.0"),
+        (2, "[Unreleased]\n", "[Unreleased]\n\n- New.\n", "does not begin with an empty [Unreleased]"),
+        (2, "## [Unreleased]\n\n", "", "does not begin with an empty [Unreleased]"),
+        (2, " - 2026-12-01", "", "no section [0.2.0] with a date"),
+        (2, "[0.2.0]", "[0.1.0]", "no section [0.2.0] with a date"),
+        (2, "2026-12-01", "2026-12-02", "is to come"),
+    ],
+)
+def test_a_release_that_is_not_ready_is_found(text: int, was: str, now: str, found: str) -> None:
+    """Another version in the citation, lines in [Unreleased], and a missing or later date each have their sentence."""
+    texts = [VERSIONED, CITED, LOGGED]
+    texts[text] = texts[text].replace(was, now)
+
+    assert found in "; ".join(release().wrong_texts(*texts, TODAY))
+
+
+def test_a_tag_elsewhere_and_other_files_are_found() -> None:
+    """A tag on another commit, a changed file, and files of another version rule a release out."""
+    check = release()
+
+    assert "another commit" in check.wrong_tag("0.2.0", "abc", "def", "")[0]
+    assert "not committed" in check.wrong_tag("0.2.0", "abc", "", " M README.md")[0]
+    assert "run make wheel" in check.wrong_files("0.2.0", {"cwd_wrap-0.1.0.tar.gz"})[0]
 
 
 def test_every_python_that_is_claimed_is_tested() -> None:

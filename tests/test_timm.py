@@ -100,8 +100,9 @@ def test_every_name_is_the_wrapper_around_what_timm_makes(name: str) -> None:
     assert sorted(group["weight_decay"] for group in wrapped.param_groups) == [0.0, LAM]
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-def test_one_step_of_every_name_obeys_the_rule(name: str) -> None:
+# test_conformance.py steps all of timm's optimizers in the wrapper.
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adahessian", "lamb", "adafactorbvc", "csgdp", "kron"])
+def test_one_step_of_a_name_obeys_the_rule(name: str) -> None:
     """A step is the plain one without decay, minus eta * lam * 1[u*x >= 0] * x; biases and norms do not decay."""
     note = NOTES.get(f"timm.{name}", {})
     nets = model(), model()
@@ -148,8 +149,8 @@ def rounding(x: Tensor, w: Tensor) -> Tensor:
     return 4 * torch.finfo(torch.float32).eps * torch.maximum(x.abs(), w.detach().abs()).double()
 
 
-def test_the_two_tests_above_are_over_all_of_timm() -> None:
-    """The tests above cover all of timm's optimizers, except those of apex and bitsandbytes."""
+def test_the_names_are_all_of_timm() -> None:
+    """The names above are those of all of timm's optimizers, except those of apex and bitsandbytes."""
     assert len(ON_CPU) >= {"1.0.31": 85}.get(timm.__version__, 50)
     assert all(name.startswith(("fused", "bnb")) for name in set(PLAIN) - set(ON_CPU))
 

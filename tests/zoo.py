@@ -54,6 +54,8 @@ class Case:
     """Builds the base from parameter groups with their decay, and options. Read the groups back from the base."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What its constructor takes, with the default values."""
+    kind: str = ""
+    """Its class: timm has several names for one, with different defaults."""
     dims: tuple[int, ...] = (1, 2, 4)
     """Numbers of dimensions its parameters may have."""
     use_muon: bool = False
@@ -344,11 +346,11 @@ def _quiet(build: Callable[..., Optimizer], groups: Groups, **options: Any) -> O
         return build(groups, **options)
 
 
-def _case(name: str, cls: Callable[..., Optimizer], options: Mapping[str, Any]) -> Case:
+def _case(name: str, cls: Callable[..., Optimizer], options: Mapping[str, Any], kind: str = "") -> Case:
     note = dict(_note(name))
     how, flags = note.pop("how", None), note.pop("flags", {})
     build = partial(how, cls, **flags) if how else partial(cls, **flags)
-    return Case(name, partial(_quiet, build), options={**options, **flags}, **note)
+    return Case(name, partial(_quiet, build), options={**options, **flags}, kind=kind or name, **note)
 
 
 def _defaults(cls: Callable[..., Optimizer]) -> dict[str, Any]:
@@ -367,7 +369,8 @@ def _timm() -> Iterator[Case]:
     for name in [*list_optimizers(exclude_filters=["cautious_*"]), "lookahead_adamw"]:
         info = get_optimizer_info(str(name).removeprefix("lookahead_"))
         options = {} if isinstance(info.opt_class, str) else _defaults(info.opt_class) | (info.defaults or {})
-        yield _case(f"timm.{name}", partial(create_optimizer_v2, opt=str(name)), options)
+        kind = name if isinstance(info.opt_class, str) or "_" in name else f"timm.{info.opt_class.__name__}"
+        yield _case(f"timm.{name}", partial(create_optimizer_v2, opt=str(name)), options, kind)
 
 
 def cases(libraries: tuple[str, ...] = LIBRARIES) -> list[Case]:
