@@ -201,21 +201,22 @@ def test_a_schedule_free_step_is_the_plain_one_and_the_decay_at_y(case: Case) ->
 
     Both steps begin with the same weights and state. RAdam is silent in its first four.
     """
-    pair = Pair(case, path=None)
+    groups, plain_groups = make_groups(case, LAM), make_groups(case, 0.0)
+    wrapped, plain_one = CautiousDecay(case.build(groups)), case.build(plain_groups)
     decayed = 0
     for number in range(8):
-        pair.plain.load_state_dict(copy.deepcopy(pair.wrapped.state_dict()))
-        for group in pair.plain.param_groups:
+        plain_one.load_state_dict(copy.deepcopy(wrapped.state_dict()))
+        for group in plain_one.param_groups:
             group["weight_decay"] = 0.0
-        sums = [group["weight_sum"] for group in pair.plain.param_groups]
-        before = {p: p.detach().clone() for p in parameters(pair.groups)}
-        for optimizer, groups in ((pair.plain, pair.plain_groups), (pair.wrapped, pair.groups)):
+        sums = [group["weight_sum"] for group in plain_one.param_groups]
+        before = {p: p.detach().clone() for p in parameters(groups)}
+        for optimizer, of_one in ((plain_one, plain_groups), (wrapped, groups)):
             with torch.no_grad():
-                for p, x in zip(parameters(groups), before.values(), strict=True):
+                for p, x in zip(parameters(of_one), before.values(), strict=True):
                     p.copy_(x)
-            set_gradients(case, groups, number)
+            set_gradients(case, of_one, number)
             optimizer.step()
-        for group, plain_group, total in zip(pair.wrapped.param_groups, pair.plain.param_groups, sums, strict=True):
+        for group, plain_group, total in zip(wrapped.param_groups, plain_one.param_groups, sums, strict=True):
             beta = group["momentum"] if "momentum" in group else group["betas"][0]
             c = 1 - total / group["weight_sum"] if group["weight_sum"] else 0.0
             for p, q in zip(group["params"], plain_group["params"], strict=True):
@@ -224,7 +225,7 @@ def test_a_schedule_free_step_is_the_plain_one_and_the_decay_at_y(case: Case) ->
                     continue
                 mask = rules.aligned(p.grad, before[p], strict=False)
                 taken = eta(case, group) * group["weight_decay"] * mask * before[p].double()
-                z, plain_z = pair.wrapped.state[p]["z"], pair.plain.state[q]["z"]
+                z, plain_z = wrapped.state[p]["z"], plain_one.state[q]["z"]
                 for mine, plain, share in ((p.detach(), q.detach(), 1 - beta * (1 - c)), (z, plain_z, 1.0)):
                     terms = torch.maximum(plain.abs(), before[p].abs()) + torch.maximum(z.abs(), p.detach().abs())
                     off = (mine.double() - plain.double() + share * taken).abs() - tolerance(terms, terms, 4)
