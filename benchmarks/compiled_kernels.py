@@ -43,7 +43,7 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 class Kernel:
     """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
-    ``update``: does it make the optimizer's update? ``write``: does it write, or only count? ``stochastic``: does it
+    ``update``: does it make the optimizer's update, with which ``method``? ``write``: does it write, or only count? ``stochastic``: does it
     round at random? ``counts``: does it read counters? ``per_tensor``: does it read a
     number for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
@@ -51,6 +51,7 @@ class Kernel:
     rule: Any
     types: tuple[tl.dtype, ...]
     update: bool = False
+    method: str = "with_decay"
     write: bool = True
     aligned: bool = True
     stochastic: bool = False
@@ -60,17 +61,18 @@ class Kernel:
 
     @property
     def read(self) -> tuple[tl.dtype, ...]:
-        """The types of the columns that it reads."""
-        return self.types[1:] if self.rule is _triton._copy else self.types
+        """The types of the columns that it reads. To count before an update, what gives its sign is enough."""
+        return self.types[1:] if self.rule is _triton._copy or (self.update and not self.write) else self.types
 
     @property
     def written(self) -> tuple[tl.dtype, ...]:
         """The types of the columns that it writes."""
-        return (*self.types[: int(self.write)], *(self.types[2:] if self.update else ()))
+        return (self.types[0], *(self.types[2:] if self.update else ())) if self.write else ()
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
-        return f"{self.rule.__name__.lstrip('_')} {' '.join(map(str, self.types))}{remarks}"
+        method = f" {self.method}" if self.method != "with_decay" else ""
+        return f"{self.rule.__name__.lstrip('_')}{method} {' '.join(map(str, self.types))}{remarks}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,19 @@ KERNELS = {
         name: Kernel(_triton._BOUND[name], (F32,) * columns, update=True, counts=name == "nadamw")
         for name, columns in COLUMNS.items()
     },
+    "sgd, momentum, count agreeing": Kernel(_sgd, (F32,) * 3, update=True, method="with_caution", write=False),
+    **{
+        f"{name}, {method}": Kernel(
+            _triton._BOUND[name],
+            (F32,) * columns,
+            update=True,
+            method=method,
+            counts=name in {"adam", "nadamw"},
+            per_tensor=True,
+        )
+        for method in ("with_caution", "with_p_norm")
+        for name, columns in {"adam": 5, "sgd": 3, "lion": 3, **COLUMNS}.items()
+    },
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
@@ -134,6 +149,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     constants = {
         "RULE": kernel.rule,
         "UPDATE": kernel.update,
+        "METHOD": _triton._BOUND[kernel.method] if kernel.update else None,
         "WRITE": kernel.write,
         **dict(zip(columns, [*kernel.types, None, None, None, None], strict=False)),
         "ROW": _triton.ROW,

@@ -14,7 +14,7 @@ from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.tensors import local_real_view, totals
+from cwd_wrap.tensors import has_numbers, local_real_view, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
@@ -142,7 +142,7 @@ class CautiousDecay(OptimizerWrapper):
 
     def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
         self._warn_if_lost(buckets)
-        return backend.step_whole(buckets, **self._flags(count))
+        return backend.step_whole(buckets, strict=self.strict, count=count)
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
         """Warn once for a group whose decay is below half a unit in the last place of every weight."""
@@ -257,6 +257,7 @@ class CautiousUpdate(OptimizerWrapper):
         return Rule(
             type(self).__name__,
             after=self._after,
+            whole=self._whole,
             needs_copy=why,
             reads_gradient=True,
             every_group=True,
@@ -264,13 +265,22 @@ class CautiousUpdate(OptimizerWrapper):
         )
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
-        p = [each for bucket in buckets for each in bucket.p]
         here = backend.count_agreeing(buckets)
-        kept = totals(p, here).to(torch.promote_types(buckets[0].w[0].dtype, torch.float32))
-        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
         step = [step for bucket in buckets for step in _step(bucket.w, bucket.x)] if count else []
-        backend.cautious_update(buckets, rules.alpha(kept, numel, self.scale))
+        backend.cautious_update(buckets, self._alpha(backend, buckets, here))
         return _sums_of(here, step, [w for bucket in buckets for w in bucket.w]) if count else None
+
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
+        here = None if self.scale is None else backend.count_agreeing(buckets)
+        alpha = None if here is None else self._alpha(backend, buckets, here)
+        return _of_step(backend.step_whole(buckets, method="with_caution", factor=alpha, count=count))
+
+    def _alpha(self, backend: Backend, buckets: Sequence[Stepped | Whole], here: Tensor) -> Tensor:
+        """The factor of each tensor, ``here`` of whose updates are kept on this rank."""
+        p = [each for bucket in buckets for each in bucket.p]
+        kept = totals(p, here).to(_wide(buckets))
+        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
+        return rules.alpha(kept, numel, self.scale)
 
 
 class PNormDecay(OptimizerWrapper):
@@ -359,7 +369,7 @@ class PNormDecay(OptimizerWrapper):
     def _rule(self) -> Rule:
         why = f"{type(self).__name__} needs a copy of the weights: its decay depends on those from before the step"
         way_out = f"use CautiousDecay, {_FULLY_SHARD}"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
+        return Rule(type(self).__name__, self._after, needs_copy=why, whole=self._whole, whole_tensors=way_out)
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         p, w, x = (
@@ -374,11 +384,41 @@ class PNormDecay(OptimizerWrapper):
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
         return _sums_of(backend.vector(list(map(Tensor.numel, w)), w[0].device), step, w) if count else None
 
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
+        p, w = (list(chain.from_iterable(column)) for column in zip(*((b.p, b.w) for b in buckets), strict=True))
+        factor = (totals(p, _nonzero(backend, w)) != 0).to(_wide(buckets)) * self.p
+        sums = backend.step_whole(buckets, method="with_p_norm", factor=factor, exponent=self.p - 2, count=count)
+        sums = _of_step(sums)
+        if sums is not None:
+            sums[:, 0] = backend.vector(list(map(Tensor.numel, w)), sums.device)
+        return sums
+
 
 def _step(w: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
     """eta*u of the step from ``x`` to ``w``, in float32 or wider."""
     wide = torch.promote_types(w[0].dtype, torch.float32)
     return [before.to(wide) - after.to(wide) for after, before in zip(w, x, strict=True)]
+
+
+def _nonzero(backend: Backend, w: Sequence[Tensor]) -> Tensor:
+    """A count of the elements of each tensor that are not 0, or of some of them if one of these is not 0."""
+    if w[0].device.type == "cpu" and has_numbers(w[0]):  # elsewhere the answer would be waited for
+        of_last_rows = backend.count_nonzero([t[-1:] if t.dim() else t for t in w])
+        if of_last_rows.all():
+            return of_last_rows
+    return backend.count_nonzero(w)
+
+
+def _wide(buckets: Sequence[Bucket]) -> torch.dtype:
+    """The type in which the kernels compute."""
+    return torch.promote_types(buckets[0].w[0].dtype, torch.float32)
+
+
+def _of_step(sums: Sums) -> Sums:
+    """`rules.sums` of methods without a mask of the decay, with NaN in the two sums that they do not have."""
+    if sums is not None:
+        sums[:, 1:3] = math.nan
+    return sums
 
 
 def _sums_of(active: Tensor, step: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:

@@ -94,20 +94,29 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
     return _per_tensor(parts, buckets) if count else None
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
+def step_whole(
+    buckets: Sequence[Whole],
+    *,
+    count: bool,
+    strict: bool = False,
+    method: str = "with_decay",
+    factor: Tensor | None = None,
+    exponent: float = 0.0,
+) -> Sums:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
     parts: list[list[Tensor]] = []
+    factors = repeat(1.0) if factor is None else iter(factor)
+    by_method = getattr(rules, method)
     for tensors in chain.from_iterable(bucket.columns for bucket in buckets):
         _READ[tensors[0].dtype]
     for bucket in buckets:
-        lr = 1.0 if on_a_device(bucket.lr) else float(bucket.lr)
-        steps, taken = bucket.update.steps(lr, counters(bucket))
-        for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
-            x = w.to(torch.promote_types(w.dtype, torch.float32))
-            g_wide = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
-            direction, step, *new = _update(bucket, g_wide, [s.to(x.dtype) for s in state], steps[taken[i]][0])
-            mask = rules.aligned(direction, x, strict)
-            values = (rules.decay(x - step, x, mask, bucket.eta_lam), *new)
+        steps, taken, rows = _updates(bucket)
+        for i, (x, g, direction, step, new) in enumerate(rows):
+            w, _, *state = (column[i] for column in bucket.columns)
+            aligned = rules.aligned(direction, x, strict)
+            of_method = bucket.eta_lam, next(factors), exponent
+            after, mask = by_method(x, g, direction, step, aligned, *of_method)
+            values = (after.to(x.dtype), *new)
             if count:
                 parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
             for column, (old, value) in enumerate(zip((w, *state), values, strict=False)):
@@ -140,10 +149,15 @@ def count_nonzero(x: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.count_nonzero() for t in x])
 
 
-def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+def count_agreeing(buckets: Sequence[Stepped] | Sequence[Whole]) -> Tensor:
     """`kernels.Backend.count_agreeing`."""
-    rows = chain.from_iterable(zip(*bucket.columns, strict=True) for bucket in buckets)
-    return torch.stack([rules.agrees(*row).sum() for row in rows])
+    counts: list[Tensor] = []
+    for bucket in buckets:
+        if isinstance(bucket, Whole):
+            counts += [rules.aligned(u, g, strict=True).sum() for _, g, u, *_ in _updates(bucket)[2]]
+        else:
+            counts += [rules.agrees(*row).sum() for row in zip(*bucket.columns, strict=True)]
+    return torch.stack(counts)
 
 
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -166,6 +180,21 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
     for bucket in buckets:
         for after, before in zip(bucket.w, bucket.x, strict=True):
             after.copy_(rules.p_norm_decay(after, before, p, bucket.eta_lam, next(zeros)))
+
+
+def _updates(bucket: Whole) -> tuple[list[tuple[Numbers, Numbers]], list[int], Iterator[tuple[Any, ...]]]:
+    """`Update.steps` of the bucket, and for each tensor: x, the gradient to descend, direction, eta*u, new state."""
+    lr = 1.0 if on_a_device(bucket.lr) else float(bucket.lr)
+    steps, taken = bucket.update.steps(lr, counters(bucket))
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for k, (w, g, *state) in zip(taken, zip(*bucket.columns, strict=True), strict=True):
+            x = w.to(torch.promote_types(w.dtype, torch.float32))
+            descended = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
+            direction, step, *new = _update(bucket, descended, [s.to(x.dtype) for s in state], steps[k][0])
+            yield x, descended, direction, step, new
+
+    return steps, taken, rows()
 
 
 def _update(bucket: Whole, g: Tensor, state: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, ...]:
