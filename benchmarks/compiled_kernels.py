@@ -43,9 +43,9 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 class Kernel:
     """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
-    ``update``: does it make the optimizer's update, with which ``method``? ``write``: does it write, or only count? ``stochastic``: does it
-    round at random? ``counts``: does it read counters? ``per_tensor``: does it read a
-    number for each tensor? ``sums``: how many of `rules.sums` it adds.
+    ``update``: does it make the optimizer's update, with which ``method``? ``write``: does it write, or only count?
+    ``stochastic``: does it round at random? ``counts``: does it read counters? ``per_tensor``: does it read a number
+    for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
@@ -121,11 +121,11 @@ KERNELS = {
             (F32,) * columns,
             update=True,
             method=method,
-            counts=name in {"adam", "nadamw"},
+            counts=name == "adam",
             per_tensor=True,
         )
         for method in ("with_caution", "with_p_norm")
-        for name, columns in {"adam": 5, "sgd": 3, "lion": 3, **COLUMNS}.items()
+        for name, columns in (("adam", 5), ("nadam", 4), ("rmsprop_tf_centered", 5))  # those with the most to hold
     },
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),

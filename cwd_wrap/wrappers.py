@@ -198,9 +198,10 @@ class CautiousUpdate(OptimizerWrapper):
 
     The base's update ``u`` is kept only where it goes down the current gradient ``g``. The part that is kept is scaled
     up by ``alpha``, one number for each parameter. The base's state is not masked. The base's own decay is switched off
-    and applied decoupled, after the masked update. This method always copies the weights. Where the update always has
-    the gradient's sign (SGD without momentum, Adagrad, RMSprop) all of it is kept, and only zeros in the gradient,
-    which count as masked, make alpha differ from 1.
+    and applied decoupled, after the masked update. Where the update always has the gradient's sign (SGD without
+    momentum, Adagrad, RMSprop) all of it is kept, and only zeros in the gradient, which count as masked, make alpha
+    differ from 1. On the path "one_pass" the mask takes the sign of the update itself; on the others that of the
+    rounded step, so an update too small to change a weight is masked there.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
@@ -208,8 +209,8 @@ class CautiousUpdate(OptimizerWrapper):
             numel / (kept + 1), as in the paper. None: 1. The mask of a sharded parameter (DTensor) is counted over all
             ranks, with one all-reduce for parameters of the same mesh and sharding. Flat pieces, as FSDP1 and DeepSpeed
             make them, are refused unless scale is None.
-        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
-        backend: as for `CautiousDecay`, with two launches after the step.
+        path: as for `CautiousDecay`, without ``"direction"``: the sign of the update is not enough.
+        backend: as for `CautiousDecay`, with two launches: one counts the mask (not if scale is None).
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class.
@@ -291,17 +292,17 @@ class PNormDecay(OptimizerWrapper):
     For p below 2 the smaller a weight is, the larger is the share that one step takes off it: many weights become
     (almost) 0. p = 2 is L2 decay in implicit form; p = 1 takes about ``eta*lam`` off a weight's size. For p below 2 a
     weight that is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a
-    zero-initialised layer), which must be able to train. This method always copies the weights. The nonzero weights of
-    a sharded parameter (DTensor) are counted over all ranks, with one all-reduce for parameters of the same mesh and
-    sharding; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
+    zero-initialised layer), which must be able to train. The nonzero weights of a sharded parameter (DTensor) are
+    counted over all ranks, with one all-reduce for parameters of the same mesh and sharding; flat pieces, as FSDP1 and
+    DeepSpeed make them, are refused.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
         lam: as for `CautiousDecay`. It is the lam of the authors' code; the lam in a summary of the paper is ``p*lam``.
         p: the power, a number above 0, up to 2.
         step_size: as for `CautiousDecay`.
-        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
-        backend: as for `CautiousDecay`, with two launches after the step.
+        path: as for `CautiousDecay`, without ``"direction"``: the decay depends on the weights before the step.
+        backend: as for `CautiousDecay`, with two launches: one looks for tensors that are 0 as a whole.
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or p is not a number.
