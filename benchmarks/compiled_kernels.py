@@ -43,35 +43,36 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort":
 class Kernel:
     """A rule, the types of its columns, and options. ``aligned``: are addresses promised to be aligned?
 
-    ``update``: does it make the optimizer's update? ``averages``: a schedule-free one? ``write``: does it write, or
-    only count? ``stochastic``: does it round at random? ``counts``: does it read counters? ``per_tensor``: does it read
-    a number for each tensor? ``sums``: how many of `rules.sums` it adds.
+    ``update``: does it make the optimizer's update, with which ``method``? None: a schedule-free one. ``write``: does
+    it write, or only count? ``stochastic``: does it round at random? ``counts``: does it read counters?
+    ``per_tensor``: does it read a number for each tensor? ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
     types: tuple[tl.dtype, ...]
     update: bool = False
+    method: str | None = "with_decay"
     write: bool = True
     aligned: bool = True
     stochastic: bool = False
     counts: bool = False
     per_tensor: bool = False
     sums: int = 0
-    averages: bool = False
 
     @property
     def read(self) -> tuple[tl.dtype, ...]:
-        """The types of the columns that it reads."""
-        return self.types[1:] if self.rule is _triton._copy else self.types
+        """The types of the columns that it reads. To count before an update, what gives its sign is enough."""
+        return self.types[1:] if self.rule is _triton._copy or (self.update and not self.write) else self.types
 
     @property
     def written(self) -> tuple[tl.dtype, ...]:
         """The types of the columns that it writes."""
-        return (*self.types[: int(self.write)], *(self.types[2:] if self.update else ()))
+        return (self.types[0], *(self.types[2:] if self.update else ())) if self.write else ()
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
-        return f"{self.rule.__name__.lstrip('_')} {' '.join(map(str, self.types))}{remarks}"
+        method = f" {self.method}" if self.method != "with_decay" else ""
+        return f"{self.rule.__name__.lstrip('_')}{method} {' '.join(map(str, self.types))}{remarks}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,21 @@ KERNELS = {
         name: Kernel(_triton._BOUND[name], (F32,) * columns, update=True, counts=name == "nadamw")
         for name, columns in COLUMNS.items()
     },
-    "free_sgd": Kernel(_triton._BOUND["free_sgd"], (F32,) * 3, update=True, averages=True),
-    "free_adam": Kernel(_triton._BOUND["free_adam"], (F32,) * 4, update=True, averages=True),
+    "free_sgd": Kernel(_triton._BOUND["free_sgd"], (F32,) * 3, update=True, method=None),
+    "free_adam": Kernel(_triton._BOUND["free_adam"], (F32,) * 4, update=True, method=None),
+    "sgd, momentum, count agreeing": Kernel(_sgd, (F32,) * 3, update=True, method="with_caution", write=False),
+    **{
+        f"{name}, {method}": Kernel(
+            _triton._BOUND[name],
+            (F32,) * columns,
+            update=True,
+            method=method,
+            counts=name == "adam",
+            per_tensor=True,
+        )
+        for method in ("with_caution", "with_p_norm")
+        for name, columns in (("adam", 5), ("nadam", 4), ("rmsprop_tf_centered", 5))  # those with the most to hold
+    },
     "direction, bf16": Kernel(_triton._along_momentum, (BF16,) * 3),
     "direction, bf16 with fp32 momentum": Kernel(_triton._along_momentum, (BF16, F32, BF16)),
     "snapshot, bf16": Kernel(_triton._from_snapshot, (BF16,) * 2),
@@ -137,7 +151,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
     constants = {
         "RULE": kernel.rule,
         "UPDATE": kernel.update,
-        "AVERAGES": kernel.averages,
+        "METHOD": _triton._BOUND[kernel.method] if kernel.update and kernel.method else None,
         "WRITE": kernel.write,
         **dict(zip(columns, [*kernel.types, None, None, None, None], strict=False)),
         "ROW": _triton.ROW,

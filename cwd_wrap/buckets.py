@@ -194,6 +194,12 @@ class Whole:
     """What the backend keeps for a call that begins with this bucket."""
 
     @property
+    def p(self) -> Sequence[Tensor]:
+        """The parameters that ``w`` are views or shards of."""
+        of = cast("Of", self.of)
+        return _at(of.members.parameters, of.rows)
+
+    @property
     def columns(self) -> tuple[Sequence[Tensor], ...]:
         """The columns that are there, the weights first."""
         return (self.w, self.g, *self.state)

@@ -29,7 +29,7 @@ class Rule:
     after: Callable[[Backend, Sequence[Stepped], bool], Sums]
     """Applies the rule to weights after the base's step."""
     needs_copy: str | None = None
-    """Why it needs a copy of the weights from before the step; None if the sign of the update is enough."""
+    """Why it needs a copy of the weights where it has no ``before`` or ``whole``."""
     before: Callable[[Backend, Sequence[Coming], bool], Sums] | None = None
     """Applies the rule to weights before the base's step."""
     whole: Callable[[Backend, Sequence[Whole], bool], Sums] | None = None
@@ -168,7 +168,7 @@ def _why_not(
         return quirks.refusal_of(type(base))
     if path == "pieces":
         return _why_not_pieces(base, group)
-    if rule.needs_copy is not None:
+    if (rule.whole if path == "one_pass" else rule.before) is None:
         return rule.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
     if isinstance(found, str):

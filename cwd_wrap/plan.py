@@ -317,12 +317,12 @@ def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
 
 
 def _along(plan: Plan, members: Members) -> Iterator[Taken]:
-    """The path direction, and one with a copy where the direction is not known, or cannot be read without a collective.
+    """The path direction, and one with a copy where the direction is not known or not enough, or needs a collective.
 
     That is so for gradients in another layout than their weights (partial sums): the base itself needs a collective for
     them, a comparison needs no gradient. If the user forces the path, all members with a known direction keep it.
     """
-    if isinstance(directions.find(plan.work.base, members.group), str):
+    if plan.work.rule.before is None or isinstance(directions.find(plan.work.base, members.group), str):
         yield paths.NAMED[copying(plan.work.base, members.group)], members
         return
     otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)

@@ -13,8 +13,9 @@ makes copies in which the words are those of numba or Triton. So a formula has n
 argument, and does no arithmetic with literals, which would make numba compute in float64.
 
 The updates are as their optimizers compute them, with `updates.Update.numbers`. Each returns the direction (which has
-the sign of u), eta*u, and its new state. Its first number is proportional to eta. Those of `AVERAGING` optimizers also
-take the decay, and return the new weight in place of the direction, which is the gradient.
+the sign of u), eta*u, and its new state. Its first number is proportional to eta. The methods in one pass take what an
+update returns: a kernel is compiled from the pair. The updates of `AVERAGING` optimizers also take the decay, and
+return the new weight in place of the direction, which is the gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +59,11 @@ def root(a: Tensor) -> Tensor:
 def divide(a: Tensor, b: Tensor | float) -> Tensor:
     """a / b, rounded to nearest."""
     return a / b
+
+
+def power(a: Tensor, exponent: float) -> Tensor:
+    """a**exponent for ``a`` of 0 or more and exponents of 0 or less."""
+    return a**exponent
 
 
 def fused(a: Tensor | float, b: Tensor, c: Tensor) -> Tensor:
@@ -111,10 +117,46 @@ def agrees(w: Tensor, x: Tensor, g: Tensor) -> Tensor:
     return (w < x) & (g > 0) | (w > x) & (g < 0)
 
 
-def rescaled(w: Tensor, x: Tensor, mask: Tensor, alpha: float, eta_lam: float) -> Tensor:
-    """v - eta*lam*v with v = x + alpha * mask * (w - x): the masked, rescaled update, then decoupled decay."""
-    v = x + alpha * number(mask, x) * (w - x)
+def rescaled(x: Tensor, step: Tensor, mask: Tensor, alpha: float, eta_lam: float) -> Tensor:
+    """v - eta*lam*v with v = x - alpha * mask * eta*u: the masked, rescaled update, then decoupled decay."""
+    v = x - alpha * number(mask, x) * step
     return v - eta_lam * v
+
+
+def shrunk(w: Tensor, x: Tensor, strength: float, exponent: float) -> Tensor:
+    """w / (1 + strength * |x|**exponent), with strength p*eta*lam and exponent p - 2; w where the strength is 0."""
+    return where(strength == 0, w, divide(w, one(x) + strength * power(abs(x), exponent)))
+
+
+# ---- the methods in one pass, from what an update returns
+#
+# Each returns the new weight and the method's mask. ``g`` is the gradient that the update descends, ``mask`` is
+# `aligned` of u and x, ``factor`` a number for each whole tensor.
+
+
+def with_decay(
+    x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
+    eta_lam: float, factor: float, exponent: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`decayed`."""
+    return decayed(x - step, x, mask, eta_lam), mask
+
+
+def with_caution(
+    x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
+    eta_lam: float, factor: float, exponent: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`rescaled` where u*g > 0; ``factor`` is `alpha`."""
+    kept = aligned(u, g, True)
+    return rescaled(x, step, kept, factor, eta_lam), kept
+
+
+def with_p_norm(
+    x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
+    eta_lam: float, factor: float, exponent: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`shrunk`; ``factor`` is p, or 0 for a tensor that is 0 as a whole."""
+    return shrunk(x - step, x, factor * eta_lam, exponent), x != 0
 
 
 # ---- the updates
@@ -346,9 +388,12 @@ def free_adam(
 
 
 FORMULAS: tuple[Callable[..., Any], ...] = (
-    aligned, moved_towards_zero, taken, decayed, heading, agrees, rescaled, lerp, larger, added, averaged,
+    aligned, moved_towards_zero, taken, decayed, heading, agrees, rescaled, shrunk, lerp, larger, added, with_decay,
+    with_caution, with_p_norm, averaged,
 )  # fmt: skip
 """The formulas that every backend has. Each uses only words and formulas before it."""
+METHODS: tuple[Callable[..., Any], ...] = (with_decay, with_caution, with_p_norm)
+"""Those of the methods in one pass."""
 UPDATES: tuple[Callable[..., Any], ...] = (
     adam, sgd, lion, nadam, nadamw, radam, adamax, adagrad, adadelta, rmsprop, rmsprop_centered, rmsprop_tf,
     rmsprop_tf_centered,
@@ -400,7 +445,8 @@ def alpha(kept: Tensor, numel: int | Tensor, scale: str | None) -> Tensor:
 def cautious_update(w: Tensor, x: Tensor, mask: Tensor, alpha: Tensor, eta_lam: float | Tensor) -> Tensor:
     """`rescaled`, computed in float32 or wider and rounded once."""
     wide = torch.promote_types(w.dtype, torch.float32)
-    return rescaled(w.to(wide), x.to(wide), mask, alpha.to(wide), eta_lam).to(w.dtype)  # type: ignore[arg-type]
+    x = x.to(wide)
+    return rescaled(x, x - w.to(wide), mask, alpha.to(wide), eta_lam).to(w.dtype)  # type: ignore[arg-type]
 
 
 def p_norm_decay(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor, zero_initialised: Tensor) -> Tensor:
@@ -410,9 +456,8 @@ def p_norm_decay(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor, zero_i
     0 becomes 0, except in a tensor that was 0 as a whole (``zero_initialised``), which could otherwise never train.
     """
     wide = torch.promote_types(w.dtype, torch.float32)
-    strength = torch.as_tensor(p * eta_lam, dtype=wide, device=w.device)
-    shrunk = w.to(wide) / (1 + strength * x.to(wide).abs() ** (p - 2))
-    return torch.where((strength == 0) | zero_initialised, w.to(wide), shrunk).to(w.dtype)
+    strength = torch.as_tensor(p * eta_lam, dtype=wide, device=w.device) * ~zero_initialised
+    return shrunk(w.to(wide), x.to(wide), strength, p - 2).to(w.dtype)  # type: ignore[arg-type]
 
 
 def sums(mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:

@@ -266,7 +266,8 @@ class OptimizerWrapper(Contract):
 
         For groups on the path "snapshot" this is a copy of their decaying weights; for groups on the path "pieces" one
         piece; otherwise 0. It doubles while a method also copies gradients. Parameters with a sparse gradient count
-        with all their rows until the gradient exists.
+        with all their rows until the gradient exists. Not counted: for `CautiousUpdate` and `PNormDecay` on the path
+        "one_pass" the first step of a parameter, in which the base makes its state, takes a path with a copy.
         """
         of_path: dict[str, list[Tensor]] = {}
         for i, path, _ in self.paths():

@@ -14,7 +14,7 @@ from cwd_wrap import notices, rules
 from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.choice import Rule
 from cwd_wrap.kernels import Backend
-from cwd_wrap.tensors import local_real_view, totals
+from cwd_wrap.tensors import has_numbers, local_real_view, totals
 from cwd_wrap.weight_decay import StepSize
 from cwd_wrap.wrapper import OptimizerWrapper
 
@@ -143,7 +143,7 @@ class CautiousDecay(OptimizerWrapper):
 
     def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
         self._warn_if_lost(buckets)
-        return backend.step_whole(buckets, **self._flags(count))
+        return backend.step_whole(buckets, strict=self.strict, count=count)
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
         """Warn once for a group whose decay is below half a unit in the last place of every weight."""
@@ -199,9 +199,10 @@ class CautiousUpdate(OptimizerWrapper):
 
     The base's update ``u`` is kept only where it goes down the current gradient ``g``. The part that is kept is scaled
     up by ``alpha``, one number for each parameter. The base's state is not masked. The base's own decay is switched off
-    and applied decoupled, after the masked update. This method always copies the weights. Where the update always has
-    the gradient's sign (SGD without momentum, Adagrad, RMSprop) all of it is kept, and only zeros in the gradient,
-    which count as masked, make alpha differ from 1.
+    and applied decoupled, after the masked update. Where the update always has the gradient's sign (SGD without
+    momentum, Adagrad, RMSprop) all of it is kept, and only zeros in the gradient, which count as masked, make alpha
+    differ from 1. On the path "one_pass" the mask takes the sign of the update itself; on the others that of the
+    rounded step, so an update too small to change a weight is masked there.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
@@ -209,8 +210,8 @@ class CautiousUpdate(OptimizerWrapper):
             numel / (kept + 1), as in the paper. None: 1. The mask of a sharded parameter (DTensor) is counted over all
             ranks, with one all-reduce for parameters of the same mesh and sharding. Flat pieces, as FSDP1 and DeepSpeed
             make them, are refused unless scale is None.
-        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
-        backend: as for `CautiousDecay`, with two launches after the step.
+        path: as for `CautiousDecay`, without ``"direction"``: the sign of the update is not enough.
+        backend: as for `CautiousDecay`, with two launches: one counts the mask (not if scale is None).
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class.
@@ -258,6 +259,7 @@ class CautiousUpdate(OptimizerWrapper):
         return Rule(
             type(self).__name__,
             after=self._after,
+            whole=self._whole,
             needs_copy=why,
             reads_gradient=True,
             every_group=True,
@@ -265,13 +267,22 @@ class CautiousUpdate(OptimizerWrapper):
         )
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
-        p = [each for bucket in buckets for each in bucket.p]
         here = backend.count_agreeing(buckets)
-        kept = totals(p, here).to(torch.promote_types(buckets[0].w[0].dtype, torch.float32))
-        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
         step = [step for bucket in buckets for step in _step(bucket.w, bucket.x)] if count else []
-        backend.cautious_update(buckets, rules.alpha(kept, numel, self.scale))
+        backend.cautious_update(buckets, self._alpha(backend, buckets, here))
         return _sums_of(here, step, [w for bucket in buckets for w in bucket.w]) if count else None
+
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
+        here = None if self.scale is None else backend.count_agreeing(buckets)
+        alpha = None if here is None else self._alpha(backend, buckets, here)
+        return _of_step(backend.step_whole(buckets, method="with_caution", factor=alpha, count=count))
+
+    def _alpha(self, backend: Backend, buckets: Sequence[Stepped | Whole], here: Tensor) -> Tensor:
+        """The factor of each tensor, ``here`` of whose updates are kept on this rank."""
+        p = [each for bucket in buckets for each in bucket.p]
+        kept = totals(p, here).to(_wide(buckets))
+        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
+        return rules.alpha(kept, numel, self.scale)
 
 
 class PNormDecay(OptimizerWrapper):
@@ -282,17 +293,17 @@ class PNormDecay(OptimizerWrapper):
     For p below 2 the smaller a weight is, the larger is the share that one step takes off it: many weights become
     (almost) 0. p = 2 is L2 decay in implicit form; p = 1 takes about ``eta*lam`` off a weight's size. For p below 2 a
     weight that is exactly 0 stays 0, as in the authors' code. The exception is a tensor that is 0 as a whole (a
-    zero-initialised layer), which must be able to train. This method always copies the weights. The nonzero weights of
-    a sharded parameter (DTensor) are counted over all ranks, with one all-reduce for parameters of the same mesh and
-    sharding; flat pieces, as FSDP1 and DeepSpeed make them, are refused.
+    zero-initialised layer), which must be able to train. The nonzero weights of a sharded parameter (DTensor) are
+    counted over all ranks, with one all-reduce for parameters of the same mesh and sharding; flat pieces, as FSDP1 and
+    DeepSpeed make them, are refused.
 
     Args:
         base_optimizer: an instance of torch.optim.Optimizer; its groups' ``weight_decay`` is lam.
         lam: as for `CautiousDecay`. It is the lam of the authors' code; the lam in a summary of the paper is ``p*lam``.
         p: the power, a number above 0, up to 2.
         step_size: as for `CautiousDecay`.
-        path: as for `CautiousDecay`; only ``"pieces"`` and ``"snapshot"`` keep the copy that this needs.
-        backend: as for `CautiousDecay`, with two launches after the step.
+        path: as for `CautiousDecay`, without ``"direction"``: the decay depends on the weights before the step.
+        backend: as for `CautiousDecay`, with two launches: one looks for tensors that are 0 as a whole.
 
     Raises:
         TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or p is not a number.
@@ -360,7 +371,7 @@ class PNormDecay(OptimizerWrapper):
     def _rule(self) -> Rule:
         why = f"{type(self).__name__} needs a copy of the weights: its decay depends on those from before the step"
         way_out = f"use CautiousDecay, {_FULLY_SHARD}"
-        return Rule(type(self).__name__, after=self._after, needs_copy=why, whole_tensors=way_out)
+        return Rule(type(self).__name__, self._after, needs_copy=why, whole=self._whole, whole_tensors=way_out)
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         p, w, x = (
@@ -375,11 +386,41 @@ class PNormDecay(OptimizerWrapper):
         backend.p_norm_decay(buckets, self.p, totals(p, nonzero))
         return _sums_of(backend.vector(list(map(Tensor.numel, w)), w[0].device), step, w) if count else None
 
+    def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
+        p, w = (list(chain.from_iterable(column)) for column in zip(*((b.p, b.w) for b in buckets), strict=True))
+        factor = (totals(p, _nonzero(backend, w)) != 0).to(_wide(buckets)) * self.p
+        sums = backend.step_whole(buckets, method="with_p_norm", factor=factor, exponent=self.p - 2, count=count)
+        sums = _of_step(sums)
+        if sums is not None:
+            sums[:, 0] = backend.vector(list(map(Tensor.numel, w)), sums.device)
+        return sums
+
 
 def _step(w: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
     """eta*u of the step from ``x`` to ``w``, in float32 or wider."""
     wide = torch.promote_types(w[0].dtype, torch.float32)
     return [before.to(wide) - after.to(wide) for after, before in zip(w, x, strict=True)]
+
+
+def _nonzero(backend: Backend, w: Sequence[Tensor]) -> Tensor:
+    """A count of the elements of each tensor that are not 0, or of some of them if one of these is not 0."""
+    if w[0].device.type == "cpu" and has_numbers(w[0]):  # elsewhere the answer would be waited for
+        of_last_rows = backend.count_nonzero([t[-1:] if t.dim() else t for t in w])
+        if of_last_rows.all():
+            return of_last_rows
+    return backend.count_nonzero(w)
+
+
+def _wide(buckets: Sequence[Bucket]) -> torch.dtype:
+    """The type in which the kernels compute."""
+    return torch.promote_types(buckets[0].w[0].dtype, torch.float32)
+
+
+def _of_step(sums: Sums) -> Sums:
+    """`rules.sums` of methods without a mask of the decay, with NaN in the two sums that they do not have."""
+    if sums is not None:
+        sums[:, 1:3] = math.nan
+    return sums
 
 
 def _sums_of(active: Tensor, step: Sequence[Tensor], w: Sequence[Tensor]) -> Tensor:

@@ -326,7 +326,7 @@ def test_pytorch_optimizers_maximize(name: str) -> None:
 def test_copies_of_gradients_count_as_memory(cls: str, expected: int) -> None:
     """Gradients are copied until a step leaves them unchanged, and `snapshot_bytes` counts the copies."""
     p = weight(1, 1, 1, grad=[1, 1, 1])
-    opt = CautiousUpdate({"Spoils": Spoils, "SGD": SGD}[cls]([p], lr=0.1))
+    opt = CautiousUpdate({"Spoils": Spoils, "SGD": SGD}[cls]([p], lr=0.1), path="snapshot")
     before = opt.snapshot_bytes
     opt.step()
 
@@ -520,7 +520,7 @@ def test_no_warning_without_decay() -> None:
     """A base without weight decay raises no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt = CautiousUpdate(AdamW([weight(1.0, grad=[1.0])], weight_decay=0.0))
+        opt = CautiousUpdate(AdamW([weight(1.0, grad=[1.0])], weight_decay=0.0), path="snapshot")
         opt.step()
 
     assert 4 == opt.snapshot_bytes

@@ -242,7 +242,8 @@ def test_p_out_of_range(p: Any, error: type[Exception]) -> None:
 def test_groups_without_decay_stay_out() -> None:
     """A group with weight_decay 0 takes the plain base's step, and its weights are not copied."""
     a, b = weight(1, 0, grad=[1, 1]), weight(1, 0, grad=[1, 1])
-    opt = PNormDecay(SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.0}], lr=LR, weight_decay=LAM), p=1.0)
+    base = SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.0}], lr=LR, weight_decay=LAM)
+    opt = PNormDecay(base, p=1.0, path="snapshot")
     opt.step()
 
     assert [0.875, -0.125] == b.tolist()

@@ -136,7 +136,7 @@ IMPOSSIBLE: dict[str, tuple[Any, Any, str, str]] = {
         lambda base, **options: CautiousDecay(base, mask="all", **options), SGD, "direction",
         "mask='all' is an ablation, which needs a copy of the weights",
     ),
-    "CautiousUpdate": (CautiousUpdate, SGD, "one_pass", "CautiousUpdate needs a copy of the weights to know"),
+    "CautiousUpdate": (CautiousUpdate, SGD, "direction", "CautiousUpdate needs a copy of the weights to know"),
     "PNormDecay": (PNormDecay, SGD, "direction", "PNormDecay needs a copy of the weights: its decay depends on"),
 }  # fmt: skip
 

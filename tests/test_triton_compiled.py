@@ -23,7 +23,7 @@ import triton.language as tl
 from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
 from support import update_of
 
-from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
+from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules, wrappers
 from cwd_wrap.buckets import Coming, Stepped, Whole
 from cwd_wrap.kernels import _tables, _triton
 
@@ -39,12 +39,17 @@ def wide(kernel: Kernel) -> tuple[Counter[int], Counter[int]]:
 @all_targets
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=str)
 def test_every_load_and_store_of_the_main_path_is_of_128_bits(kernel: Kernel, target: object) -> None:
-    """Aligned kernels move each byte once, 128 bits at a time, without spills or stack, in at most 144 registers."""
+    """Aligned kernels move each byte once, 128 bits at a time, without spills, in at most 168 registers.
+
+    None uses the stack, but that of NAdam with the p-norm decay: four numbers of a thread, on sm_90.
+    """
     code = compile_kernel(kernel, target)
+    most = 16 if (kernel.rule, kernel.method) == (_triton._BOUND["nadam"], "with_p_norm") else 0
 
     assert (code.loads, code.stores) == wide(kernel)
-    assert (code.spills, code.stack) == (0, 0)
-    assert 0 < code.registers <= (144 if kernel.update else 96)
+    assert code.spills == 0
+    assert code.stack <= most
+    assert 0 < code.registers <= ((144 if kernel.method == "with_decay" else 168) if kernel.update else 96)
 
 
 CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
@@ -59,8 +64,8 @@ def test_inexact_instructions(kernel: Kernel, target: object) -> None:
     """
     code = compile_kernel(kernel, target)
     expected: set[str] = {"fma.rn.f32"} if kernel.rule is _triton._along_momentum else set()
-    if kernel.rule is _triton._p_norm_decay:
-        expected = {"ex2.approx.ftz.f32", "div.full.f32", "fma.rn.ftz.f32"}
+    if kernel.rule is _triton._p_norm_decay or kernel.method == "with_p_norm":
+        expected = {"ex2.approx.ftz.f32", "fma.rn.ftz.f32"}
     harmless = {"abs.ftz.f32"} if kernel.counts else set()
     if kernel.stochastic and tl.float16 in kernel.types:
         harmless = {"cvt.rmi.ftz.f32.f32"}
@@ -163,17 +168,21 @@ def test_no_value_is_compiled_in(rule: str) -> None:
 
 @pytest.mark.parametrize("cls", [PNormDecay, CautiousUpdate])
 @pytest.mark.parametrize("tensors", [3, 300])
-def test_a_step_of_the_siblings_is_three_launches(cls: type, tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the wrapper there is one launch for the copy before the step, and two after the step."""
+@pytest.mark.parametrize(("path", "launched"), [("one_pass", 2), ("snapshot", 3)])
+def test_launches_of_the_siblings(
+    cls: type, path: str, launched: int, tensors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step in one pass is two launches; from a copy there is a third, for the copy."""
     monkeypatch.setattr(kernels, "choose", lambda *_: _triton)
+    monkeypatch.setattr(wrappers, "has_numbers", lambda _: False)  # as on a card, where no count is read
     weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(tensors)]
     for w in weights:
         w.grad = torch.ones(8)
-    opt = cls(torch.optim.SGD(weights, lr=0.1, weight_decay=0.1))
+    opt = cls(torch.optim.SGD(weights, lr=0.1, weight_decay=0.1), path=path)
     with stubbed() as counted:
         opt.step()
 
-    assert counted["launched"] == 3
+    assert counted["launched"] == launched
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, *w: torch.Tensor) -> list[dict[str, object]]:

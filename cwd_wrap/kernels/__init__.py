@@ -44,13 +44,23 @@ class Backend(Protocol):
         `rules.moved_towards_zero` and `rules.decay`. The sums have all five numbers; the rest is as in `decay_along`.
         """
 
-    def step_whole(self, buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
+    def step_whole(
+        self,
+        buckets: Sequence[Whole],
+        *,
+        count: bool,
+        strict: bool = False,
+        method: str = "with_decay",
+        factor: Tensor | None = None,
+        exponent: float = 0.0,
+    ) -> Sums:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
-        One of `rules.UPDATES`, then `rules.decay`; or one of `rules.AVERAGING`, which takes the decay, and needs a
-        number as learning rate. Everything is checked before anything is written, and the counters are set last.
-        Buckets with ``draws``: `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column
-        0 of `rules.uniform`, the state's tensors by columns 1, 2 and so on.
+        One of `rules.UPDATES`, then one of `rules.METHODS`, by its name; or one of `rules.AVERAGING`, which takes the
+        decay, and needs a number as learning rate. ``factor``: a number for each tensor, in the wide type; None is 1.
+        Everything is checked before anything is written, and the counters are set last. Buckets with ``draws``:
+        `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column 0 of `rules.uniform`,
+        the state's tensors by columns 1, 2 and so on.
         """
 
     def sums_of_step(self, buckets: Sequence[Stepped]) -> Tensor:
@@ -62,8 +72,11 @@ class Backend(Protocol):
     def count_nonzero(self, x: Sequence[Tensor]) -> Tensor:
         """How many elements of each tensor are not 0, as an int64 vector; all tensors are of one device and type."""
 
-    def count_agreeing(self, buckets: Sequence[Stepped]) -> Tensor:
-        """In how many places of each tensor the step went down the gradient (`rules.agrees`), as an int64 vector."""
+    def count_agreeing(self, buckets: Sequence[Stepped] | Sequence[Whole]) -> Tensor:
+        """In how many places of each tensor the step went down the gradient (`rules.agrees`), as an int64 vector.
+
+        Of a `Whole`: in how many the update is to go down it. Nothing is changed.
+        """
 
     def vector(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """``numbers`` as an int64 tensor on ``device``, without a host sync. Callers must not write to it."""

@@ -94,22 +94,35 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
     return _per_tensor(parts, buckets) if count else None
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
+def step_whole(
+    buckets: Sequence[Whole],
+    *,
+    count: bool,
+    strict: bool = False,
+    method: str = "with_decay",
+    factor: Tensor | None = None,
+    exponent: float = 0.0,
+) -> Sums:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
     parts: list[list[Tensor]] = []
+    factors = repeat(1.0) if factor is None else iter(factor)
+    by_method = getattr(rules, method)
     for tensors in chain.from_iterable(bucket.columns for bucket in buckets):
         _READ[tensors[0].dtype]
     for bucket in buckets:
-        lr = 1.0 if on_a_device(bucket.lr) else float(bucket.lr)
-        steps, taken = bucket.update.steps(lr, counters(bucket))
-        for i, (w, g, *state) in enumerate(zip(*bucket.columns, strict=True)):
-            x = w.to(torch.promote_types(w.dtype, torch.float32))
-            g_wide = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
-            of_state = [s.to(x.dtype) for s in state]
-            direction, step, *values = _stepped(bucket, x, g_wide, of_state, steps[taken[i]][0], strict)
+        steps, taken, rows = _updates(bucket)
+        for i, (x, g, of_state, numbers) in enumerate(rows):
+            w, _, *state = (column[i] for column in bucket.columns)
+            if bucket.update.averages:
+                direction, step, *values = _averaged(bucket, x, g, of_state, numbers, strict)
+                mask = rules.aligned(direction, x, strict)
+            else:
+                direction, step, *new = _update(bucket, g, of_state, numbers)
+                of_method = bucket.eta_lam, next(factors), exponent
+                after, mask = by_method(x, g, direction, step, rules.aligned(direction, x, strict), *of_method)
+                values = [after.to(x.dtype), *new]
             if count:
-                mask, moved = (rules.aligned(direction, x, only) for only in (strict, True))
-                parts.append([rules.sums(mask, moved, x, step, values[0])])
+                parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
             for column, (old, value) in enumerate(zip((w, *state), values, strict=False)):
                 if bucket.draws is not None and old.element_size() == 2:
                     random = _random(bucket.draws, i, column, w.shape)
@@ -140,10 +153,16 @@ def count_nonzero(x: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.count_nonzero() for t in x])
 
 
-def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+def count_agreeing(buckets: Sequence[Stepped] | Sequence[Whole]) -> Tensor:
     """`kernels.Backend.count_agreeing`."""
-    rows = chain.from_iterable(zip(*bucket.columns, strict=True) for bucket in buckets)
-    return torch.stack([rules.agrees(*row).sum() for row in rows])
+    counts: list[Tensor] = []
+    for bucket in buckets:
+        if isinstance(bucket, Whole):
+            for _, g, state, numbers in _updates(bucket)[2]:
+                counts.append(rules.aligned(_update(bucket, g, state, numbers)[0], g, strict=True).sum())
+        else:
+            counts += [rules.agrees(*row).sum() for row in zip(*bucket.columns, strict=True)]
+    return torch.stack(counts)
 
 
 def vector(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -168,21 +187,38 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
             after.copy_(rules.p_norm_decay(after, before, p, bucket.eta_lam, next(zeros)))
 
 
-def _stepped(
+def _updates(bucket: Whole) -> tuple[list[tuple[Numbers, Numbers]], list[int], Iterator[tuple[Any, ...]]]:
+    """`Update.steps` of the bucket, and for each tensor: x, the gradient to descend, state, the formula's numbers."""
+    lr = 1.0 if on_a_device(bucket.lr) else float(bucket.lr)
+    steps, taken = bucket.update.steps(lr, counters(bucket))
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        for k, (w, g, *state) in zip(taken, zip(*bucket.columns, strict=True), strict=True):
+            x = w.to(torch.promote_types(w.dtype, torch.float32))
+            descended = -g.to(x.dtype) if bucket.update.maximize else g.to(x.dtype)
+            yield x, descended, [s.to(x.dtype) for s in state], steps[k][0]
+
+    return steps, taken, rows()
+
+
+def _averaged(
     bucket: Whole, x: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Numbers, strict: bool
 ) -> tuple[Tensor, ...]:
-    """(direction, eta*u, new weight, new state ...) of the bucket's update and decay."""
+    """(direction, eta*u, new weight, new state ...) of a schedule-free update with its decay."""
+    # A tensor of shape (1,) and another type would widen the result.
+    eta_lam: Any = bucket.eta_lam.reshape(()) if isinstance(bucket.eta_lam, Tensor) else bucket.eta_lam
+    decay = rules.taken(x, rules.aligned(g, x, strict), eta_lam)
+    after, step, *new = getattr(rules, bucket.update.formula)(g, x, decay, *state, *numbers)
+    return g, step, after, *new
+
+
+def _update(bucket: Whole, g: Tensor, state: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, ...]:
+    """(direction, eta*u, new state ...) of the bucket's update."""
     of_rules = getattr(rules, bucket.update.formula)
     eta = bucket.lr * numbers[0] if on_a_device(bucket.lr) else numbers[0]
-    if bucket.update.averages:
-        # A tensor of shape (1,) and another type would widen the result.
-        eta_lam: Any = bucket.eta_lam.reshape(()) if isinstance(bucket.eta_lam, Tensor) else bucket.eta_lam
-        decay = rules.taken(x, rules.aligned(g, x, strict), eta_lam)
-        new_x, step, *new = of_rules(g, x, decay, *state, eta, *numbers[1:])
-        return g, step, new_x, *new
     lacking = of_rules.__code__.co_argcount - 1 - len(state) - len(numbers)
-    direction, step, *new = of_rules(g, *state, *[None] * lacking, eta, *numbers[1:])
-    return direction, step, rules.decay(x - step, x, rules.aligned(direction, x, strict), bucket.eta_lam), *new
+    made: tuple[Tensor, ...] = of_rules(g, *state, *[None] * lacking, eta, *numbers[1:])
+    return made
 
 
 def on_a_device(lr: float | Tensor) -> bool:

@@ -24,7 +24,7 @@ from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels import bind as bound
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
-from cwd_wrap.kernels._walk import COLUMNS, Job, Row, can_find_again, walk_of
+from cwd_wrap.kernels._walk import COLUMNS, OF_METHOD, Job, Row, can_find_again, power, walk_of
 from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
 from cwd_wrap.kernels._walk import where as _where
@@ -55,10 +55,14 @@ def _divide(a, b):
     return a / b
 
 
-_WORDS = {"where": _where, "number": _number, "one": _one, "root": _root, "divide": _divide, "fused": _fma}
-_BOUND = bind(_WORDS, register_jitable)
+_WORDS = {
+    "where": _where, "number": _number, "one": _one, "root": _root, "divide": _divide, "power": power, "fused": _fma,
+}  # fmt: skip
+_BOUND = bind(_WORDS, register_jitable(forceinline=True))
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled, _taken = (_BOUND[name] for name in ("heading", "agrees", "rescaled", "taken"))
+_heading, _agreeing, _rescaled, _shrunk, _taken = (
+    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken")
+)
 
 
 @register_jitable
@@ -110,18 +114,37 @@ def _agrees(w, x, g, c, d, n, strict):
 @register_jitable
 def _cautious_update(w, x, g, c, d, n, strict):
     mask = _agreeing(w, x, g)
-    return _rescaled(w, x, mask, n[0], n[1]), None, None, None, None, mask, (None, None, None, None)
+    return _rescaled(x, x - w, mask, n[9], n[1]), None, None, None, None, mask, (None, None, None, None)
 
 
-def _with_decay(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule that makes an ``update`` and decays."""
+@register_jitable
+def _p_norm_decay(w, x, b, c, d, n, strict):
+    return _shrunk(w, x, n[9] * n[1], n[10]), None, None, None, None, x != 0, (None, None, None, None)
+
+
+def _in_one_pass(update: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule that makes an ``update`` with a ``method`` of `rules.METHODS`."""
+
+    @register_jitable(forceinline=True)
+    def rule(x, g, a, b, c, n, strict):
+        down = n[0] * g
+        u, step, a_new, b_new, c_new = update(down, a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8])
+        decays, moved = _masks(_aligned, u, x, strict)
+        new, mask = method(x, down, u, step, decays, n[1], n[9], n[10])
+        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+
+    made: Callable[..., Any] = rule
+    return made
+
+
+def _counted_before(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule that counts where an ``update`` is to go down the gradient, and writes nothing."""
 
     @register_jitable
     def rule(x, g, a, b, c, n, strict):
-        u, step, a_new, b_new, c_new = update(n[0] * g, a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8])
-        mask, moved = _masks(_aligned, u, x, strict)
-        new = _decayed(x - step, x, mask, n[1])
-        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+        down = n[0] * g
+        u = update(down, a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8])[0]
+        return None, None, None, None, None, _aligned(u, down, True), (None, None, None, None)
 
     made: Callable[..., Any] = rule
     return made
@@ -164,13 +187,21 @@ def _add_walk(name: str, rule: Callable[..., Any]) -> None:
 for _name, _rule in (
     ("along_gradient", _along_gradient), ("along_momentum", _along_momentum), ("from_snapshot", _from_snapshot),
     ("step", _step), ("nonzero", _nonzero), ("agrees", _agrees), ("cautious_update", _cautious_update),
-    *((_update.__name__, _with_decay(_BOUND[_update.__name__])) for _update in rules.UPDATES),
-    *((_update.__name__, _averaging(_BOUND[_update.__name__])) for _update in rules.AVERAGING),
+    ("p_norm_decay", _p_norm_decay),
+    *(
+        (f"{_update.__name__}_{_method.__name__}", _in_one_pass(_BOUND[_update.__name__], _BOUND[_method.__name__]))
+        for _update in rules.UPDATES for _method in rules.METHODS
+    ),
+    *((f"{_update.__name__}_agrees", _counted_before(_BOUND[_update.__name__])) for _update in rules.UPDATES),
+    *((f"{_update.__name__}_with_decay", _averaging(_BOUND[_update.__name__])) for _update in rules.AVERAGING),
 ):  # fmt: skip
     _add_walk(_name, _rule)
 
 
 # ---- the backend
+
+_FIVE = 5
+"""So many `rules.sums` are made for a monitor."""
 
 
 def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
@@ -204,23 +235,33 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums
         else:
             rows.append((b, eta_lam, 1.0) if b == 1 - a else (b / a, eta_lam, 0.0))
     rule = "along_gradient" if buckets[0].m is None else "along_momentum"
-    return _launch(rule, buckets, _per_bucket(buckets, rows), strict=strict, count=count)
+    return _launch(rule, buckets, _per_bucket(buckets, rows), strict=strict, sums=_FIVE * count)
 
 
 def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
     rows = _per_bucket(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
-    return _launch("from_snapshot", buckets, rows, strict=strict, count=count)
+    return _launch("from_snapshot", buckets, rows, strict=strict, sums=_FIVE * count)
 
 
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
+def step_whole(
+    buckets: Sequence[Whole],
+    *,
+    count: bool,
+    strict: bool = False,
+    method: str = "with_decay",
+    factor: Tensor | None = None,
+    exponent: float = 0.0,
+) -> Sums:
     """`kernels.Backend.step_whole`."""
-    return _launch(buckets[0].update.formula, buckets, _of_updates, strict=strict, count=count)
+    of_method = None if method == "with_decay" else (1.0 if factor is None else factor, exponent)
+    rule = f"{buckets[0].update.formula}_{method}"
+    return _launch(rule, buckets, _of_updates, strict=strict, sums=_FIVE * count, of_method=of_method)
 
 
 def sums_of_step(buckets: Sequence[Stepped]) -> Tensor:
     """`kernels.Backend.sums_of_step`."""
-    return cast("Tensor", _launch("step", buckets, count=True))
+    return cast("Tensor", _launch("step", buckets, sums=_FIVE))
 
 
 def count_nonzero(x: Sequence[Tensor]) -> Tensor:
@@ -228,30 +269,47 @@ def count_nonzero(x: Sequence[Tensor]) -> Tensor:
     return _counted("nonzero", (x,))
 
 
-def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+def count_agreeing(buckets: Sequence[Stepped] | Sequence[Whole]) -> Tensor:
     """`kernels.Backend.count_agreeing`."""
-    return _counted("agrees", _columns(buckets))
+    first = buckets[0]
+    if isinstance(first, Stepped):
+        return _counted("agrees", _columns(buckets))
+    counts = _launch(f"{first.update.formula}_agrees", buckets, _before_updates, sums=1, writes=False)
+    return cast("Tensor", counts)[:, 0].long()
 
 
 def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
     """`kernels.Backend.cautious_update`."""
-    eta_lams = [float(bucket.eta_lam) for bucket in buckets for _ in bucket.w]
-    _launch("cautious_update", buckets, [(1, row) for row in zip(alpha.numpy(), eta_lams, strict=True)])
+    rows = _per_bucket(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
+    _launch("cautious_update", buckets, rows, of_method=(alpha, 0.0))
 
 
 def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
-    """`kernels.Backend.p_norm_decay`, by torch: its power is computed in vectors, numba's is not."""
-    _eager.p_norm_decay(buckets, p, nonzero)
+    """`kernels.Backend.p_norm_decay`."""
+    rows = _per_bucket(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
+    wide = torch.promote_types(buckets[0].w[0].dtype, torch.float32)
+    _launch("p_norm_decay", buckets, rows, of_method=((nonzero != 0).to(wide) * p, p - 2))
 
 
 def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
-    """The numbers ``n`` of the update's rule: sign of the gradient, eta*lam, and then its own. ``job`` is to count."""
+    """The numbers of the update's rule; ``job`` is to count."""
+    rows, after = _before_and_after(buckets, job)
+    job.count(after)
+    return rows
+
+
+def _before_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
+    """The numbers of the update's rule. ``job`` writes the counters as it has read them."""
+    return _before_and_after(buckets, job)[0]
+
+
+def _before_and_after(buckets: Sequence[Whole], job: Job) -> tuple[list[Row], list[tuple[float, ...]]]:
+    """The numbers ``n`` of the update's rule: sign of the gradient, eta*lam, and its own. The counters after it."""
     before = job.counters()
     if len(before) == 1 and len(buckets) == 1:  # nearly always
         update, bucket = buckets[0].update, buckets[0]
         ((numbers, after),), _ = update.steps(float(bucket.lr), before)
-        job.count([after])
-        return [(len(bucket.w), (-1.0 if update.maximize else 1.0, float(bucket.eta_lam), *numbers))]
+        return [(len(bucket.w), (-1.0 if update.maximize else 1.0, float(bucket.eta_lam), *numbers))], [after]
     alike = len(before) == 1
     rows: list[Row] = []
     counted: list[tuple[float, ...]] = []
@@ -264,8 +322,7 @@ def _of_updates(buckets: Sequence[Whole], job: Job) -> list[Row]:
         rows += [(len(bucket.w), of_steps[0])] if len(steps) == 1 else [(1, of_steps[k]) for k in taken]
         counted += [steps[k][1] for k in (taken * len(bucket.w) if alike else taken)]
         first = last
-    job.count(counted)
-    return rows
+    return rows, counted
 
 
 def _counters(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
@@ -300,33 +357,40 @@ def _launch(
     rows: Sequence[Row] | Callable[[Sequence[Any], Job], Sequence[Row]] = (),
     *,
     strict: bool = False,
-    count: bool = False,
+    sums: int = 0,
+    of_method: tuple[float | Tensor, float] | None = None,
+    writes: bool = True,
 ) -> Sums:
-    """Carry ``rule`` out on all tensors of the buckets. Returns `rules.sums` of each if ``count``.
+    """Carry ``rule`` out on all tensors of the buckets. Returns the first 0, 1 or 5 ``sums`` of each.
 
-    ``rows``: the numbers of the rule, or a function that returns them when the tensors have been found.
+    ``rows``: the numbers of the rule, or a function that returns them when the tensors have been found. ``of_method``:
+    the factor of each tensor and the exponent.
     """
-    job, walk, sums = buckets[0].kept, _walks[rule], 5 if count else 0
-    if isinstance(job, Job):  # its tensors are contiguous
-        if not job.found:
-            job.find(_columns(buckets), _counters(buckets))
-        of_chunks = job.run(walk, rows(buckets, job) if callable(rows) else rows, strict=strict, sums=sums)
-        return torch.from_numpy(job.per_tensor(of_chunks)) if count else None
-    columns = _columns(buckets)
-    lines = _in_lines(columns)
-    job = Job(lines, _counters(buckets))
-    written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
-    draws = [bucket.draws for bucket in buckets if bucket.draws is not None]
-    if draws and any(columns[i][0].element_size() == 2 for i in written):
-        streams = [rules.stream(each.stream, torch.tensor(each.numbers, device="cpu")).numpy() for each in draws]
-        shards = np.array([shard for each in draws for shard in each.shards], np.int64)
-        job.draw(np.concatenate(streams), shards.reshape(-1, len(Shard._fields)))
-    job.find(lines, _counters(buckets))
+    job, walk = buckets[0].kept, _walks[rule]
+    columns: Sequence[Sequence[Tensor]] = ()
+    lines: Sequence[Sequence[Tensor]] = ()
+    written: list[int] = []
+    if not isinstance(job, Job):  # else its tensors are contiguous
+        columns = _columns(buckets)
+        lines = _in_lines(columns)
+        job = Job(lines, _counters(buckets))
+        if writes:
+            written = [0, *range(2, len(columns))] if isinstance(buckets[0], Whole) else [0]
+        draws = [bucket.draws for bucket in buckets if bucket.draws is not None]
+        if draws and any(columns[i][0].element_size() == 2 for i in written):
+            streams = [rules.stream(each.stream, torch.tensor(each.numbers, device="cpu")).numpy() for each in draws]
+            shards = np.array([shard for each in draws for shard in each.shards], np.int64)
+            job.draw(np.concatenate(streams), shards.reshape(-1, len(Shard._fields)))
+        job.find(lines, _counters(buckets))
+    elif not job.found:
+        job.find(_columns(buckets), _counters(buckets))
+    if of_method is not None:
+        job.numbers[:, OF_METHOD], job.numbers[:, OF_METHOD + 1] = of_method
     of_chunks = job.run(walk, rows(buckets, job) if callable(rows) else rows, strict=strict, sums=sums)
     for i in written if lines is not columns else ():
         for t, line, weight in zip(columns[i], lines[i], columns[0], strict=True):
             _write_back(t, line, _order(weight))
-    return torch.from_numpy(job.per_tensor(of_chunks)) if count else None
+    return torch.from_numpy(job.per_tensor(of_chunks)) if sums else None
 
 
 def _in_lines(columns: Sequence[Sequence[Tensor]]) -> Sequence[Sequence[Tensor]]:

@@ -10,10 +10,11 @@ from device memory: no value is compiled in, and each replay of a CUDA graph rea
 
 `_sweep` is the kernel for every rule. A decay is a function of the values of up to three tensors in one place, of
 eta*lam and of two coefficients; it returns what to write over the first tensor, and whether to count it. An update is a
-function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns; a
-schedule-free one takes the weight and its decay, too. A rule that
-needs a number for each whole tensor takes two launches: one counts, and the other reads a number that was computed from
-the counts. The sums for a monitor are made in the launch that decays, and compiled in only if they are asked for.
+function of the gradient and of up to three tensors of state, and returns what its twin in rules.py returns; a method of
+rules.py makes the new weight of it. A schedule-free update takes the weight and its decay, too, and makes the new
+weight itself. A rule that needs a number for each whole tensor takes two launches: one counts, and the other reads a
+number that was computed from the counts. The sums for a monitor are made in the launch that decays, and compiled in
+only if they are asked for.
 
 What is written is rounded as in rules.py: no multiplication is fused with an addition, and float32 roots and quotients
 are those of the IEEE standard.
@@ -45,9 +46,10 @@ BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-
 THREADS = 128
 CHUNK = 1 << 14  # elements that a program handles in all: its 32 bytes in the table are at most 0.1 % of theirs
 ALIGNMENT = 16  # bytes
-ROW = 4 + 1 + NUMBERS + 2
+ROW = 4 + 1 + NUMBERS + 2 + 1
 """Words in a row of the table of rows: the addresses of eta*lam and of a learning rate on the device, or 0; their
-values, or 0.0 where there is an address; the sign of the gradient; the rule's numbers; log2(beta) of two averages.
+values, or 0.0 where there is an address; the sign of the gradient; the rule's numbers; log2(beta) of two averages; the
+exponent of a method.
 Addresses are int64, the rest float64. Where a learning rate has an address, the first number is computed for 1."""
 
 _COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
@@ -93,6 +95,14 @@ def _divide(a, b):
 
 
 @triton.jit
+def _power(a, exponent):
+    # Of 0 the logarithm is -inf, and the power inf. CUDA's logarithm takes denormals for 0, so they are scaled.
+    denormal = a < 1.1754943508222875e-38
+    logarithm = tl.log2(tl.where(denormal, a * 16777216.0, a)) - tl.where(denormal, 24.0, 0.0)
+    return tl.where(exponent == 0, 1.0, tl.exp2(exponent * logarithm))
+
+
+@triton.jit
 def _fused(a, b, c):
     return tl.fma(a, b, c)
 
@@ -103,12 +113,15 @@ def _abs(a):
 
 
 _WORDS = {
-    "where": _where, "number": _number_of, "one": _one, "root": _root, "divide": _divide, "fused": _fused, "abs": _abs,
+    "where": _where, "number": _number_of, "one": _one, "root": _root, "divide": _divide, "power": _power,
+    "fused": _fused, "abs": _abs,
 }  # fmt: skip
 _SEEN = {"tl": tl, "Tensor": tl.tensor, "Maybe": tl.tensor, "bool": tl.tensor}  # names that Triton looks up, no more
 _BOUND = bind({**_WORDS, **_SEEN}, triton.jit)
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled, _taken = (_BOUND[name] for name in ("heading", "agrees", "rescaled", "taken"))
+_heading, _agreeing, _rescaled, _shrunk, _taken = (
+    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken")
+)
 
 
 @triton.jit
@@ -152,19 +165,12 @@ def _nonzero(x, y, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
 @triton.jit
 def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
     mask = _agreeing(w, x, g)
-    return _rescaled(w, x, mask, alpha, eta_lam), mask
+    return _rescaled(x, x - w, mask, alpha, eta_lam), mask
 
 
 @triton.jit
 def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
-    # p is 0 for a tensor that was 0 as a whole. Of |x| = 0 the logarithm is -inf, and the power inf. CUDA's logarithm
-    # takes denormals for 0, so they are scaled.
-    strength = p * eta_lam
-    size = tl.abs(x)
-    denormal = size < 1.1754943508222875e-38
-    logarithm = tl.log2(tl.where(denormal, size * 16777216.0, size)) - tl.where(denormal, 24.0, 0.0)
-    power = tl.where(exponent == 0, 1.0, tl.exp2(exponent * logarithm))
-    return tl.where(strength == 0, w, w / (1 + strength * power)), strength != 0
+    return _shrunk(w, x, p * eta_lam, exponent), x != 0  # p is 0 for a tensor that was 0 as a whole
 
 
 # ---- the walk
@@ -232,28 +238,30 @@ def _load(pointer, at, inside, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, value, at, inside, words, COLUMN: tl.constexpr):
+def _store(pointer, value, at, inside, words, COLUMN: tl.constexpr, WRITE: tl.constexpr):
     if words is not None:
         if (pointer.dtype.element_ty == tl.float16) | (pointer.dtype.element_ty == tl.bfloat16):
             random = ((words >> 16 * COLUMN) & 0xFFFF).to(tl.int32)
             value = _round_stochastically(value, random, pointer.dtype.element_ty == tl.float16)
-    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
+    if WRITE:
+        tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _update(
-    x, g, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6,
-    RULE: tl.constexpr, AVERAGES: tl.constexpr, STRICT: tl.constexpr,
+    x, g, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, exponent,
+    RULE: tl.constexpr, METHOD: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
-    """(new x, direction, mask, eta*u, new state) of an update and the decay."""
-    if AVERAGES:
+    """(new x, direction, mask, eta*u, new state) of an update and its method."""
+    if METHOD is None:
         mask = _aligned(g, x, STRICT)
         new, step, z, v, largest = RULE(g, x, _taken(x, mask, eta_lam), z, v, largest, n0, n1, n2, n3, n4, n5, n6)
         return new, g, mask, step, z, v, largest
     else:  # noqa: RET505 - Triton compiles one of the two
         direction, step, z, v, largest = RULE(g, z, v, largest, n0, n1, n2, n3, n4, n5, n6)
         mask = _aligned(direction, x, STRICT)
-        return _decayed(x - step, x, mask, eta_lam), direction, mask, step, z, v, largest
+        new, mask = METHOD(x, g, direction, step, mask, eta_lam, factor, exponent)
+        return new, direction, mask, step, z, v, largest
 
 
 @triton.jit
@@ -274,6 +282,8 @@ def _piece(
     n4,
     n5,
     n6,
+    factor,
+    exponent,
     key,
     offset,
     run,
@@ -285,7 +295,7 @@ def _piece(
     weights,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
-    AVERAGES: tl.constexpr,
+    METHOD: tl.constexpr,
     WRITE: tl.constexpr,
     WIDE: tl.constexpr,
     STRICT: tl.constexpr,
@@ -301,26 +311,25 @@ def _piece(
     if UPDATE:
         v = _load(fourth, at, inside, WIDE) if fourth is not None else None
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
-        before = x
+        before, y = x, sign * y
         x, direction, mask, step, z, v, largest = _update(
-            x, sign * y, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, RULE, AVERAGES, STRICT
+            x, y, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, exponent, RULE, METHOD, STRICT
         )
         if SUMS:
             moved = _aligned(direction, before, True)
         if third is not None:
-            _store(third, z, at, inside, words, 1)
+            _store(third, z, at, inside, words, 1, WRITE)
         if fourth is not None:
-            _store(fourth, v, at, inside, words, 2)
+            _store(fourth, v, at, inside, words, 2, WRITE)
         if fifth is not None:
-            _store(fifth, largest, at, inside, words, 3)
+            _store(fifth, largest, at, inside, words, 3, WRITE)
     else:
         before = y if SUMS == 5 else x
         step = before - x
         if SUMS:
-            _, moved = RULE(x, y, z, eta_lam, n0, n1, True)
-        x, mask = RULE(x, y, z, eta_lam, n0, n1, STRICT)
-    if WRITE:
-        _store(first, x, at, inside, words, 0)
+            _, moved = RULE(x, y, z, eta_lam, factor, n1, True)
+        x, mask = RULE(x, y, z, eta_lam, factor, n1, STRICT)
+    _store(first, x, at, inside, words, 0, WRITE)
     active = _add(active, mask, inside)
     if SUMS:
         towards = _add(towards, moved, inside)
@@ -365,7 +374,7 @@ def _sweep(
     per_tensor,
     RULE: tl.constexpr,
     UPDATE: tl.constexpr,
-    AVERAGES: tl.constexpr,
+    METHOD: tl.constexpr,
     WRITE: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -383,15 +392,16 @@ def _sweep(
 ):
     """Carry RULE out on chunk number ``program_id``.
 
-    ``addresses``: columns of ``tensors`` each, of the types FIRST to FIFTH; the first is written if WRITE, the third to
-    the fifth if RULE is an UPDATE; AVERAGES: a schedule-free one.
+    ``addresses``: columns of ``tensors`` each, of the types FIRST to FIFTH; if WRITE, the first is written, and the
+    third to the fifth if RULE is an UPDATE, from which METHOD makes the new weight. Without a METHOD it is a
+    schedule-free one.
     ``chunks``: for each its tensor, its first element, the one after its last, and its row.
     ``rows`` and ``numbers``: the same table of rows (see `ROW`) as addresses and as float64.
     ``steps``: None, or the address of each tensor's counter from before the step, for an update that only corrects
     biases (see `Update.corrects_bias`); the last two numbers of the row are log2(beta) of its two averages.
     ``streams``: None rounds to nearest; otherwise the stream there makes the random numbers that round, and ``shards``
     holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: some have several runs.
-    ``per_tensor``: None, or a number for each tensor, in place of the rule's first.
+    ``per_tensor``: None, or a number for each tensor: the factor of METHOD, or in place of the first of a decay.
     SUMS: 0, or how many of `rules.sums` are known, and ``counts`` holds five numbers for each tensor: 3 before the
     step, when RULE decays along a direction, else 5.
     """
@@ -410,8 +420,9 @@ def _sweep(
         n0 /= 1 - tl.exp2(t * tl.load(of_rule + 8))
         n1 *= tl.sqrt(1 - tl.exp2(t * tl.load(of_rule + 9)))
     n0, n1 = n0.to(WIDE), n1.to(WIDE)
-    if per_tensor is not None:
-        n0 = tl.load(per_tensor + tensor)
+    own_factor = 1.0 if UPDATE else n0
+    factor = tl.load(per_tensor + tensor) if per_tensor is not None else own_factor
+    exponent = tl.load(of_rule + 10).to(WIDE)
     n2, n3 = tl.load(of_rule + 3).to(WIDE), tl.load(of_rule + 4).to(WIDE)
     n4, n5 = tl.load(of_rule + 5).to(WIDE), tl.load(of_rule + 6).to(WIDE)
     n6 = tl.load(of_rule + 7).to(WIDE)
@@ -435,15 +446,15 @@ def _sweep(
         at = block + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
-            key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, AVERAGES, WRITE, WIDE, STRICT, SUMS,
+            factor, exponent, key, offset, run, jump, active, towards, decayed, stepped, weights,
+            RULE, UPDATE, METHOD, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, at < stop, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
-            key, offset, run, jump, active, towards, decayed, stepped, weights,
-            RULE, UPDATE, AVERAGES, WRITE, WIDE, STRICT, SUMS,
+            factor, exponent, key, offset, run, jump, active, towards, decayed, stepped, weights,
+            RULE, UPDATE, METHOD, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if SUMS:
         _add_to(counts + tensor * 5, active, towards, decayed, stepped, weights, SUMS)
@@ -482,10 +493,35 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
 
 
 @_uncompiled
-def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
+def step_whole(
+    buckets: Sequence[Whole],
+    *,
+    count: bool,
+    strict: bool = False,
+    method: str = "with_decay",
+    factor: Tensor | None = None,
+    exponent: float = 0.0,
+) -> Sums:
     """`kernels.Backend.step_whole`, in one launch before those that increase the counters."""
     if not buckets:
         return None
+    flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
+    sums, steps, after = _launch_updates(buckets, _BOUND[method], exponent, per_tensor=factor, **flags)
+    if steps:
+        torch._foreach_add_(list(steps), 1)
+        return sums
+    for bucket, new in zip(buckets, after, strict=True):
+        _eager.set_counters(bucket, new)
+    return sums
+
+
+def _launch_updates(
+    buckets: Sequence[Whole], method: Any, exponent: float, **options: Any
+) -> tuple[Sums, Sequence[Tensor], list[list[Numbers]]]:
+    """Launch the update of the buckets with a ``method``.
+
+    Returns what `_launch` returns, the counters that the kernel has read, and those after the step if it has read none.
+    """
     rows: list[_Row] = []
     row_of: list[int] = []
     after: list[list[Numbers]] = []
@@ -495,19 +531,12 @@ def step_whole(buckets: Sequence[Whole], *, strict: bool, count: bool) -> Sums:
         lr, eta = (1.0, bucket.lr) if _eager.on_a_device(bucket.lr) else (float(bucket.lr), 1.0)
         distinct, taken = bucket.update.steps(lr, before)
         row_of += [len(rows) + k for k in taken]
-        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers)) for numbers, _ in distinct]
+        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, exponent)) for numbers, _ in distinct]
         after.append([distinct[k][1] for k in taken])
     steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
-    flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
-    flags |= {"row_of": row_of, "update": True, "averages": buckets[0].update.averages}
     rule = _BOUND[buckets[0].update.formula]
-    sums = _launch(rule, _columns(buckets), rows, steps=steps, **flags)
-    if in_kernel:
-        torch._foreach_add_(list(steps), 1)
-        return sums
-    for bucket, new in zip(buckets, after, strict=True):
-        _eager.set_counters(bucket, new)
-    return sums
+    options |= {"update": True, "method": None if buckets[0].update.averages else method}
+    return _launch(rule, _columns(buckets), rows, row_of=row_of, steps=steps, **options), steps, after
 
 
 def _counts_in_kernel(bucket: Whole) -> bool:
@@ -515,11 +544,12 @@ def _counts_in_kernel(bucket: Whole) -> bool:
     return bucket.update.corrects_bias and bucket.counters[0][0].device == bucket.w[0].device
 
 
-def _coefficients(update: Update, numbers: Numbers) -> tuple[float, ...]:
+def _coefficients(update: Update, numbers: Numbers, exponent: float) -> tuple[float, ...]:
     """What the kernel of ``update`` reads from a row: see `ROW`."""
-    betas = update.options[:2] if update.corrects_bias else ()
+    betas = update.options[:2] if update.corrects_bias else (1.0, 1.0)
     logarithms = (math.log2(beta) if beta else -math.inf for beta in betas)
-    return (-1.0 if update.maximize else 1.0, *numbers, *[0.0] * (NUMBERS - len(numbers)), *logarithms)
+    sign = -1.0 if update.maximize else 1.0
+    return (sign, *numbers, *[0.0] * (NUMBERS - len(numbers)), *logarithms, exponent)
 
 
 @_uncompiled
@@ -542,9 +572,12 @@ def count_nonzero(x: Sequence[Tensor]) -> Tensor:
 
 
 @_uncompiled
-def count_agreeing(buckets: Sequence[Stepped]) -> Tensor:
+def count_agreeing(buckets: Sequence[Stepped] | Sequence[Whole]) -> Tensor:
     """`kernels.Backend.count_agreeing`, in one launch."""
-    return _counts(_agrees, _columns(buckets))
+    of_updates = [bucket for bucket in buckets if isinstance(bucket, Whole)]
+    if not of_updates:
+        return _counts(_agrees, _columns(buckets))
+    return cast("Tensor", _launch_updates(of_updates, _BOUND["with_caution"], 0.0, count=True, write=False)[0])
 
 
 @_uncompiled
@@ -604,7 +637,7 @@ def _launch(
     *,
     row_of: list[int] | None = None,
     update: bool = False,
-    averages: bool = False,
+    method: Any = None,
     steps: Sequence[Tensor] = (),
     strict: bool = False,
     count: bool = False,
@@ -615,9 +648,9 @@ def _launch(
 ) -> Tensor | None:
     """Carry ``rule`` out on the columns of each bucket. Return counts or `rules.sums` if asked.
 
-    ``row_of`` is the row of each tensor; if it is None, there is one for each bucket.
-    It writes to the first column, and to the third and those after it if it is an ``update``. In place of its first
-    coefficient it is given the tensor's entry in ``per_tensor``, if there is one.
+    ``row_of`` is the row of each tensor; if it is None, there is one for each bucket. ``method``: that of an update.
+    It writes to the first column, and to the third and those after it if it is an ``update``. ``per_tensor`` is the
+    factor of the method, or in place of the first coefficient of a decay.
     """
     columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
     sizes = list(map(Tensor.numel, columns[0])) if columns else []
@@ -631,7 +664,7 @@ def _launch(
     lines = _in_order(columns)
     types = [_TYPES[line[0].dtype] for line in lines]
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
-    written = ([0] if write else []) + (list(range(2, len(columns))) if update else [])
+    written = [0, *(range(2, len(columns)) if update else ())] if write else []
     addresses = _bytes(_pointers(lines))
     each_its_own = chain.from_iterable(repeat(i, len(of_one[0])) for i, of_one in enumerate(of_buckets))
     row_of = list(each_its_own) if row_of is None else row_of
@@ -665,7 +698,7 @@ def _launch(
                 per_tensor,
                 RULE=rule,
                 UPDATE=update,
-                AVERAGES=averages,
+                METHOD=method,
                 WRITE=write,
                 **dict(zip(_COLUMNS, [*types, None, None, None, None], strict=False)),
                 ROW=ROW,

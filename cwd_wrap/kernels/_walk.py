@@ -4,7 +4,7 @@
 """The loop over the tensors of a call, compiled by numba for each rule, and the tables that it reads (`Job`).
 
 The work is cut into chunks. A table says which tensor each chunk is of, another where the tensors are. `walk_of` makes
-the loop, the same for every rule. A rule is a function of the values of up to five tensors in one place and of nine
+the loop, the same for every rule. A rule is a function of the values of up to five tensors in one place and of eleven
 numbers ``n``; it returns what to write into each of the five (None: nothing), whether to count the place, and what
 `rules.sums` sums there. The sums are compiled in only if they are asked for.
 """
@@ -29,7 +29,10 @@ from cwd_wrap.tensors import Shard
 CHUNK = 1 << 16  # elements
 ALONE = 1 << 17  # elements below which a second thread costs more than it brings
 
-COLUMNS, COUNTERS, NUMBERS = 5, 2, 9
+COLUMNS, COUNTERS, NUMBERS = 5, 2, 11
+OF_METHOD = 9
+"""The place of a method's two numbers among the ``n``, after those of a `Row`: its factor, which each tensor has of its
+own, and its exponent."""
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
 TAGS: dict[torch.dtype, np.ndarray] = ByType(
     {
@@ -94,6 +97,94 @@ def where(typing_context, condition, a, b):
         return builder.select(bit, *arguments[1:])
 
     return a(condition, a, a), generate
+
+
+@intrinsic
+def _exponent(typing_context, a):
+    """The exponent of the float32 ``a`` > 0 to base 2 for which `_mantissa` is between the roots of 1/2 and of 2."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.sitofp(_exponent_bits(builder, arguments[0]), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic
+def _mantissa(typing_context, a):
+    """``a`` / 2**`_exponent`."""
+
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(32)
+        exponent = builder.shl(_exponent_bits(builder, arguments[0]), word(23))
+        return builder.bitcast(builder.sub(builder.bitcast(arguments[0], word), exponent), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+def _exponent_bits(builder, a):
+    word, root_of_half = ir.IntType(32), 0x3F3504F3
+    return builder.ashr(builder.sub(builder.bitcast(a, word), word(root_of_half)), word(23))
+
+
+@intrinsic
+def _power_of_two(typing_context, n):
+    """2**n for a whole float32 ``n`` from -127, of which it makes 0, to 128, of which it makes infinity."""
+
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(32)
+        biased = builder.add(builder.fptosi(arguments[0], word), word(127))
+        return builder.bitcast(builder.shl(biased, word(23)), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+_ZERO, _ONE, _INFINITY, _NAN = (np.float32(x) for x in (0, 1, np.inf, np.nan))
+_SCALE, _OF_SCALE = np.float32(2.0**24), np.float32(24)
+_LOWEST, _HIGHEST, _TO_WHOLE = np.float32(-127), np.float32(128), np.float32(1.5 * 2**23)
+# log2(1 + t) / t from the root of 1/2 to that of 2, and 2 * 2**r for r from -1/2 to 1/2: Chebyshev fits, right to 1e-7.
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = map(
+    np.float32,
+    (1.4426949, -0.721352756, 0.48092404, -0.360241979,
+     0.287075609, -0.24882181, 0.23420985, -0.146203533),
+)  # fmt: skip
+_E0, _E1, _E2, _E3, _E4, _E5, _E6 = map(
+    np.float32,
+    (2.0, 1.38629436, 0.480453014, 0.111007139,
+     0.0192361139, 0.00267817336, 0.000309228955),
+)  # fmt: skip
+
+
+def power(a, exponent):
+    """`rules.power`, of float32 by polynomials, right to 3 units: LLVM cannot vectorise a call of libm.
+
+    From 2**104 on ``a`` counts as 2**104, where a power matters only for exponents near 0.
+    """
+
+
+@overload(power, inline="always")
+def _(a, exponent):
+    return _vector_power if a == types.float32 else lambda a, exponent: a**exponent
+
+
+@register_jitable(forceinline=True)
+def _vector_power(a, exponent):
+    # 2**(exponent * log2(a)), with polynomials in the form of Estrin. The whole part of the logarithm is multiplied
+    # without rounding, so that its size costs no precision. Denormals are scaled with all others.
+    of_zero, of_nan = where(exponent == _ZERO, _ONE, _INFINITY), where(exponent == _ZERO, _ONE, _NAN)
+    scaled = a * _SCALE
+    whole = _exponent(scaled) - _OF_SCALE
+    t = _mantissa(scaled) - _ONE
+    t2, slope = t * t, exponent * t
+    low, high = fma(t2, fma(t, _L3, _L2), fma(t, _L1, _L0)), fma(t2, fma(t, _L7, _L6), fma(t, _L5, _L4))
+    logarithm = fma(t2 * t2, high, low)
+    n = (fma(slope, logarithm, exponent * whole) + _TO_WHOLE) - _TO_WHOLE
+    r = fma(slope, logarithm, fma(exponent, whole, -n))
+    r2 = r * r
+    low, high = fma(r2, fma(r, _E3, _E2), fma(r, _E1, _E0)), fma(r2, _E6, fma(r, _E5, _E4))
+    less = n - _ONE  # 2**n may be infinite where the power is not
+    less = where(less < _LOWEST, _LOWEST, where(less > _HIGHEST, _HIGHEST, less))
+    found = fma(r2 * r2, high, low) * _power_of_two(less)
+    return where(a == _ZERO, of_zero, where(a == a, found, of_nan))  # noqa: PLR0124 - NaN
 
 
 @intrinsic
@@ -358,7 +449,9 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
                     break
                 tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
                 row = numbers[tensor]
-                n = (row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8])
+                n = (
+                    row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10],
+                )  # fmt: skip
                 line0 = _line(addresses, 0, tensor, start, stop, tags[0])
                 line1 = _line(addresses, 1, tensor, start, stop, tags[1])
                 line2 = _line(addresses, 2, tensor, start, stop, tags[2])
