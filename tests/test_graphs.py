@@ -220,7 +220,7 @@ def test_dropping_the_snapshot_frees_only_the_memory_of_eager_steps(capture: Cap
 def test_a_capture_does_not_read_gradients(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a captured first step gradients are still copied: to check whether that is needed would wait."""
     p = weight(1.0, grad=[1.0])
-    opt = CautiousUpdate(SGD([p], lr=0.1))
+    opt = CautiousUpdate(SGD([p], lr=0.1), path="snapshot")
     with capture(), monkeypatch.context() as m:
         m.setattr(Tensor, "tolist", lambda _: 1 / 0)
         opt.step()
