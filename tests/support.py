@@ -38,6 +38,7 @@ class PathOptions(dict[str, Any]):
 WITH_A_KERNEL = [(path, backend) for path in ("one_pass", "direction", "snapshot") for backend in ("eager", "numba")]
 ALL_PATHS = [*(PathOptions(path=path, backend=backend) for path, backend in WITH_A_KERNEL), PathOptions(path="pieces")]
 COPYING = [path for path in ALL_PATHS if path.copies]
+OF_SIBLINGS = [path for path in ALL_PATHS if path["path"] != "direction"]
 
 
 def can_run(path: PathOptions) -> bool:
@@ -171,7 +172,9 @@ METHODS: dict[str, tuple[Any, reference.Reference | None, dict[str, Any]]] = {
 
 def paths_of(name: str) -> list[PathOptions]:
     """The paths that a method can take."""
-    return ALL_PATHS if name in ("decay", "strict") else COPYING
+    if name in ("decay", "strict"):
+        return ALL_PATHS
+    return COPYING if METHODS[name][0] is CautiousDecay else OF_SIBLINGS
 
 
 def _on(name: str, path: PathOptions) -> Any:

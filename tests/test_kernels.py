@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -692,6 +692,16 @@ all_updates = pytest.mark.parametrize("name", UPDATES)
 all_kernels = pytest.mark.parametrize("name", KERNELS)
 
 
+def each_with_one(names: Sequence[str], options: Sequence[Any]) -> list[tuple[str, Any]]:
+    """The first name with every option, each other one with one of them, in turn."""
+    first, *others = names
+    return [*((first, option) for option in options), *zip(others, cycle(options), strict=False)]
+
+
+PAIRED = [name for name, update in UPDATES.items() if not update.averages]
+"""Those that make a pair with each method."""
+
+
 @pytest.fixture
 def ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make square roots round as in IEEE 754. On some CPUs torch's do not: MKL's are sometimes off by a unit."""
@@ -747,11 +757,12 @@ def test_the_whole_step_equals_the_rule(on: Place, name: str, strict: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "types",
-    [(torch.bfloat16,) * 3, (torch.float16,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32), *MIXED],
+    ("name", "types"),
+    each_with_one(
+        KERNELS, [(torch.bfloat16,) * 3, (torch.float16,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32), *MIXED]
+    ),
     ids=str,
 )
-@all_kernels
 @pytest.mark.usefixtures("ieee")
 def test_the_whole_step_in_other_types(on: Place, name: str, types: tuple[torch.dtype, ...]) -> None:
     """16-bit state is computed in float32 and rounded once; weights, gradients and state may differ in type."""
@@ -854,8 +865,7 @@ def same_step(on: Place, bucket: Whole, expected: Sequence[Sequence[Tensor]], cl
     return all(equal)
 
 
-@pytest.mark.parametrize("scale", ["mean", "numel", None])
-@all_updates
+@pytest.mark.parametrize(("name", "scale"), each_with_one(PAIRED, ["mean", "numel", None]))
 @pytest.mark.usefixtures("ieee")
 def test_the_cautious_update_in_one_pass_equals_the_rule(on: Place, name: str, scale: str | None) -> None:
     """Over tensors of every size, at different counts, it is the rule on each. To count writes nothing."""
@@ -871,8 +881,7 @@ def test_the_cautious_update_in_one_pass_equals_the_rule(on: Place, name: str, s
     assert same_step(on, bucket, expected)
 
 
-@pytest.mark.parametrize("p", [0.8, 1.0, 2.0])
-@all_updates
+@pytest.mark.parametrize(("name", "p"), each_with_one(PAIRED, [0.8, 1.0, 2.0]))
 @pytest.mark.usefixtures("ieee")
 def test_the_p_norm_decay_in_one_pass_equals_the_rule(on: Place, name: str, p: float) -> None:
     """Over tensors of every size it is the rule on each; one is 0 as a whole, and one has zeros."""
@@ -887,8 +896,11 @@ def test_the_p_norm_decay_in_one_pass_equals_the_rule(on: Place, name: str, p: f
     assert p == 2 or not bucket.w[5][::2].any()
 
 
-@pytest.mark.parametrize("types", [(torch.bfloat16,) * 3, (torch.float64,) * 3, *MIXED], ids=str)
-@all_kernels
+@pytest.mark.parametrize(
+    ("name", "types"),
+    each_with_one([name for name in KERNELS if name in PAIRED], [(torch.bfloat16,) * 3, (torch.float64,) * 3, *MIXED]),
+    ids=str,
+)
 @pytest.mark.usefixtures("ieee")
 def test_the_siblings_in_one_pass_in_other_types(on: Place, name: str, types: tuple[torch.dtype, ...]) -> None:
     """16-bit numbers are computed in float32 and rounded once; weights, gradients and state may differ in type."""

@@ -11,7 +11,7 @@ import engines
 import pytest
 import torch
 from ranks import LIMIT, Ranks, spawn
-from support import ALL_PATHS, COPYING, METHODS, PathOptions, in_turn, param
+from support import ALL_PATHS, METHODS, OF_SIBLINGS, PathOptions, in_turn, param
 from torch import distributed as dist
 from torch.optim import SGD, AdamW
 
@@ -36,7 +36,7 @@ ENGINES: dict[str, tuple[int, Any, Any]] = {
 # FSDP2 and sequence parallelism, which has partial gradients, on each path; each other engine on one.
 EVERYWHERE = in_turn(["FSDP2", *(name for name in ENGINES if name not in ("FSDP2", "sequence parallel"))])
 every_engine = pytest.mark.parametrize(("engine", "path"), [*EVERYWHERE, *in_turn(["sequence parallel"])])
-SIBLINGS = in_turn(("update", "update-numel", "p-norm", "p-norm-2"), COPYING)
+SIBLINGS = in_turn(("update", "update-numel", "p-norm", "p-norm-2"), OF_SIBLINGS)
 
 
 def adamw(parameters: Any, path: PathOptions, name: str = "decay") -> Any:
