@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,20 @@ def test_gradients_are_not_touched(every_path: PathOptions) -> None:
         assert p.grad is g
         assert version == g._version
         assert torch.equal(kept, g)
+
+
+def test_gradients_of_several_types_are_let_go(every_path: PathOptions) -> None:
+    """After a step nothing holds the gradients, in a group of two types neither: backward needs their memory."""
+    params = [weight(1.0, 2.0), weight(1.0, dtype=torch.float64)]
+    opt = CautiousDecay(SGD(params, lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        held = [weakref.ref(p.grad) for p in params]
+        opt.step()
+        opt.zero_grad()
+
+        assert [None, None] == [each() for each in held]
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
