@@ -304,7 +304,7 @@ def test_random_resumes() -> None:
     expected = run_random(range(3, 6), model, opt)
     for again, resumed in (fresh(), (model, opt)):
         again.load_state_dict(checkpoint[0])
-        resumed.load_state_dict(checkpoint[1])
+        resumed.load_state_dict(copy.deepcopy(checkpoint[1]))
 
         assert torch.equal(expected, run_random(range(3, 6), again, resumed))
 
