@@ -52,7 +52,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _small_pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """Make pieces small, so that tests over every path step in more than one piece."""
     whole = paths.PIECE
-    if {"every_path", "every_pair", "every_method", "every_rule", "every_formula"} & set(request.fixturenames):
+    if {"every_path", "path_in_turn", "every_pair", "every_method", "every_rule", "every_formula"} & set(
+        request.fixturenames
+    ):
         paths.PIECE = 16
     yield
     paths.PIECE = whole

@@ -195,12 +195,12 @@ UNFIT: dict[str, tuple[str, Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "path"), in_turn(UNFIT))
-def test_an_unfit_group_stops_the_step(name: str, path: PathOptions) -> None:
+@pytest.mark.parametrize(("name", "path_in_turn"), in_turn(UNFIT))
+def test_an_unfit_group_stops_the_step(name: str, path_in_turn: PathOptions) -> None:
     """A bad value written into group 1 raises a ValueError that names it, and no weight moves."""
     key, value, pieces = UNFIT[name]
-    base = sgd(**path.base)
-    opt = CautiousDecay(base, **path)
+    base = sgd(**path_in_turn.base)
+    opt = CautiousDecay(base, **path_in_turn)
     base.param_groups[1][key] = value
     before = contents(base)
     with pytest.raises(ValueError, match="group 1 of SGD") as caught:

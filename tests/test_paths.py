@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions, paths
 from cwd_wrap.choice import PathOfGroup
 
 
@@ -217,6 +218,36 @@ def test_gradients_are_not_touched(every_path: PathOptions) -> None:
         assert p.grad is g
         assert version == g._version
         assert torch.equal(kept, g)
+
+
+def test_two_paths_that_shorten_the_lists_leave_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group on one_pass beside one in pieces: after the step each has its own list, and every weight has moved."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(paths, "PIECE", 16)
+    params = [weight(1.0, 2.0, 3.0, grad=[1.0, 1.0, 1.0]) for _ in range(4)]
+    groups = [{"params": params[:2], "momentum": 0.9, "foreach": False}, {"params": params[2:]}]
+    opt = CautiousDecay(RMSprop(groups, lr=0.1, weight_decay=0.5))
+    before = lists(opt)
+    for _ in range(2):
+        opt.step()
+
+    assert ["pieces", "one_pass"] == [of_group.path for of_group in opt.paths()]
+    assert before == lists(opt)
+    assert all((p < torch.tensor([0.9, 1.9, 2.9])).all() for p in params)
+
+
+def test_gradients_of_several_types_are_let_go(every_path: PathOptions) -> None:
+    """After a step nothing holds the gradients, in a group of two types neither: backward needs their memory."""
+    params = [weight(1.0, 2.0), weight(1.0, dtype=torch.float64)]
+    opt = CautiousDecay(SGD(params, lr=0.1, weight_decay=0.5, **every_path.base), **every_path)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        held = [weakref.ref(p.grad) for p in params]
+        opt.step()
+        opt.zero_grad()
+
+        assert [None, None] == [each() for each in held]
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])

@@ -59,24 +59,27 @@ def scheduled(optimizer: Optimizer, model: torch.nn.Module, make: Callable[[Opti
 
 # OneCycleLR, which writes momenta too, on each path, and each other scheduler on one.
 NAMES = sorted(SCHEDULERS, key=lambda name: name != "OneCycleLR")
-every_scheduler = pytest.mark.parametrize(("name", "path"), in_turn(NAMES))
+every_scheduler = pytest.mark.parametrize(("name", "path_in_turn"), in_turn(NAMES))
 
 
 @every_scheduler
 @pytest.mark.parametrize("build", MOMENTA.values(), ids=list(MOMENTA))
-def test_schedule_is_that_of_the_plain_optimizer(name: str, path: PathOptions, build: Any) -> None:
+def test_schedule_is_that_of_the_plain_optimizer(name: str, path_in_turn: PathOptions, build: Any) -> None:
     """A scheduler on the wrapper gives the learning rates and momenta that it gives the plain optimizer."""
     ours, theirs, make = net(), net(), SCHEDULERS[name]
-    opt = CautiousDecay(build(ours.parameters(), **path.base), **path)
+    opt = CautiousDecay(build(ours.parameters(), **path_in_turn.base), **path_in_turn)
 
     assert scheduled(build(theirs.parameters()), theirs, make) == scheduled(opt, ours, make)
 
 
 @every_scheduler
-def test_the_step_uses_the_scheduled_values(name: str, path: PathOptions) -> None:
+def test_the_step_uses_the_scheduled_values(name: str, path_in_turn: PathOptions) -> None:
     """Weights under a scheduler equal those of a run with the same values written by hand."""
     ours, byhand, make = net(), net(), SCHEDULERS[name]
-    opt, other = (CautiousDecay(MOMENTA["AdamW"](model.parameters(), **path.base), **path) for model in (ours, byhand))
+    opt, other = (
+        CautiousDecay(MOMENTA["AdamW"](model.parameters(), **path_in_turn.base), **path_in_turn)
+        for model in (ours, byhand)
+    )
     make(other)  # sets the first values; those of later steps come from `scheduled`
     for step, (lr, _, betas) in enumerate(scheduled(opt, ours, make)):
         other.zero_grad()

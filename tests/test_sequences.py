@@ -168,10 +168,10 @@ def check(base: str, path: PathOptions, sequence: list[str]) -> None:
             assert not (found := twins.differences()), f"{base} on {path}, {name} (act {i}): {found}"
 
 
-@pytest.mark.parametrize(("base", "path"), CASES)
-def test_random_sequences_make_no_difference(base: str, path: PathOptions) -> None:
+@pytest.mark.parametrize(("base", "path_in_turn"), CASES)
+def test_random_sequences_make_no_difference(base: str, path_in_turn: PathOptions) -> None:
     """After any sequence of acts the weights and the state dict are those of a plain optimizer and the rule by hand."""
-    fuzz.look(lambda sequence: check(base, path, sequence), SEQUENCES, f"{base}-{path}", len(CASES))
+    fuzz.look(lambda sequence: check(base, path_in_turn, sequence), SEQUENCES, f"{base}-{path_in_turn}", len(CASES))
 
 
 def test_every_act_is_checked() -> None:
