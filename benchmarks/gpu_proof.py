@@ -171,6 +171,7 @@ def launch(kernel: object, *, sums: int = 0, odd: int = 0) -> Callable[[], objec
             for t in column:
                 t.abs_()
         numbers = (0.5,) * _triton.NUMBERS
+        options["method"] = kernel.method and _triton._BOUND[kernel.method]
     if kernel.per_tensor:
         options["per_tensor"] = torch.full((TENSORS,), 0.8, device=DEVICE)
     if kernel.stochastic:

@@ -70,12 +70,15 @@ class Plan:
     def act_alone(self) -> None:
         """The whole step, of a plan with a path that does it `alone`."""
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            cast("paths.OnePass", self.alone).act()
+        try:  # an interrupt can land in a `finally` too, but only once
+            try:
+                torch._C._set_grad_enabled(False)
+                cast("paths.OnePass", self.alone).act()
+            finally:
+                torch._C._set_grad_enabled(grad)
+                self._let_go()
         finally:
             torch._C._set_grad_enabled(grad)
-            self._let_go()
 
     def _let_go(self) -> None:
         """Let go of the gradients: the next backward pass needs their memory."""
