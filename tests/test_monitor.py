@@ -101,7 +101,11 @@ def test_a_monitor_changes_nothing(every_method: Method) -> None:
         trained.append(values(model))
 
     assert torch.equal(*trained)
-    assert {row["path"] for row in monitor.rows()} <= {every_method.path["path"], "direction", "direction+one_pass"}
+    path = every_method.path["path"]
+    first = (
+        {"direction", "direction+one_pass", "pieces"} if path == "one_pass" else set()
+    )  # a step that makes the state
+    assert {row["path"] for row in monitor.rows()} <= {path} | first
     assert len(monitor.rows()) == 16
 
 
