@@ -30,8 +30,9 @@ _OPTIONS: Mapping[str, set[str]] = {
 
 def is_known(optimizer: Optimizer) -> bool:
     """True if the steps of ``optimizer`` are those that `updates` describes."""
+    options = _OPTIONS.get(known.name(type(optimizer)) or "")
     # torch adds an option when it loads or copies an optimizer.
-    return _OPTIONS.get(known.name(type(optimizer)) or "") == optimizer.defaults.keys() - {"differentiable"}
+    return options is not None and options == optimizer.defaults.keys() - {"differentiable"}
 
 
 def is_of_another_version(optimizer: Optimizer) -> bool:
