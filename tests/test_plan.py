@@ -4,11 +4,7 @@ The random part compares the two, step by step, over sequences of events (events
 """
 
 import importlib.util
-import os
-import secrets
-import time
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,10 +12,10 @@ from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
+import fuzz
 import pytest
 import torch
 from events import EVENTS, PLACES, Happening, World, history
-from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from support import ALL_PATHS, PathOptions, param, weight
 from torch import nn
@@ -30,7 +26,7 @@ from cwd_wrap.plan import Plan, _Group, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
 MATRICES = [(2, 3), (3, 2), (4, 1), (2, 2)]
-EXAMPLES, STEPS = 10, 12
+STEPS = 12
 
 
 class Own(SGD):
@@ -456,39 +452,10 @@ HAPPENINGS = st.lists(
 )
 
 
-def search(case: Case, number: int, examples: int) -> None:
-    """Check random sequences, and shrink one that fails. The same ``number`` gives the same sequences."""
-    of_run = settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
-
-    @seed(number)
-    @of_run
-    @given(HAPPENINGS)
-    def run(happenings: list[Happening]) -> None:
-        check(case, happenings)
-
-    run()
-
-
 @every_case
 def test_random_events_make_no_difference(case: Case) -> None:
-    """After each event weights, state, groups, what hooks see, warnings and errors are those without kept plans.
-
-    With FUZZ_SECONDS it looks for new sequences for that time over all cases. FUZZ_SEED repeats those of a run.
-    """
-    if "FUZZ_SECONDS" not in os.environ:
-        search(case, zlib.crc32(case.name.encode()), EXAMPLES)
-        return
-    end = time.monotonic() + float(os.environ["FUZZ_SECONDS"]) / len(CASES)
-    while time.monotonic() < end:
-        number = int(os.environ.get("FUZZ_SEED", secrets.randbits(32)))
-        print(f"FUZZ_SEED={number}")
-        search(case, number, 100)
+    """After each event weights, state, groups, what hooks see, warnings and errors are those without kept plans."""
+    fuzz.look(partial(check, case), HAPPENINGS, case.name, len(CASES))
 
 
 # ------------------------------------------------------------------------------------ the check can fail
