@@ -94,7 +94,7 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool) -> Tensor:
 
 def share(x: Tensor, mask: Tensor, leak: float) -> Tensor:
     """leak + (1 - leak) * mask: how much of the decay each weight takes, in the type of ``x``."""
-    return where(mask, number(mask, x), leak)
+    return where(mask, number(mask, x), leak)  # type: ignore[return-value]
 
 
 def taken(x: Tensor, mask: Tensor, eta_lam: float, leak: float) -> Tensor:
