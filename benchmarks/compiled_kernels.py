@@ -24,9 +24,9 @@ from common import where
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cwd_wrap.buckets import Coming, Whole
+from cwd_wrap.bases.updates import Update, find
 from cwd_wrap.kernels import _triton
-from cwd_wrap.updates import Update, find
+from cwd_wrap.kernels.buckets import Coming, Whole
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
@@ -45,7 +45,8 @@ class Kernel:
 
     ``update``: does it make the optimizer's update, with which ``method``? None: a schedule-free one. ``write``: does
     it write, or only count? ``stochastic``: does it round at random? ``counts``: does it read counters?
-    ``per_tensor``: does it read a number for each tensor? ``sums``: how many of `rules.sums` it adds.
+    ``per_tensor``: does it read a number for each tensor? ``own``: and one of the method's own, such as a leak?
+    ``sums``: how many of `rules.sums` it adds.
     """
 
     rule: Any
@@ -57,6 +58,7 @@ class Kernel:
     stochastic: bool = False
     counts: bool = False
     per_tensor: bool = False
+    own: bool = False
     sums: int = 0
 
     @property
@@ -71,7 +73,7 @@ class Kernel:
 
     def __str__(self) -> str:
         remarks = f"{'' if self.aligned else ', unaligned'}{', stochastic' if self.stochastic else ''}"
-        method = f" {self.method}" if self.method != "with_decay" else ""
+        method = f" {self.method}" if self.method != "with_decay" else ", leak" if self.own else ""
         return f"{self.rule.__name__.lstrip('_')}{method} {' '.join(map(str, self.types))}{remarks}"
 
 
@@ -104,7 +106,11 @@ KERNELS = {
     "count agreeing": Kernel(_triton._agrees, (F32,) * 3, write=False),
     "cautious update": Kernel(_triton._cautious_update, (F32,) * 3, per_tensor=True),
     "count nonzero": Kernel(_triton._nonzero, (F32,), write=False),
-    "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 2, per_tensor=True),
+    "p-norm decay": Kernel(_triton._p_norm_decay, (F32,) * 2, per_tensor=True, own=True),
+    "direction, leak": Kernel(_triton._along_momentum, (F32,) * 3, own=True),
+    "snapshot, leak": Kernel(_triton._from_snapshot, (F32,) * 2, own=True),
+    "adam, leak": Kernel(_adam, (F32,) * 4, update=True, counts=True, own=True),
+    "free_adam, leak": Kernel(_triton._BOUND["free_adam"], (F32,) * 4, update=True, method=None, own=True),
     "adam": Kernel(_adam, (F32,) * 4, update=True, counts=True),
     "amsgrad": Kernel(_adam, (F32,) * 5, update=True, counts=True),
     "sgd": Kernel(_sgd, (F32,) * 2, update=True),
@@ -125,6 +131,7 @@ KERNELS = {
             method=method,
             counts=name == "adam",
             per_tensor=True,
+            own=method == "with_p_norm",
         )
         for method in ("with_caution", "with_p_norm")
         for name, columns in (("adam", 5), ("nadam", 4), ("rmsprop_tf_centered", 5))  # those with the most to hold
@@ -135,7 +142,7 @@ KERNELS = {
     "count agreeing, bf16": Kernel(_triton._agrees, (BF16,) * 3, write=False),
     "cautious update, bf16": Kernel(_triton._cautious_update, (BF16,) * 3, per_tensor=True),
     "count nonzero, bf16": Kernel(_triton._nonzero, (BF16,), write=False),
-    "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 2, per_tensor=True),
+    "p-norm decay, bf16": Kernel(_triton._p_norm_decay, (BF16,) * 2, per_tensor=True, own=True),
     "adam, bf16": Kernel(_adam, (BF16,) * 4, update=True, counts=True),
     "adam, bf16 with fp32 state": Kernel(_adam, (BF16, BF16, F32, F32), update=True, counts=True),
     "rmsprop_centered, bf16": Kernel(_triton._BOUND["rmsprop_centered"], (BF16,) * 5, update=True),
@@ -160,6 +167,7 @@ def compile_kernel(kernel: Kernel, target: GPUTarget, **options: int) -> Code:
         "STRICT": False,
         "COUNT": not kernel.write or kernel.sums > 0,
         "SUMS": kernel.sums,
+        "OWN": kernel.own,
         "IN_RUNS": False,
         "BLOCK": _triton.BLOCK,
     }

@@ -7,8 +7,8 @@ import torch
 from common import Table, arguments, duration, gpt2_small, interleaved, ratio
 from torch import Tensor
 
-from cwd_wrap.buckets import Coming, Stepped
 from cwd_wrap.kernels import _eager
+from cwd_wrap.kernels.buckets import Coming, Stepped
 
 ETA_LAM, BETA = 1e-5, 0.9
 

@@ -421,9 +421,9 @@ def memcheck() -> Iterator[Trial]:
 
 def large() -> Iterator[Trial]:
     """Indices beyond 2**31: the last weights are reached, and all are counted."""
-    from cwd_wrap.buckets import Coming, Stepped, Whole
+    from cwd_wrap.bases.updates import Update, find
     from cwd_wrap.kernels import _triton
-    from cwd_wrap.updates import Update, find
+    from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
 
     numel = (1 << 14) + 5 if DRY else (1 << 31) + 5
 

@@ -1,9 +1,9 @@
 """Cautious weight decay with the optimizer you already have (arXiv 2510.12402)."""
 
 from cwd_wrap import optim as optim
+from cwd_wrap.methods import CautiousDecay, CautiousUpdate, PNormDecay
 from cwd_wrap.monitor import MaskMonitor
 from cwd_wrap.plot import plot_mask_ratio, plot_ratio_by_layer, plot_weight_norms
-from cwd_wrap.wrappers import CautiousDecay, CautiousUpdate, PNormDecay
 
 __all__ = [
     "CautiousDecay", "CautiousUpdate", "MaskMonitor", "PNormDecay", "plot_mask_ratio", "plot_ratio_by_layer",

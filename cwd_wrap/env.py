@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, known, pieces, quirks, updates
+from cwd_wrap import kernels
+from cwd_wrap.bases import directions, known, pieces, quirks, updates
 from cwd_wrap.kernels import _threads
 
 PACKAGES = ("cwd-wrap", "torch", "numpy", "numba", "triton", "transformers", "accelerate", "lightning")

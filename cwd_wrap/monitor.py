@@ -16,8 +16,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from cwd_wrap import notices
-from cwd_wrap.buckets import Part, Report
 from cwd_wrap.graphs import capturing
+from cwd_wrap.report import Part, Report
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -15,8 +15,8 @@ import torch
 from torch.optim import Optimizer
 
 from cwd_wrap import params_first
-from cwd_wrap.wrapper import OptimizerWrapper
-from cwd_wrap.wrappers import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.methods import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.methods.wrapper import OptimizerWrapper
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

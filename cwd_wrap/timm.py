@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.optim import Optimizer
 
-from cwd_wrap.wrappers import CautiousDecay
+from cwd_wrap.methods import CautiousDecay
 
 # timm is imported in `register` only: under the launcher, a timm in the script's folder takes precedence.
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import ALL_PATHS, BASES_ON_PATHS, METHODS_ON_PATHS, METHODS_ONCE, PAIRS, param
 
-from cwd_wrap import paths
+from cwd_wrap.step import paths
 
 LIBRARIES = ("torch", "numba", "triton", "timm", "prodigyopt", "hypothesis")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from cwd_wrap import paths
+from cwd_wrap.step import paths
 
 STEPS = 3
 BATCH = 12  # divisible by 1, 2, 3 and 4

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import cwd_wrap.plan
-import cwd_wrap.snapshot
+import cwd_wrap.step.plan
+import cwd_wrap.step.snapshot
 from cwd_wrap import notices
 
 PLACES = ("between steps", "before the base", "after the base", "before the wrapper", "after the wrapper", "closure")
@@ -741,7 +741,7 @@ def scaled(world: World, rng: random.Random) -> None:
 @event
 def captured(world: World, rng: random.Random) -> None:
     """A CUDA graph is captured in this step, as far as we can tell."""
-    for module in (cwd_wrap.plan, cwd_wrap.snapshot):
+    for module in (cwd_wrap.step.plan, cwd_wrap.step.snapshot):
         world.once.enter_context(mock.patch.object(module, "capturing", lambda: True))
 
 

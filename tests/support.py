@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, updates
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.bases import updates
 
 both_paths = pytest.mark.parametrize("path", ["direction", "snapshot"])
 

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import SGD, AdamW, Rprop
 
-from cwd_wrap import CautiousDecay, wrapper
+from cwd_wrap import CautiousDecay
+from cwd_wrap.methods import wrapper
 
 HERE = Path(__file__).parent
 
@@ -441,7 +442,7 @@ import os, threading
 import torch
 from support import ALL_PATHS, can_run
 from test_checkpoint import stepped_adamw
-from cwd_wrap import wrapper
+from cwd_wrap.methods import wrapper
 
 torch.set_num_threads(1)
 wrapper._PATIENCE = 3.0

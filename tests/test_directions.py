@@ -8,8 +8,9 @@ import torch.optim as o
 from support import PathOptions, can_run
 from torch.optim import Optimizer
 
-from cwd_wrap import CautiousDecay, directions, rules
-from cwd_wrap.directions import Direction
+from cwd_wrap import CautiousDecay, rules
+from cwd_wrap.bases import directions
+from cwd_wrap.bases.directions import Direction
 
 SIZE, STEPS = 4000, 6
 BETAS = {"betas": (0.8, 0.9)}

@@ -133,12 +133,13 @@ def test_the_badges_say_what_the_package_says() -> None:
 
 
 def test_the_file_tree_is_complete() -> None:
-    """The tree in CONTRIBUTING.md names every module of the package, once."""
+    """The tree in CONTRIBUTING.md names every module of the package, once, and the folders in place of their inits."""
     tree = re.findall(r"^ {4,8}(\w+\.py) ", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
 
-    assert sorted(tree) == sorted(
-        path.name for path in (ROOT / "cwd_wrap").rglob("*.py") if path != ROOT / "cwd_wrap/__init__.py"
-    )
+    modules = [path.name for path in (ROOT / "cwd_wrap").rglob("*.py")]
+
+    assert sorted(set(tree) - {"__init__.py"}) == sorted(set(modules) - {"__init__.py"})
+    assert len(tree) == len(set(tree))
 
 
 @pytest.mark.parametrize("name", ["step", "mask"])

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.optim import LBFGS, SGD, AdamW, NAdam, Optimizer, Rprop
 
-from cwd_wrap import CautiousDecay, __main__, env, kernels, quirks
+from cwd_wrap import CautiousDecay, __main__, env, kernels
+from cwd_wrap.bases import quirks
 from cwd_wrap.kernels import _threads
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor
-from cwd_wrap.buckets import Part, Report
 from cwd_wrap.draws import Stream
 from cwd_wrap.graphs import capturing
 from cwd_wrap.kernels import _tables
-from cwd_wrap.snapshot import Buffers
+from cwd_wrap.report import Part, Report
+from cwd_wrap.step.snapshot import Buffers
 
 CPU = torch.device("cpu")
 Capture = Callable[[], "contextmanager[None]"]
@@ -298,7 +298,7 @@ def test_a_monitor_joins_no_sums_in_a_graph(capture: Capture) -> None:
 def test_a_captured_launch_uses_the_tables_of_warm_up(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured Triton launch gets the tables of the step before it."""
     triton = pytest.importorskip("cwd_wrap.kernels._triton", exc_type=ImportError)
-    from cwd_wrap.buckets import Stepped
+    from cwd_wrap.kernels.buckets import Stepped
 
     seen = []
     recorder = type("Recorder", (), {"__getitem__": lambda *_: lambda *args, **_: seen.append(args)})

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 import cwd_wrap
-from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, paths
+from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
+from cwd_wrap.step import paths
 
 HERE = Path(__file__).parent
 PACKAGE = str(Path(cwd_wrap.__file__).parent)
@@ -453,7 +454,7 @@ def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads:
 FORKED = """
 import os, sys, threading
 import torch
-from cwd_wrap import paths
+from cwd_wrap.step import paths
 from test_interrupts import PATHS, between, alike, stepped
 
 torch.set_num_threads(1)

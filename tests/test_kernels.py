@@ -26,10 +26,11 @@ from test_stochastic_rounding import draws, sigmas, weights
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, kernels, rules, updates
-from cwd_wrap.buckets import Coming, Stepped, Whole
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, kernels, rules
+from cwd_wrap.bases import updates
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
+from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
 from cwd_wrap.tensors import Shard
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-45, -1e-45, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]

@@ -9,58 +9,95 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "cwd_wrap"
 
+# The rooms, each with the modules in it. A module imports from its own room and from those above it.
+ROOMS: dict[str, set[str]] = {
+    "": {"rules", "tensors", "notices", "graphs", "report", "plot", "params_first", "draws"},
+    "bases": {
+        "known", "directions", "schedule_free", "updates", "pieces", "quirks", "copies", "probe", "journal",
+        "weight_decay",
+    },
+    "kernels": {"bind", "buckets", "_eager", "_threads", "_walk", "_numba", "_tables", "_triton"},
+    "step": {"choice", "snapshot", "paths", "plan", "step"},
+    "methods": {"contract", "wrapper", "shared", "cautious_decay", "cautious_update", "p_norm_decay"},
+    "outside": {"monitor", "optim", "timm", "env", "wrappers", "__main__", "__init__"},
+}  # fmt: skip
 # Each module with the modules of the package that it may import.
 ARROWS: dict[str, set[str]] = {
     "rules": set(),
-    "known": set(),
-    "directions": {"known"},
-    "schedule_free": {"known"},
-    "updates": {"known", "schedule_free"},
-    "pieces": {"known"},
     "tensors": set(),
-    "quirks": {"known", "schedule_free"},
-    "copies": {"quirks"},
-    "probe": {"copies", "known", "quirks"},
     "notices": set(),
-    "contract": {"notices"},
-    "params_first": {"notices"},
-    "monitor": {"buckets", "graphs", "notices"},
-    "plot": set(),
     "graphs": set(),
-    "snapshot": {"graphs", "tensors"},
-    "journal": {"quirks"},
-    "weight_decay": {"journal", "known", "notices", "probe", "quirks"},
+    "report": set(),
+    "plot": set(),
+    "params_first": {"notices"},
     "draws": {"rules", "tensors"},
-    "buckets": {"directions", "draws", "graphs", "snapshot", "tensors", "updates"},
+    "bases": set(),
+    "bases.known": set(),
+    "bases.directions": {"bases.known"},
+    "bases.schedule_free": {"bases.known"},
+    "bases.updates": {"bases.known", "bases.schedule_free"},
+    "bases.pieces": {"bases.known"},
+    "bases.quirks": {"bases.known", "bases.schedule_free"},
+    "bases.copies": {"bases.quirks"},
+    "bases.probe": {"bases.copies", "bases.known", "bases.quirks"},
+    "bases.journal": {"bases.quirks"},
+    "bases.weight_decay": {"bases.journal", "bases.known", "bases.probe", "bases.quirks", "notices"},
+    "kernels": {"kernels.buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
     "kernels.bind": {"rules"},
-    "kernels._eager": {"buckets", "draws", "rules", "tensors", "updates"},
+    "kernels.buckets": {"bases.directions", "bases.updates", "draws", "graphs", "report", "tensors"},
+    "kernels._eager": {"bases.updates", "draws", "kernels.buckets", "rules", "tensors"},
     "kernels._threads": set(),
     "kernels._walk": {"kernels._eager", "kernels._threads", "tensors"},
-    "kernels._numba": {"buckets", "kernels._eager", "kernels._walk", "kernels.bind", "rules", "tensors"},
+    "kernels._numba": {"kernels._eager", "kernels._walk", "kernels.bind", "kernels.buckets", "rules", "tensors"},
     "kernels._tables": {"graphs"},
-    "kernels._triton": {"buckets", "draws", "kernels._eager", "kernels._tables", "kernels.bind", "updates"},
-    "kernels": {"buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
-    "choice": {
-        "buckets", "directions", "kernels", "known", "pieces", "quirks", "schedule_free", "updates", "weight_decay",
+    "kernels._triton": {
+        "bases.updates", "draws", "kernels._eager", "kernels._tables", "kernels.bind", "kernels.buckets",
     },
-    "paths": {
-        "buckets", "choice", "draws", "graphs", "journal", "kernels", "notices", "probe", "quirks", "snapshot",
-        "tensors", "updates",
+    "step": set(),
+    "step.choice": {
+        "bases.directions", "bases.known", "bases.pieces", "bases.quirks", "bases.schedule_free", "bases.updates",
+        "bases.weight_decay", "kernels", "kernels.buckets",
     },
-    "plan": {
-        "buckets", "choice", "directions", "graphs", "paths", "quirks", "schedule_free", "tensors", "weight_decay",
+    "step.snapshot": {"graphs", "kernels.buckets", "tensors"},
+    "step.paths": {
+        "bases.journal", "bases.probe", "bases.quirks", "draws", "kernels", "kernels.buckets", "notices", "report",
+        "step.choice", "step.snapshot", "tensors",
     },
-    "step": {"choice", "journal", "known", "paths", "plan", "weight_decay"},
-    "wrapper": {
-        "buckets", "choice", "contract", "draws", "journal", "kernels", "notices", "params_first", "paths", "plan",
-        "quirks", "snapshot", "step", "tensors", "weight_decay",
+    "step.plan": {
+        "bases.directions", "bases.quirks", "bases.schedule_free", "bases.weight_decay", "graphs", "kernels.buckets",
+        "step.choice", "step.paths", "tensors",
     },
-    "wrappers": {"buckets", "choice", "kernels", "notices", "rules", "tensors", "weight_decay", "wrapper"},
-    "optim": {"params_first", "wrapper", "wrappers"},
-    "timm": {"wrappers", "__init__"},
-    "env": {"directions", "kernels", "known", "kernels._threads", "pieces", "quirks", "updates"},
+    "step.step": {
+        "bases.journal", "bases.known", "bases.weight_decay", "step.choice", "step.paths", "step.plan",
+    },
+    "methods": {"methods.cautious_decay", "methods.cautious_update", "methods.p_norm_decay"},
+    "methods.contract": {"notices"},
+    "methods.wrapper": {
+        "bases.journal", "bases.quirks", "bases.weight_decay", "draws", "kernels", "methods.contract", "notices",
+        "params_first", "report", "step.choice", "step.paths", "step.plan", "step.snapshot", "step.step", "tensors",
+    },
+    "methods.shared": {"kernels.buckets", "rules"},
+    "methods.cautious_decay": {
+        "bases.weight_decay", "kernels", "kernels.buckets", "methods.shared", "methods.wrapper", "notices", "rules",
+        "step.choice", "tensors",
+    },
+    "methods.cautious_update": {
+        "kernels", "kernels.buckets", "methods.shared", "methods.wrapper", "rules", "step.choice", "tensors",
+    },
+    "methods.p_norm_decay": {
+        "bases.weight_decay", "kernels", "kernels.buckets", "methods.shared", "methods.wrapper", "step.choice",
+        "tensors",
+    },
+    "wrappers": {"methods"},
+    "monitor": {"graphs", "notices", "report"},
+    "optim": {"methods", "methods.wrapper", "params_first"},
+    "timm": {"methods", "__init__"},
+    "env": {
+        "bases.directions", "bases.known", "bases.pieces", "bases.quirks", "bases.updates", "kernels",
+        "kernels._threads",
+    },
     "__main__": {"env"},
-    "__init__": {"monitor", "optim", "plot", "wrappers"},
+    "__init__": {"methods", "monitor", "optim", "plot"},
 }  # fmt: skip
 # Each other package, with the only modules that may import it.
 OUTSIDE = {
@@ -121,11 +158,27 @@ def test_the_allowed_imports_have_no_cycle() -> None:
         below(name)
 
 
+def room_of(name: str) -> int:
+    """The number of the room that a module is in."""
+    room, _, rest = name.rpartition(".")
+    if name in ROOMS or room:
+        assert not room or rest in ROOMS[room], name
+        return list(ROOMS).index(room or name)
+    return 0 if name in ROOMS[""] else len(ROOMS) - 1
+
+
+def test_arrows_between_rooms_go_one_way() -> None:
+    """A module imports only from its own room and from those before it."""
+    for name, others in ARROWS.items():
+        for other in others:
+            assert room_of(other) <= room_of(name), (name, other)
+
+
 def test_the_check_can_fail() -> None:
     """The check finds a forbidden import at the top or inside a function."""
-    assert inside("from cwd_wrap.wrapper import OptimizerWrapper") == {"wrapper"}
+    assert inside("from cwd_wrap.methods.wrapper import OptimizerWrapper") == {"methods.wrapper"}
     assert inside("def f():\n    from cwd_wrap.kernels import _eager") == {"kernels._eager"}
-    assert not inside("from cwd_wrap import wrappers") <= ARROWS["rules"]
+    assert not inside("from cwd_wrap import methods") <= ARROWS["rules"]
 
 
 def test_only_torch_is_needed() -> None:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from cwd_wrap import CautiousDecay
-from cwd_wrap.buckets import Report
+from cwd_wrap.report import Report
 
 pytest.importorskip("numba")  # without a compiled backend, one_pass is not chosen
 

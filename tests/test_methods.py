@@ -211,7 +211,7 @@ def test_only_rows_in_a_sparse_gradient_take_part(every_rule: Method) -> None:
     before, rows, values = p.detach().clone(), [0, 2], torch.tensor([[1.0, 1.0], [-3.0, 0.5]], dtype=F64)
     p.grad = torch.sparse_coo_tensor([[0, 2, 2]], [[1.0, 1.0], [-1.0, 0.25], [-2.0, 0.25]], (4, 2), dtype=F64)
     opt = every_rule.wrap(SGD([p], lr=0.1, weight_decay=0.5))
-    if opt._rule().reads_gradient:
+    if opt._method().reads_gradient:
         with pytest.raises(ValueError, match=f"{type(opt).__name__} needs dense gradients, but SGD has sparse ones"):
             opt.step()
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, plot_ratio_by_layer, plot_weight_norms
-from cwd_wrap.buckets import Report
 from cwd_wrap.monitor import COLUMNS
+from cwd_wrap.report import Report
 
 NAN = float("nan")
 

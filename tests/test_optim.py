@@ -144,7 +144,7 @@ def test_the_signature_is_that_of_both() -> None:
     added = {name: p for name, p in both.items() if name not in plain}
 
     assert [*both] == [*plain, *added]
-    assert {"lam", "mask", "strict", "step_size", "path", "rounding", "seed", "backend"} == {*added}
+    assert {"lam", "leak", "mask", "strict", "step_size", "path", "rounding", "seed", "backend"} == {*added}
     assert {inspect.Parameter.KEYWORD_ONLY} == {p.kind for p in added.values()}
     assert "update" == added["mask"].default
 

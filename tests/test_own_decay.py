@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from zoo import LIBRARIES, Case, Groups, cases
 
-from cwd_wrap import CautiousDecay, quirks
+from cwd_wrap import CautiousDecay
+from cwd_wrap.bases import quirks
 
 LAM = 0.25
 SHAPES = {1: (7,), 2: (6, 5), 4: (4, 3, 3, 2)}

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions, paths
-from cwd_wrap.choice import PathOfGroup
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.bases import directions
+from cwd_wrap.step import paths
+from cwd_wrap.step.choice import PathOfGroup
 
 
 def last_reason(of_group: PathOfGroup) -> str:

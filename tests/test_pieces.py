@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from cwd_wrap import pieces
+from cwd_wrap.bases import pieces
 
 F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 7

@@ -21,8 +21,11 @@ from support import ALL_PATHS, PathOptions, param, weight
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, NAdam, Optimizer, RMSprop
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, buckets, paths, wrapper
-from cwd_wrap.plan import Plan, _Group, compile_plan
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.kernels import buckets
+from cwd_wrap.methods import wrapper
+from cwd_wrap.step import paths
+from cwd_wrap.step.plan import Plan, _Group, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
 MATRICES = [(2, 3), (3, 2), (4, 1), (2, 2)]

@@ -18,9 +18,11 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import cwd_wrap
 from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay
-from cwd_wrap.buckets import Part, Report
-from cwd_wrap.choice import PATHS, PathOfGroup
+from cwd_wrap.methods.cautious_decay import MASKS, ROUNDINGS
+from cwd_wrap.methods.cautious_update import SCALES
 from cwd_wrap.optim import cautious
+from cwd_wrap.report import Part, Report
+from cwd_wrap.step.choice import PATHS, PathOfGroup
 
 STATED = Path(__file__).with_name("public.txt")
 
@@ -66,8 +68,8 @@ def lines() -> Iterator[str]:
         yield f"    .state_dict(), its keys beside the optimizer's own: {', '.join(beside) or 'none'}"
     yield f"what paths() lists: {', '.join(PathOfGroup._fields)}"
     yield f"path: {', '.join(map(repr, (*PATHS, None)))}; in paths() also 'plain'"
-    for name in ("mask", "rounding", "scale"):
-        yield f"{name}: {', '.join(map(repr, getattr(cwd_wrap.wrappers, f'{name.upper()}S')))}"
+    for name, known in (("mask", MASKS), ("rounding", ROUNDINGS), ("scale", SCALES)):
+        yield f"{name}: {', '.join(map(repr, known))}"
     yield f"backend: {', '.join(map(repr, (*cwd_wrap.kernels.BACKENDS, None)))}"
     yield "what an observer gets:"
     yield from members(Report([]), object)

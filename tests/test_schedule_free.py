@@ -22,7 +22,8 @@ from support import same, weight
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, kernels, schedule_free, updates
+from cwd_wrap import CautiousDecay, CautiousUpdate, MaskMonitor, PNormDecay, kernels
+from cwd_wrap.bases import schedule_free, updates
 
 lib = pytest.importorskip("schedulefree")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import CautiousDecay, rules
-from cwd_wrap.buckets import Coming, Stepped
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import Backend, choose
+from cwd_wrap.kernels.buckets import Coming, Stepped
 from cwd_wrap.tensors import Shard
 
 ROOT = Path(__file__).parents[1]

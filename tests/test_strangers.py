@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay, directions, known, pieces, probe, updates
+from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
+from cwd_wrap.bases import directions, known, pieces, probe, updates
 
 LAM = 0.5
 

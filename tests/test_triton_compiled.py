@@ -23,9 +23,10 @@ import triton.language as tl
 from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
 from support import update_of
 
-from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules, wrappers
-from cwd_wrap.buckets import Coming, Stepped, Whole
+from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
 from cwd_wrap.kernels import _tables, _triton
+from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
+from cwd_wrap.methods import p_norm_decay
 
 all_targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 
@@ -174,7 +175,7 @@ def test_launches_of_the_siblings(
 ) -> None:
     """A step in one pass is two launches; from a copy there is a third, for the copy."""
     monkeypatch.setattr(kernels, "choose", lambda *_: _triton)
-    monkeypatch.setattr(wrappers, "has_numbers", lambda _: False)  # as on a card, where no count is read
+    monkeypatch.setattr(p_norm_decay, "has_numbers", lambda _: False)  # as on a card, where no count is read
     weights = [torch.nn.Parameter(torch.ones(8)) for _ in range(tensors)]
     for w in weights:
         w.grad = torch.ones(8)

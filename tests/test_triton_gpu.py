@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from cwd_wrap import CautiousDecay, kernels
-from cwd_wrap.buckets import Stepped
+from cwd_wrap.kernels.buckets import Stepped
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

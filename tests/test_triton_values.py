@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 
 from cwd_wrap import CautiousDecay, kernels, rules
-from cwd_wrap.buckets import Coming, Stepped, Whole
+from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

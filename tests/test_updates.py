@@ -20,7 +20,8 @@ from test_directions import make
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cwd_wrap import CautiousDecay, kernels, updates
+from cwd_wrap import CautiousDecay, kernels
+from cwd_wrap.bases import updates
 
 F64, BF16 = torch.float64, torch.bfloat16
 SIZE, LR, LAM = 300, 0.01, 0.5

@@ -10,7 +10,8 @@ from support import both_paths, weight
 from torch import Tensor
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 
-from cwd_wrap import CautiousDecay, weight_decay
+from cwd_wrap import CautiousDecay
+from cwd_wrap.bases import weight_decay
 
 BASE = SGD([weight(1.0)], lr=1.0)  # only its class counts: the rows have options that SGD does not have
 
@@ -246,7 +247,7 @@ class OnAnyDevice(Optimizer):
 @pytest.mark.parametrize("observed", [False, True], ids=["unobserved", "observed"])
 def test_a_step_never_reads_a_tensor_of_a_device(observed: bool, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step runs with parameters and lr on "meta", where reading a value raises, so no step waits for a device."""
-    from cwd_wrap import directions
+    from cwd_wrap.bases import directions
 
     monkeypatch.setitem(directions.TABLE, f"{__name__}.OnAnyDevice", directions._gradient)
     p = torch.nn.Parameter(torch.ones(3, 2, device="meta"))

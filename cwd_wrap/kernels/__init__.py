@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cwd_wrap import notices
-from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
 
 BACKENDS = ("eager", "numba", "triton")
 _obstacles: dict[tuple[str, torch.device], str | None] = {}  # torch.compile cannot trace functools.cache

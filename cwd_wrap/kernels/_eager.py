@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cwd_wrap import rules
-from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
+from cwd_wrap.bases.updates import Numbers
 from cwd_wrap.draws import Draws
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.tensors import has_numbers, marks
-from cwd_wrap.updates import Numbers
 
 _V = TypeVar("_V")
 

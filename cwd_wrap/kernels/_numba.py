@@ -20,7 +20,6 @@ from numba.extending import register_jitable
 from torch import Tensor
 
 from cwd_wrap import rules
-from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels import bind as bound
 from cwd_wrap.kernels._eager import _lines, _order, _write_back, copy, vector
@@ -29,6 +28,7 @@ from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
 from cwd_wrap.kernels._walk import where as _where
 from cwd_wrap.kernels.bind import bind
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.tensors import Shard
 
 __all__ = [

@@ -34,13 +34,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwd_wrap.buckets import Bucket, Coming, Stepped, Sums, Whole
+from cwd_wrap.bases.updates import Numbers, Update
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
 from cwd_wrap.kernels._eager import ByType, _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
 from cwd_wrap.kernels.bind import NUMBERS, bind
-from cwd_wrap.updates import Numbers, Update
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
@@ -387,6 +387,7 @@ def _sweep(
     STRICT: tl.constexpr,
     COUNT: tl.constexpr,
     SUMS: tl.constexpr,
+    OWN: tl.constexpr,
     IN_RUNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -402,6 +403,7 @@ def _sweep(
     ``streams``: None rounds to nearest; otherwise the stream there makes the random numbers that round, and ``shards``
     holds for each tensor its number and the first three fields of `tensors.Shard`. IN_RUNS: some have several runs.
     ``per_tensor``: None, or a number for each tensor: the factor of METHOD, or in place of the first of a decay.
+    OWN: do the rows have the method's own number (a leak, an exponent)? Else it is 0, and the kernel is simpler.
     SUMS: 0, or how many of `rules.sums` are known, and ``counts`` holds five numbers for each tensor: 3 before the
     step, when RULE decays along a direction, else 5.
     """
@@ -422,7 +424,7 @@ def _sweep(
     n0, n1 = n0.to(WIDE), n1.to(WIDE)
     own_factor = 1.0 if UPDATE else n0
     factor = tl.load(per_tensor + tensor) if per_tensor is not None else own_factor
-    own = tl.load(of_rule + 10).to(WIDE)
+    own = tl.load(of_rule + 10).to(WIDE) if OWN else tl.full([], 0, WIDE)
     n2, n3 = tl.load(of_rule + 3).to(WIDE), tl.load(of_rule + 4).to(WIDE)
     n4, n5 = tl.load(of_rule + 5).to(WIDE), tl.load(of_rule + 6).to(WIDE)
     n6 = tl.load(of_rule + 7).to(WIDE)
@@ -482,7 +484,8 @@ def decay_along(buckets: Sequence[Coming], *, count: bool, strict: bool = False,
         for bucket in buckets
     ]
     rule = _along_momentum if by_momentum else _along_gradient
-    return _launch(rule, _columns(buckets), rows, strict=strict, count=count, sums=3, draws=_drawn(buckets))
+    flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 3, "own": leak != 0}
+    return _launch(rule, _columns(buckets), rows, draws=_drawn(buckets), **flags)
 
 
 @_uncompiled
@@ -490,7 +493,8 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, count: bool, strict: bool
     """`kernels.Backend.decay_from_snapshot`, in one launch."""
     columns = [(bucket.w, bucket.x) for bucket in buckets]
     rows = [_row(bucket.eta_lam, own=leak) for bucket in buckets]
-    return _launch(_from_snapshot, columns, rows, strict=strict, count=count, sums=5, draws=_drawn(buckets))
+    flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "own": leak != 0}
+    return _launch(_from_snapshot, columns, rows, draws=_drawn(buckets), **flags)
 
 
 @_uncompiled
@@ -507,6 +511,7 @@ def step_whole(
     if not buckets:
         return None
     flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
+    flags["own"] = own != 0 or method == "with_p_norm"  # an exponent of 0 needs no kernel of its own
     sums, steps, after = _launch_updates(buckets, _BOUND[method], own, per_tensor=factor, **flags)
     if steps:
         torch._foreach_add_(list(steps), 1)
@@ -517,9 +522,9 @@ def step_whole(
 
 
 def _launch_updates(
-    buckets: Sequence[Whole], method: Any, own: float, **options: Any
+    buckets: Sequence[Whole], method: Any, number: float, **options: Any
 ) -> tuple[Sums, Sequence[Tensor], list[list[Numbers]]]:
-    """Launch the update of the buckets with a ``method``.
+    """Launch the update of the buckets with a ``method`` and its own ``number``.
 
     Returns what `_launch` returns, the counters that the kernel has read, and those after the step if it has read none.
     """
@@ -532,7 +537,7 @@ def _launch_updates(
         lr, eta = (1.0, bucket.lr) if _eager.on_a_device(bucket.lr) else (float(bucket.lr), 1.0)
         distinct, taken = bucket.update.steps(lr, before)
         row_of += [len(rows) + k for k in taken]
-        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, own)) for numbers, _ in distinct]
+        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, number)) for numbers, _ in distinct]
         after.append([distinct[k][1] for k in taken])
     steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
     rule = _BOUND[buckets[0].update.formula]
@@ -600,7 +605,7 @@ def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
     columns = [(bucket.w, bucket.x) for bucket in buckets]
     rows = [_row(bucket.eta_lam, own=p - 2) for bucket in buckets]
     wide = torch.promote_types(buckets[0].w[0].dtype, torch.float32)
-    _launch(_p_norm_decay, columns, rows, per_tensor=(nonzero != 0).to(wide) * p)
+    _launch(_p_norm_decay, columns, rows, per_tensor=(nonzero != 0).to(wide) * p, own=True)
 
 
 def _slope(bucket: Coming) -> tuple[float, float]:
@@ -646,12 +651,14 @@ def _launch(
     draws: Sequence[Draws] = (),
     write: bool = True,
     per_tensor: Tensor | None = None,
+    own: bool = False,
 ) -> Tensor | None:
     """Carry ``rule`` out on the columns of each bucket. Return counts or `rules.sums` if asked.
 
     ``row_of`` is the row of each tensor; if it is None, there is one for each bucket. ``method``: that of an update.
     It writes to the first column, and to the third and those after it if it is an ``update``. ``per_tensor`` is the
-    factor of the method, or in place of the first coefficient of a decay.
+    factor of the method, or in place of the first coefficient of a decay. ``own``: do the
+    rows have the method's own number?
     """
     columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
     sizes = list(map(Tensor.numel, columns[0])) if columns else []
@@ -708,6 +715,7 @@ def _launch(
                 STRICT=strict,
                 COUNT=count,
                 SUMS=sums if count else 0,
+                OWN=own,
                 IN_RUNS=any(shard.run < shard.numel for each in draws for shard in each.shards),
                 BLOCK=BLOCK,
                 num_warps=THREADS // (64 if torch.version.hip else 32),

@@ -1,4 +1,4 @@
-"""Four ways to carry a rule out around the base's own step.
+"""Four ways to carry a method out around the base's own step.
 
 A path is made for some members and may be used for many steps, as long as a plan holds: `begin` is called before the
 base's own step, `end` after it. The paths one_pass and pieces take parameters away from that step: until it ends,
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, notices, probe, quirks
-from cwd_wrap.buckets import Bucket, Members, Of, Part, Stepped, Sums, coming, kind, stepped, whole
-from cwd_wrap.choice import PATHS, Rule
+from cwd_wrap import kernels, notices
+from cwd_wrap.bases import probe, quirks
+from cwd_wrap.bases.journal import Journal
 from cwd_wrap.draws import Draws, Stream
-from cwd_wrap.journal import Journal
 from cwd_wrap.kernels import Backend
-from cwd_wrap.snapshot import Buffers, Copy, Gradients, copying
+from cwd_wrap.kernels.buckets import Bucket, Members, Of, Stepped, Sums, coming, kind, stepped, whole
+from cwd_wrap.report import Part
+from cwd_wrap.step.choice import PATHS, Method
+from cwd_wrap.step.snapshot import Buffers, Copy, Gradients, copying
 from cwd_wrap.tensors import Shard, has_numbers, largest_shard, local_real_view, local_real_views, sparse_indices
 
 PIECE = 64 << 20  # bytes
@@ -54,7 +56,7 @@ def index_of(groups: Sequence[dict[str, Any]], i: int, group: dict[str, Any]) ->
 
 @dataclass(eq=False)
 class Call:
-    """A call of the rule for buckets of one kind."""
+    """A call of the method for buckets of one kind."""
 
     act: Callable[[Backend, Any, bool], Sums]
     backend: Backend
@@ -79,7 +81,7 @@ class Work:
     """What the paths of a plan share."""
 
     base: Optimizer
-    rule: Rule
+    method: Method
     backend: str | None
     buffers: Buffers
     gradients: Gradients
@@ -93,7 +95,7 @@ class Work:
     """What each path did, if ``count``."""
 
     def on(self, device: torch.device) -> Backend:
-        """The backend that carries the rule out on ``device``."""
+        """The backend that carries the method out on ``device``."""
         return kernels.choose(self.backend, device)
 
     def copy_on(self, device: torch.device) -> Copy:
@@ -105,7 +107,7 @@ class Work:
         alike: dict[Any, list[Bucket]] = {}
         for bucket in buckets:
             _check(self.base, bucket)
-            alike.setdefault((kind(bucket), self.rule.has_work(bucket.eta_lam)), []).append(bucket)
+            alike.setdefault((kind(bucket), self.method.has_work(bucket.eta_lam)), []).append(bucket)
         calls = []
         for (_, decays), some in alike.items():
             backend = self.on(some[0].w[0].device)
@@ -130,10 +132,10 @@ class Work:
                 self.parts += bucket.of.parts(path, list(map(Tensor.numel, bucket.w)), sums)
 
     def note(self, members: Sequence[Members]) -> None:
-        """Store the current gradients. A member without one does not step; `Gradients` keeps what the rule reads."""
+        """Store the current gradients. A member without one does not step; `Gradients` keeps what the method reads."""
         for of_group in members:
             of_group.gradients = [p.grad for p in of_group.parameters]
-            if self.rule.reads_gradient:
+            if self.method.reads_gradient:
                 of_group.kept = self.gradients.keep(of_group.gradients)
 
 
@@ -164,7 +166,7 @@ def _check(base: Optimizer, bucket: Bucket) -> None:
 
 
 class Path(Protocol):
-    """A way to carry the rule out on some members."""
+    """A way to carry the method out on some members."""
 
     def __init__(self, work: Work, members: Sequence[Members]) -> None: ...
 
@@ -185,7 +187,7 @@ class OnePass:
     def __init__(self, work: Work, members: Sequence[Members]) -> None:
         self._work = work
         buckets = [bucket for of_group in members for bucket in whole(work.base, of_group)]
-        self.calls = [] if work.rule.whole is None else work.calls(work.rule.whole, buckets)
+        self.calls = [] if work.method.whole is None else work.calls(work.method.whole, buckets)
         # All steps but torch's fused ones increment versions. Autograd reads them to notice a change between forward
         # and backward.
         own = [bucket for bucket in buckets if bucket.of is not None and not bucket.of.members.group.get("fused")]
@@ -224,7 +226,7 @@ class Direction:
     def __init__(self, work: Work, members: Sequence[Members]) -> None:
         self._work = work
         buckets = [bucket for of_group in members for bucket in coming(work.base, of_group)]
-        self.calls = [] if work.rule.before is None else work.calls(work.rule.before, buckets)
+        self.calls = [] if work.method.before is None else work.calls(work.method.before, buckets)
         self._counted: list[tuple[Counted, list[Tensor]]] = []
 
     def begin(self) -> None:
@@ -265,7 +267,7 @@ class Snapshot:
         self._work.note(self._members)
 
     def end(self) -> None:
-        """Compare, and apply the rule."""
+        """Compare, and apply the method."""
         work = self._work
         asks = self._path == "snapshot" and _may_skip(work)
         if asks and self._was_skipped():
@@ -274,12 +276,12 @@ class Snapshot:
             self.calls = self._compare()
         if asks:
             self._mask_where_skipped()
-        if work.rule.reads_gradient:
+        if work.method.reads_gradient:
             _check_gradients(work, self._members)
         work.report(self._path, work.carry_out(self.calls))
         for of_group, x in zip(self._members, self._x, strict=True):
             for i, g in enumerate(of_group.gradients):
-                if g is not None and g.is_sparse and work.rule.has_work(of_group.eta_lam):
+                if g is not None and g.is_sparse and work.method.has_work(of_group.eta_lam):
                     indices = sparse_indices(g)
                     draws = _draws_of_rows(of_group, i, indices)
                     _finish_rows(work, Of(of_group, [i]), indices, x[i][indices], draws)
@@ -318,10 +320,10 @@ class Snapshot:
         buckets = [
             bucket
             for of_group, x in zip(self._members, self._x, strict=True)
-            if work.rule.has_work(of_group.eta_lam)
+            if work.method.has_work(of_group.eta_lam)
             for bucket in stepped(of_group, x, quirks.maximizes(work.base, of_group.group))
         ]
-        return work.calls(work.rule.after, buckets)
+        return work.calls(work.method.after, buckets)
 
 
 class Pieces:
@@ -473,12 +475,12 @@ def _draws_of_rows(members: Members, i: int, indices: tuple[Tensor, ...]) -> Dra
 
 
 def _finish_rows(work: Work, of: Of, indices: tuple[Tensor, ...], before: Tensor, draws: Draws | None) -> None:
-    """Apply the rule to the rows ``indices`` of one parameter after the step."""
+    """Apply the method to the rows ``indices`` of one parameter after the step."""
     p = of.members.parameters[of.rows[0]]
     w = local_real_view(p)
     touched = w[indices]
     bucket = Stepped([p], [touched], [before], None, of.members.eta_lam, draws, of)
-    work.report("rows", work.carry_out(work.calls(work.rule.after, [bucket])))
+    work.report("rows", work.carry_out(work.calls(work.method.after, [bucket])))
     w[indices] = touched
 
 
@@ -503,8 +505,8 @@ def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
         "skipped",
         -1,
         f"a step of {name} moved no weight although its gradients are not 0. It was taken for one that {name} skips, "
-        f"so {work.rule.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer inside "
-        "it. bfloat16 and float16 weights whose every update is rounded away look the same: keep float32",
+        f"so {work.method.name} did not decay. If {name} skips steps or accumulates gradients, wrap the optimizer "
+        "inside it. bfloat16 and float16 weights whose every update is rounded away look the same: keep float32",
     )
     return True
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known, quirks
-from cwd_wrap.copies import Copies, Taken, kinds, unnoticed
+from cwd_wrap.bases import known, quirks
+from cwd_wrap.bases.copies import Copies, Taken, kinds, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]

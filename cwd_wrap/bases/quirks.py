@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from cwd_wrap import known, schedule_free
+from cwd_wrap.bases import known, schedule_free
 
 Group = Mapping[str, Any]
 Eta = float | Tensor | str | None  # a factor, or the reason why there is no single one; None: no special case

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, paths, quirks, schedule_free, weight_decay
-from cwd_wrap.buckets import Members, have_state
-from cwd_wrap.choice import choose, copying
+from cwd_wrap.bases import directions, quirks, schedule_free, weight_decay
+from cwd_wrap.bases.weight_decay import Strength
 from cwd_wrap.graphs import capturing
-from cwd_wrap.paths import Path, Work
+from cwd_wrap.kernels.buckets import Members, have_state
+from cwd_wrap.step import paths
+from cwd_wrap.step.choice import choose, copying
+from cwd_wrap.step.paths import Path, Work
 from cwd_wrap.tensors import are_plain, laid_out_otherwise
-from cwd_wrap.weight_decay import Strength
 
 Taken = tuple[type[Path], Members]
 """A path, and members that take it."""
@@ -102,7 +103,7 @@ class Plan:
         base = self.work.base
         of_this_step = (
             any(isinstance(path, paths.Rows) for path in self.paths)
-            or self.work.rule.draws
+            or self.work.method.draws
             or self.work.count
             or capturing()
             or _is_scaled(base)
@@ -163,7 +164,7 @@ class _Group:
         ]
         self._types = list(map(type, map(_GRAD, self._parameters)))
         self._members = [(some, i) for some, i in plan.members if some.group is group]
-        self._worked = work.rule.has_work(plan.strength.eta_lam(index))
+        self._worked = work.method.has_work(plan.strength.eta_lam(index))
         self._settled = plan.strength.is_settled(group)
         self._path = self._chosen()
         self.is_plain = are_plain(self._parameters) and {Tensor, type(None)}.issuperset(self._types)
@@ -201,7 +202,7 @@ class _Group:
         if not all(_is_number(was) and _is_number(self._group[key]) for key, was in changed.items()):
             return False
         eta_lam = plan.strength.eta_lam(self._index)
-        if work.rule.has_work(eta_lam) != self._worked:
+        if work.method.has_work(eta_lam) != self._worked:
             return False
         self._values = values
         for members, i in self._members:
@@ -217,7 +218,7 @@ class _Group:
     def _chosen(self) -> str | None:
         """The path of the group's members; None if nothing acts on them."""
         plan, work = self._plan, self._plan.work
-        return choose(work.rule, work.base, self._group, work.backend, plan.forced).path if self._worked else None
+        return choose(work.method, work.base, self._group, work.backend, plan.forced).path if self._worked else None
 
 
 def _is_scaled(base: Optimizer) -> bool:
@@ -275,15 +276,15 @@ def compile_plan(work: Work, strength: Strength, forced: str | None, *, closure:
 
 
 def _refuse(work: Work, why: str) -> None:
-    msg = f"{work.rule.name} cannot step {type(work.base).__name__}: {why}"
+    msg = f"{work.method.name} cannot step {type(work.base).__name__}: {why}"
     raise ValueError(msg)
 
 
 def check_layouts(work: Work, gradients: Sequence[Tensor | None]) -> None:
-    """Raise ValueError for a sparse gradient if the rule reads gradients."""
-    if work.rule.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
+    """Raise ValueError for a sparse gradient if the method reads gradients."""
+    if work.method.reads_gradient and any(g is not None and g.is_sparse for g in gradients):
         msg = (
-            f"{work.rule.name} needs dense gradients, but {type(work.base).__name__} has sparse ones: pass "
+            f"{work.method.name} needs dense gradients, but {type(work.base).__name__} has sparse ones: pass "
             "sparse=False to the embedding, or use CautiousDecay with mask='update'"
         )
         raise ValueError(msg)
@@ -292,8 +293,8 @@ def check_layouts(work: Work, gradients: Sequence[Tensor | None]) -> None:
 def _paths_of(plan: Plan, members: Members) -> Iterator[Taken]:
     """The path that a group takes, and the paths of members that cannot take it in this step."""
     work = plan.work
-    path = choose(work.rule, work.base, members.group, work.backend, plan.forced).path
-    decays = work.rule.has_work(members.eta_lam)
+    path = choose(work.method, work.base, members.group, work.backend, plan.forced).path
+    decays = work.method.has_work(members.eta_lam)
     if not decays and path != "one_pass":
         return
     gradients = cast("list[Tensor]", members.gradients)
@@ -325,7 +326,7 @@ def _along(plan: Plan, members: Members) -> Iterator[Taken]:
     That is so for gradients in another layout than their weights (partial sums): the base itself needs a collective for
     them, a comparison needs no gradient. If the user forces the path, all members with a known direction keep it.
     """
-    if plan.work.rule.before is None or isinstance(directions.find(plan.work.base, members.group), str):
+    if plan.work.method.before is None or isinstance(directions.find(plan.work.base, members.group), str):
         yield paths.NAMED[copying(plan.work.base, members.group)], members
         return
     otherwise = laid_out_otherwise(cast("list[Tensor]", members.gradients), members.parameters)
@@ -339,7 +340,7 @@ def _walk(plan: Plan, takes_part: Callable[[Tensor, Tensor | None], bool]) -> It
     """The members of each group, each parameter once, and the index of the group that gives their decay.
 
     ``takes_part``: is a parameter with this gradient a member? Parameters that the base's own decay skips are left out;
-    if the rule acts on every group, they are yielded with eta*lam 0 and the index None.
+    if the method acts on every group, they are yielded with eta*lam 0 and the index None.
     """
     work = plan.work
     seen: set[int] = set()
@@ -353,8 +354,8 @@ def _walk(plan: Plan, takes_part: Callable[[Tensor, Tensor | None], bool]) -> It
 
 
 def _acts_on(work: Work, group: dict[str, Any], eta_lam: float | Tensor) -> bool:
-    rule = work.rule
-    return rule.has_work(eta_lam) or (rule.rounds and any(p.element_size() == 2 for p in group["params"]))
+    method = work.method
+    return method.has_work(eta_lam) or (method.rounds and any(p.element_size() == 2 for p in group["params"]))
 
 
 def _members_of(
@@ -375,7 +376,7 @@ def _members_of(
     numbers = range(first, first + len(parameters))
     names = group.get("param_names", ())
     names = names if len(names) == len(parameters) else ()
-    stream = work.stream if work.rule.draws else None
+    stream = work.stream if work.method.draws else None
     index = paths.index_of(work.groups, i, group)
     members = Members(group, eta_lam, parameters, gradients, numbers, stream, index, first, names)
     ids = list(map(id, parameters))
@@ -395,7 +396,7 @@ def _exempt_apart(work: Work, members: Members, i: int) -> Iterator[tuple[Member
     skips = quirks.exempt(work.base, members.group)
     if skips is not None:
         exempt = {j for j, p in enumerate(members.parameters) if skips(p)}
-        if exempt and work.rule.every_group:
+        if exempt and work.method.every_group:
             yield replace(members.only(sorted(exempt)), eta_lam=0.0), None
         members = members.only([j for j in range(len(members.parameters)) if j not in exempt])
     if members.parameters:

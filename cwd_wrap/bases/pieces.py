@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cwd_wrap import known
+from cwd_wrap.bases import known
 
 Group = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
-from cwd_wrap import quirks
+from cwd_wrap.bases import quirks
 
 Group = dict[str, Any]
 

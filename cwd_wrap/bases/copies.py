@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cwd_wrap import quirks
+from cwd_wrap.bases import quirks
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest

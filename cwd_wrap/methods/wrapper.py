@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import kernels, notices, params_first, quirks, weight_decay
-from cwd_wrap.buckets import Report
-from cwd_wrap.choice import PathOfGroup, Rule, check_path, check_pieces, choose, paths_of
-from cwd_wrap.contract import Contract, Group, check_optimizer, with_hooks
+from cwd_wrap import kernels, notices, params_first
+from cwd_wrap.bases import quirks, weight_decay
+from cwd_wrap.bases.journal import Journal
 from cwd_wrap.draws import Stream
-from cwd_wrap.journal import Journal
-from cwd_wrap.paths import Work, copied_bytes, index_of
-from cwd_wrap.plan import Plan, compile_plan
-from cwd_wrap.snapshot import Buffers, Gradients
-from cwd_wrap.step import Closure, Step, is_unheard
+from cwd_wrap.methods.contract import Contract, Group, check_optimizer, with_hooks
+from cwd_wrap.report import Report
+from cwd_wrap.step.choice import Method, PathOfGroup, check_path, check_pieces, choose, paths_of
+from cwd_wrap.step.paths import Work, copied_bytes, index_of
+from cwd_wrap.step.plan import Plan, compile_plan
+from cwd_wrap.step.snapshot import Buffers, Gradients
+from cwd_wrap.step.step import Closure, Step, is_unheard
 from cwd_wrap.tensors import made_of_others
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class OptimizerWrapper(Contract):
     """Steps the base with ``weight_decay`` 0 and applies the method's rule around it.
 
-    Every group's ``weight_decay`` is restored after the step, also if the step raises. A subclass defines `_rule`.
+    Every group's ``weight_decay`` is restored after the step, also if the step raises. A subclass defines `_method`.
     """
 
     _settings: ClassVar[tuple[str, ...]] = ("_lam", "_took", "_step_size", "path", "backend")
@@ -127,7 +128,7 @@ class OptimizerWrapper(Contract):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
 
-    def _rule(self) -> Rule:
+    def _method(self) -> Method:
         """The method with its current arguments."""
         raise NotImplementedError
 
@@ -209,7 +210,7 @@ class OptimizerWrapper(Contract):
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""
         lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
-        return paths_of(self._rule(), self.base_optimizer, lams, self.backend, self.path)
+        return paths_of(self._method(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own."""
@@ -220,7 +221,7 @@ class OptimizerWrapper(Contract):
         self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
         super().add_param_group(param_group)
         added = self.param_groups[-1]
-        if self._rule().has_work(weight_decay.lam(added, self._lam)):
+        if self._method().has_work(weight_decay.lam(added, self._lam)):
             try:
                 self._check_weights(added, len(self.param_groups) - 1)
             except ValueError:
@@ -272,7 +273,7 @@ class OptimizerWrapper(Contract):
         of_path: dict[str, list[Tensor]] = {}
         for i, path, _ in self.paths():
             of_path.setdefault(path, []).extend(self.param_groups[i]["params"])
-        copies = 2 if self._rule().reads_gradient and self._gradients.copied else 1
+        copies = 2 if self._method().reads_gradient and self._gradients.copied else 1
         return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
@@ -340,12 +341,12 @@ class OptimizerWrapper(Contract):
         self._plan = None  # until the step is done: an interrupt may leave it half changed
         if last is not None and last.holds(arguments):
             return last
-        rule = self._rule()
+        method = self._method()
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
-        work = Work(self.base_optimizer, rule, *of_wrapper, journal, count, self._groups)
+        work = Work(self.base_optimizer, method, *of_wrapper, journal, count, self._groups)
         strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)
-        check_pieces(rule, strength, self._built_with)
-        if rule.draws:
+        check_pieces(method, strength, self._built_with)
+        if method.draws:
             self._stream.advance(self.base_optimizer)
         with torch.no_grad():
             plan = compile_plan(work, strength, self.path, closure=closure)
@@ -397,13 +398,13 @@ class OptimizerWrapper(Contract):
             if isinstance(layer, OptimizerWrapper) and (text := self._clash(layer)) is not None:
                 msg = f"{name} cannot wrap {layer!r}: {text}"
                 raise ValueError(msg)
-            if self._rule().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
+            if self._method().reads_gradient and (reason := quirks.many_gradients(layer)) is not None:
                 msg = (
                     f"{name} cannot use the gradient of {type(layer).__name__}: {reason}. "
                     'CautiousDecay with mask="update" uses none'
                 )
                 raise ValueError(msg)
-            averages = layer is base and self._rule().averages
+            averages = layer is base and self._method().averages
             if (reason := quirks.refusal(layer, getattr(self, "rounding", "nearest"), averages=averages)) is not None:
                 msg = f"{name} cannot wrap {type(layer).__name__}: {reason}"
                 raise ValueError(msg)
@@ -421,12 +422,12 @@ class OptimizerWrapper(Contract):
         return f"it {inner._what}s already, and two wrappers would {inner._what} twice. Pass its base_optimizer instead"
 
     def _check_group(self, group: Group, index: int, lam: float | None) -> None:
-        acts = self._rule().has_work(weight_decay.lam(group, lam))
+        acts = self._method().has_work(weight_decay.lam(group, lam))
         weight_decay.check_group(group, index, lam, self.step_size, self.base_optimizer, self._way_out, acts)
         if acts:
             self._check_weights(group, index)
             if self.path is not None or quirks.refusal_of(type(self.base_optimizer)) is not None:
-                choose(self._rule(), self.base_optimizer, group, self.backend, self.path)
+                choose(self._method(), self.base_optimizer, group, self.backend, self.path)
         for device in {p.device for p in group["params"] if not p.is_meta}:
             kernels.name(self.backend, device)
 
@@ -500,7 +501,7 @@ class OptimizerWrapper(Contract):
     def _warn_if_idle(self) -> None:
         """Warn if nothing decays, unless lam=0 asked for that: it is the baseline of a sweep."""
         asked = self._lam is not None and not weight_decay.decays({}, self._lam)
-        if asked or self._rule().every_group or any(weight_decay.decays(g, self._lam) for g in self.param_groups):
+        if asked or self._method().every_group or any(weight_decay.decays(g, self._lam) for g in self.param_groups):
             return
         why = f"{self._owner} has no weight_decay. Pass lam="
         if any("weight_decay" in group for group in self.param_groups):

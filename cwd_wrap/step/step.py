@@ -8,11 +8,11 @@ from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from cwd_wrap import known, weight_decay
-from cwd_wrap.choice import steps_without_closure
-from cwd_wrap.journal import Journal
-from cwd_wrap.paths import unhooked_step
-from cwd_wrap.plan import Plan, check_layouts
+from cwd_wrap.bases import known, weight_decay
+from cwd_wrap.bases.journal import Journal
+from cwd_wrap.step.choice import steps_without_closure
+from cwd_wrap.step.paths import unhooked_step
+from cwd_wrap.step.plan import Plan, check_layouts
 
 if TYPE_CHECKING:
     from collections import OrderedDict

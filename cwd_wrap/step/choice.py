@@ -1,6 +1,6 @@
 """Which of the four paths a param group takes, and why.
 
-The choice depends on the method (`Rule`), on the base (`directions`, `updates`, `pieces`) and on the backends of the
+The choice depends on the method (`Method`), on the base (`directions`, `updates`, `pieces`) and on the backends of the
 device (`kernels`).
 """
 
@@ -12,28 +12,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, kernels, known, pieces, quirks, schedule_free, updates
-from cwd_wrap.buckets import Coming, Stepped, Sums, Whole
+from cwd_wrap import kernels
+from cwd_wrap.bases import directions, known, pieces, quirks, schedule_free, updates
+from cwd_wrap.bases.weight_decay import Strength
 from cwd_wrap.kernels import Backend
-from cwd_wrap.weight_decay import Strength
+from cwd_wrap.kernels.buckets import Coming, Stepped, Sums, Whole
 
 PATHS = ("one_pass", "direction", "pieces", "snapshot")
 
 
 @dataclass(frozen=True)
-class Rule:
+class Method:
     """A method, as the paths need it. The bool argument of each function asks it to return `rules.sums`."""
 
     name: str
     """The method's name, for error texts."""
     after: Callable[[Backend, Sequence[Stepped], bool], Sums]
-    """Applies the rule to weights after the base's step."""
+    """Applies the method to weights after the base's step."""
     needs_copy: str | None = None
     """Why it needs a copy of the weights where it has no ``before`` or ``whole``."""
     before: Callable[[Backend, Sequence[Coming], bool], Sums] | None = None
-    """Applies the rule to weights before the base's step."""
+    """Applies the method to weights before the base's step."""
     whole: Callable[[Backend, Sequence[Whole], bool], Sums] | None = None
-    """Applies the rule and the base's update together."""
+    """Applies the method and the base's update together."""
     reads_gradient: bool = False
     """True if ``after`` needs the gradients."""
     every_group: bool = False
@@ -68,11 +69,13 @@ class PathOfGroup(NamedTuple):
     reason: str
 
 
-def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None) -> Choice:
+def choose(
+    method: Method, base: Optimizer, group: Mapping[str, Any], backend: str | None, forced: str | None
+) -> Choice:
     """The first of `PATHS` that ``group`` can take, or the ``forced`` one. Raises ValueError if that is impossible."""
     if forced is not None:
         check_path(forced)
-        reason = _why_not(forced, rule, base, group, None)
+        reason = _why_not(forced, method, base, group, None)
         if reason is not None:
             msg = (
                 f"path={forced!r} does not work for {_where(base, group)}: {reason}. "
@@ -83,13 +86,13 @@ def choose(rule: Rule, base: Optimizer, group: Mapping[str, Any], backend: str |
     device = next((p.device for p in group["params"]), torch.device("cpu"))
     ruled_out: dict[str, list[str]] = {}  # for each reason, the paths
     for path in PATHS:
-        reason = _why_not(path, rule, base, group, (backend, device))
+        reason = _why_not(path, method, base, group, (backend, device))
         if reason is None:
             break
         ruled_out.setdefault(reason, []).append(path)
     if reason is not None:
         why = next(iter(ruled_out))
-        msg = f"{rule.name} cannot step {_where(base, group)}: {why}. Without a kernel {reason}"
+        msg = f"{method.name} cannot step {_where(base, group)}: {why}. Without a kernel {reason}"
         raise ValueError(msg)
     because = ". Not ".join(f"{' or '.join(paths)}: {reason}" for reason, paths in ruled_out.items())
     return Choice(path, f"not {because}" if because else "a compiled kernel makes the whole step")
@@ -103,15 +106,15 @@ def _where(base: Optimizer, group: Mapping[str, Any]) -> str:
 
 
 def paths_of(
-    rule: Rule, base: Optimizer, lams: Sequence[float | Tensor], backend: str | None, forced: str | None
+    method: Method, base: Optimizer, lams: Sequence[float | Tensor], backend: str | None, forced: str | None
 ) -> list[PathOfGroup]:
     """The path of each param group of ``base``, whose decay strengths are ``lams``."""
     of_groups = []
     for i, (group, lam) in enumerate(zip(base.param_groups, lams, strict=True)):
         choice = Choice("plain", "weight_decay is 0: a plain step, without decay")
-        decays = rule.has_work(lam)
-        if decays or (rule.rounds and any(p.element_size() == 2 for p in group["params"])):
-            taken = choose(rule, base, group, backend, forced)
+        decays = method.has_work(lam)
+        if decays or (method.rounds and any(p.element_size() == 2 for p in group["params"])):
+            taken = choose(method, base, group, backend, forced)
             choice = taken if decays or taken.path == "one_pass" else choice
         of_groups.append(PathOfGroup(i, *choice))
     return of_groups
@@ -124,18 +127,18 @@ def check_path(path: str | None) -> None:
         raise ValueError(msg)
 
 
-def check_pieces(rule: Rule, strength: Strength, built_with: Collection[tuple[torch.Size, ...]]) -> None:
-    """Raise ValueError if ``rule`` counts over each whole tensor and a group has flat pieces of tensors."""
-    if rule.whole_tensors is None:
+def check_pieces(method: Method, strength: Strength, built_with: Collection[tuple[torch.Size, ...]]) -> None:
+    """Raise ValueError if ``method`` counts over each whole tensor and a group has flat pieces of tensors."""
+    if method.whole_tensors is None:
         return
     base = strength.base
     for i, group in enumerate(base.param_groups):
-        piece = quirks.flat_pieces(group, built_with) if rule.has_work(strength.eta_lam(i)) else None
+        piece = quirks.flat_pieces(group, built_with) if method.has_work(strength.eta_lam(i)) else None
         if piece is not None:
             msg = (
-                f"{rule.name} needs a count over each whole tensor, but param group {i} of {type(base).__name__} has "
+                f"{method.name} needs a count over each whole tensor, but param group {i} of {type(base).__name__} has "
                 f"flat pieces of tensors, such as one of shape {tuple(piece.shape)}, as FSDP1, DeepSpeed and Megatron "
-                f"make them: {rule.whole_tensors}"
+                f"make them: {method.whole_tensors}"
             )
             raise ValueError(msg)
 
@@ -155,7 +158,7 @@ def steps_without_closure(base: Optimizer) -> bool:
 
 def _why_not(
     path: str,
-    rule: Rule,
+    method: Method,
     base: Optimizer,
     group: Mapping[str, Any],
     compiled_on: tuple[str | None, torch.device] | None,
@@ -168,8 +171,8 @@ def _why_not(
         return quirks.refusal_of(type(base))
     if path == "pieces":
         return _why_not_pieces(base, group)
-    if (rule.whole if path == "one_pass" else rule.before) is None:
-        return rule.needs_copy
+    if (method.whole if path == "one_pass" else method.before) is None:
+        return method.needs_copy
     found = directions.find(base, group) if path == "direction" else updates.find(base, group)
     if isinstance(found, str):
         return found

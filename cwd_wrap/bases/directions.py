@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known
+from cwd_wrap.bases import known
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known, schedule_free
+from cwd_wrap.bases import known, schedule_free
 
 Group = Mapping[str, Any]
 Numbers: TypeAlias = tuple[float, ...]

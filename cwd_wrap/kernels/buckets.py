@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import directions, updates
+from cwd_wrap.bases import directions, updates
+from cwd_wrap.bases.updates import Update
 from cwd_wrap.draws import Draws, Stream
 from cwd_wrap.graphs import capturing
-from cwd_wrap.snapshot import Kept
+from cwd_wrap.report import Part
 from cwd_wrap.tensors import companion, companions, held_by, laid_out_otherwise, local_real_views, shard
-from cwd_wrap.updates import Update
 
 _NO_STATE: Mapping[str, Any] = {}
 
@@ -30,41 +30,11 @@ Sums: TypeAlias = Tensor | None
 """`rules.sums` of each tensor, of shape (tensors, 5); None unless they were asked for."""
 
 
-@dataclass(slots=True)
-class Part:
-    """What one step did to some parameters of one param group; each parameter has a row of ``sums``."""
+class Kept(NamedTuple):
+    """A gradient from just before the step, or a copy of it, and the version of that tensor then."""
 
-    group: int
-    """The group's index."""
-    name: str
-    """The group's ``name``, or ``group 0``."""
-    labels: Sequence[str]
-    """The parameters' names, if the optimizer was given some; else like ``0.3``: the group's index, the place in it."""
-    weights: Sequence[int]
-    """For each parameter, how many weights the method acted on, on this rank."""
-    copies: int
-    """How many ranks hold the same weights, by the placements of a DTensor; 1 for other tensors."""
-    path: str
-    eta_lam: float | Tensor
-    sums: Tensor
-    """`rules.sums`, still on the device. NaN for what the method does not have."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one step did, in ``parts``."""
-
-    parts: Sequence[Part]
-
-    @property
-    def active(self) -> Tensor | int:
-        """How many weights were decayed, as a tensor that is still on the device."""
-        return sum(part.sums[:, 0].sum() for part in self.parts)
-
-    @property
-    def total(self) -> int:
-        """How many weights the method acted on."""
-        return sum(sum(part.weights) for part in self.parts)
+    gradient: Tensor
+    version: int
 
 
 class Held(NamedTuple):
@@ -254,7 +224,7 @@ class Members:
     names: Sequence[str] = ()
     """Those of all the group's parameters, if the optimizer was given names."""
     kept: list[Kept | None] = field(default_factory=list)
-    """The gradients for a rule that reads them after the step."""
+    """The gradients for a method that reads them after the step."""
 
     def only(self, rows: Sequence[int]) -> "Members":
         """The members at ``rows``."""

@@ -1,12 +1,12 @@
 """Copies from before a step: of weights, in reused buffers, and of gradients. Independent of the rules."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cwd_wrap.graphs import capturing
+from cwd_wrap.kernels.buckets import Kept
 from cwd_wrap.tensors import has_numbers, local_real_view
 
 Copy = Callable[[Sequence[Tensor], Sequence[Tensor]], None]
@@ -103,15 +103,8 @@ def copying(
     return [(copy_on(device), to, source) for (device, _), (to, source) in alike.items()]
 
 
-class Kept(NamedTuple):
-    """A gradient from just before the step, or a copy of it, and the version of that tensor then."""
-
-    gradient: Tensor
-    version: int
-
-
 class Gradients:
-    """Keeps the gradients that a rule reads after the step: as copies, while the base may modify them in place."""
+    """Keeps the gradients that a method reads after the step: as copies, while the base may modify them in place."""
 
     def __init__(self) -> None:
         self.copied = True
@@ -123,7 +116,7 @@ class Gradients:
     def check(self, kept: Sequence[Kept], now: Sequence[Tensor | None]) -> bool:
         """Stop copying gradients once a step shows that the base leaves them unmodified; resume if it modifies them.
 
-        Returns whether the base modified gradients that were not copied, so that the rule has to use modified ones.
+        Returns whether the base modified gradients that were not copied, so that the method has to use modified ones.
         """
         left = [(k, g) for k, g in zip(kept, now, strict=True) if g is not None]
         if self.copied:

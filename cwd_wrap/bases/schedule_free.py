@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known
+from cwd_wrap.bases import known
 
 Group = Mapping[str, Any]
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from cwd_wrap import known, notices, probe, quirks
-from cwd_wrap.journal import Journal
+from cwd_wrap import notices
+from cwd_wrap.bases import known, probe, quirks
+from cwd_wrap.bases.journal import Journal
 
 Group = Mapping[str, Any]
 WAY_OUT = ", or pass step_size=, a function of the group that returns it"
@@ -247,7 +248,7 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
     group                                                  eta
     =====================================================  ==========================================
     coupled decay (``weight_decouple=False``, ...)         lr; d * lr (Prodigy, D-Adaptation)
-    a class in `cwd_wrap.quirks.eta`                       its number, or an error with the way out
+    a class in `cwd_wrap.bases.quirks.eta`                       its number, or an error with the way out
     ``fixed_decay`` (AdaBelief, ...)                       1
     ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
     ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected
