@@ -598,6 +598,7 @@ def argument(world: World, rng: random.Random) -> None:
     values: dict[str, list[Any]] = {
         "lam": [0.5, 0.25, 0.0, None],
         "strict": [True, False],
+        "leak": [0.0, 0.25, 1.0],
         "mask": ["update", "gradient", "all", "random", "unknown"],
         "path": [None, "one_pass", "direction", "pieces", "snapshot"],
         "backend": [None, "eager"],

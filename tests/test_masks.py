@@ -131,14 +131,17 @@ def test_a_leak_may_change_between_steps(every_path: PathOptions) -> None:
 
 
 def test_a_wrapper_pickled_before_there_was_a_leak() -> None:
-    """It has none."""
-    opt = CautiousDecay(sgd(weight(1.0)))
+    """It has none, and steps."""
+    opt = CautiousDecay(sgd(weight(1.0, grad=[-1.0])))
     state = opt.__getstate__()
     del state["_leak"]
     old = CautiousDecay.__new__(CautiousDecay)
     old.__setstate__(state)
 
+    old.step()
+
     assert old.leak == 0.0
+    assert old.param_groups[0]["params"][0].tolist() == [1 + LR]
 
 
 # ------------------------------------------------------------------------------------ all

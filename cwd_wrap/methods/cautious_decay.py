@@ -87,8 +87,7 @@ class CautiousDecay(OptimizerWrapper):
     """
 
     _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "_leak", "rounding", "_seed")
-    _leak = 0.0
-    """That of wrappers that were pickled before there was one."""
+    _leak: float
     _warned: set[int]
 
     def __init__(
@@ -190,6 +189,7 @@ class CautiousDecay(OptimizerWrapper):
     def _start(self) -> None:
         super()._start()
         self._warned = set()
+        self.__dict__.setdefault("_leak", 0.0)  # of a wrapper that was pickled before there was one
 
     def _ablate(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         del backend  # ablations use torch operations: they need not be fast
