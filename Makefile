@@ -85,9 +85,7 @@ release: wheel  ## can this commit be released? version, changelog, tag and the 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/training_step.py
-	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
 peers: $(BIN)/.peers  ## step time beside other libraries with cautious decay
