@@ -94,7 +94,7 @@ def test_the_oldest_torch_that_is_claimed_is_tested() -> None:
 
 # A file of a folder of the repository, or the words of which $(addprefix ...) and $(addsuffix ...) make files.
 NAMED = r"(?<![\w./])(?:\.ci|benchmarks|docs|examples|results|tests)/[\w/-]+(?:\.\w+)?"
-MADE = r"\$\(addprefix (\S+),\$\(addsuffix (\S+),([^)]*)\)\)"
+MADE = r"\$\(addprefix (?:--ignore=)?(\S+),\$\(addsuffix (\S+),([^)]*)\)\)"
 
 
 def named_files(text: str) -> set[str]:
