@@ -42,8 +42,13 @@ fuzz: $(BIN)/.test  ## random events and sequences for about SECONDS (600); prin
 	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q -n 2 tests/test_plan.py tests/test_sequences.py \
 		-k "random_events or random_sequences"
 
-# The package with torch alone, in virtual environments of their own.
-CORE := --ignore tests/test_examples.py
+# The package with torch alone, in virtual environments of their own. They need not repeat what depends neither on torch's
+# version nor on what is missing: texts and pages, the examples and the study, the maths of the siblings, interrupts (of
+# Python's own lines) and the search for random sequences. Engines on ranks: make test has them on the newest torch.
+# CI's workflow runs these files, too, without triton and numba and on the oldest torch.
+CORE := $(addprefix --ignore=tests/test_,$(addsuffix .py,anchor convergence docs examples experiments gpu_proof \
+	interrupts layout loggers pictures project public ranks recipes recipes_page results sequences \
+	siblings_in_one_pass your_own_method))
 
 $(VENV)-cpu/.core: pyproject.toml
 	test -d $(VENV)-cpu || $(PYTHON) -m venv $(VENV)-cpu
@@ -85,9 +90,7 @@ release: wheel  ## can this commit be released? version, changelog, tag and the 
 bench: $(BIN)/.examples  ## step time, memory and import time against the plain optimizer
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/training_step.py
-	$(BIN)/python benchmarks/host_time.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/first_step.py
 
 peers: $(BIN)/.peers  ## step time beside other libraries with cautious decay

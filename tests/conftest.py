@@ -1,6 +1,7 @@
 """Sets the seed and the threads (OMP_NUM_THREADS, or 1), makes the cases of tests over paths, prints the versions."""
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,11 @@ from cwd_wrap.step import paths
 LIBRARIES = ("torch", "numba", "triton", "timm", "prodigyopt", "hypothesis")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from cwd_wrap.kernels import _triton
+
+    _triton.CHUNK = 2 * _triton.BLOCK  # the interpreter takes milliseconds for a block
 
 
 def pytest_report_header() -> str:

@@ -1,11 +1,16 @@
 """Starts real processes, one rank each, that gloo joins over a file. They stay for the next test and end cleanly."""
 
 import atexit
+import functools
 import multiprocessing
 import os
+import runpy
+import socket
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -13,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 300.0  # seconds that a function may take, the start of the processes included
+
+PRELOADED = [
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh", "torch.distributed.fsdp",
+    "torch.distributed.optim", "torch.distributed.tensor.parallel", "numba", "pytest", "cwd_wrap",
+]  # fmt: skip
+"""What takes seconds to import: a process imports it once, and each rank is forked from that process."""
 
 _kept: dict[int, "Ranks"] = {}
 
@@ -37,7 +48,7 @@ class Ranks:
     def __init__(self, ranks: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(ranks):
@@ -93,6 +104,56 @@ class Ranks:
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+@functools.cache
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def launch(script: Path, *words: object) -> str:
+    """What a script prints in two new processes that have the arguments and the environment that torchrun gives.
+
+    torchrun itself is a third process, and each imports torch anew. Raises if a process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        port, outputs = free.getsockname()[1], [Path(folder) / str(rank) for rank in range(2)]
+        free.close()
+        processes = [
+            _context().Process(target=_as_torchrun, args=(rank, port, script, list(map(str, words)), output))
+            for rank, output in enumerate(outputs)
+        ]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+        printed = "".join(output.read_text() for output in outputs)
+        if any(process.exitcode != 0 for process in processes):
+            raise AssertionError(printed)
+        return printed
+
+
+def _as_torchrun(rank: int, port: int, script: Path, words: list[str], output: Path) -> None:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    warnings.simplefilter("ignore")
+    sys.argv = [str(script), *words]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.stdout.flush()
 
 
 @atexit.register

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import ALL_PATHS, BASES, Base, PathOptions, param, weight
+from support import ALL_PATHS, BASES, Base, PathOptions, in_turn, weight
 from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD, Optimizer, RAdam, RMSprop
 
@@ -44,15 +44,14 @@ def test_each_compiled_step_decays(every_path: PathOptions) -> None:
     assert [(pytest.approx(0.95**n), 0.5) for n in (1, 2, 3)] == seen
 
 
-@pytest.mark.parametrize(
-    ("name", "compiler"), [("SGD-momentum", "aot_eager"), ("AdamW", "eager")], ids=["SGD-aot_eager", "AdamW-eager"]
-)
-def test_compiled_steps_equal_eager_ones(name: str, compiler: str, every_path: PathOptions) -> None:
+@pytest.mark.parametrize(("base", "path"), in_turn([("SGD-momentum", "aot_eager"), ("AdamW", "eager")]))
+def test_compiled_steps_equal_eager_ones(base: tuple[str, str], path: PathOptions) -> None:
     """Four compiled steps under a schedule give the weights and the weight_decay of four eager ones."""
-    weights, strength = run(BASES[name], every_path, None)
+    name, compiler = base
+    weights, strength = run(BASES[name], path, None)
 
     # Compiled, Adam's bias corrections may be computed in another order.
-    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], every_path, compiler)
+    assert (pytest.approx(weights, rel=1e-5), strength) == run(BASES[name], path, compiler)
 
 
 def test_the_comparison_can_fail() -> None:
@@ -75,11 +74,16 @@ def compile_step(base: Optimizer) -> CompileCounter:
     return counter
 
 
-@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("name", ["SGD-momentum", "AdamW"])
-@pytest.mark.parametrize("path", [param(path, path=path) for path in ALL_PATHS if path["path"] != "pieces"])
-def test_a_base_with_a_compiled_step(path: PathOptions, name: str, tensor: bool) -> None:
+@pytest.mark.parametrize(
+    ("base_and_lr", "path"),
+    in_turn(
+        [("SGD-momentum", "float"), ("AdamW", "float"), ("SGD-momentum", "tensor"), ("AdamW", "tensor")],
+        [path for path in reversed(ALL_PATHS) if path["path"] != "pieces"],
+    ),
+)
+def test_a_base_with_a_compiled_step(base_and_lr: tuple[str, str], path: PathOptions) -> None:
     """A wrapped compiled base gives the weights of an eager one; a schedule of 12 learning rates compiles twice."""
+    name, tensor = base_and_lr[0], base_and_lr[1] == "tensor"
     params, options = [weight(1, -1, 2, 3), weight(1, -1, 2, 3)], path.base or {"foreach": False}
     base, plain = (BASES[name]([p], lr=torch.tensor(0.1) if tensor else 0.1, **options) for p in params)
     counter = compile_step(base)

@@ -18,7 +18,7 @@ from zoo import LIBRARIES, NOTES, Case, Groups, cases
 
 from cwd_wrap import CautiousDecay, rules
 
-LAM, STEPS, GIVEN_ETA = 0.1, 4, 1e-3
+LAM, STEPS, GIVEN_ETA = 0.1, 3, 1e-3
 CASES = cases()
 HOLDING = [case for case in CASES if case.refused is None and not case.averages]
 AVERAGING = [case for case in CASES if case.averages]

@@ -35,9 +35,8 @@ def test_language_model(tmp_path: Path) -> None:
 )
 def test_language_model_says_what_is_wrong(words: list[object], text: str) -> None:
     """A bad argument is named in one line, without a traceback."""
-    pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    done = run("examples/language_model.py", *words)
+    done = pytest.importorskip("scripts").run("language_model", *words)
 
     assert done.returncode != 0
     assert text in done.stderr

@@ -2,11 +2,12 @@
 
 import csv
 import functools
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 pytest.importorskip("tqdm")
 
+import anchor  # noqa: E402
 import lyapunov  # noqa: E402
+import scripts  # noqa: E402
+import sparsity  # noqa: E402
 import toy_landscapes as toy  # noqa: E402
 
 RING, PARABOLA, LINE = toy.LANDSCAPES
-LR, LAM, STEPS = 4e-3, 0.5, 6_000
+LR, LAM, STEPS = 8e-3, 0.5, 3_000
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,36 +160,40 @@ EXPERIMENTS = {
 NEEDS = {"sparsity": "sklearn", "anchor": "sklearn"}
 
 
-def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=os.environ | variables
-    )
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[subprocess.CompletedProcess[str], Path]]:
+    """A function that runs an experiment at a small size, once, and returns what it printed and its folder."""
+
+    @functools.cache
+    def run(name: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        pytest.importorskip("matplotlib")
+        pytest.importorskip(NEEDS.get(name, "torch"))
+        folder = tmp_path_factory.mktemp(name)
+        return scripts.run(name, "--smoke", "--out", folder), folder
+
+    return run
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_smoke(name: str, tmp_path: Path) -> None:
+def test_smoke(name: str, smoke: Any) -> None:
     """Each experiment prints its table with machine, versions and date, shows progress, and writes a picture."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip(NEEDS.get(name, "torch"))
-    done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path)
+    done, folder = smoke(name)
     assert done.returncode == 0, done.stderr
 
     assert "Warning" not in done.stderr
     assert "100%" in done.stderr
     assert re.search(r"^machine  .+\nversions .*torch .+; \d{4}-\d\d-\d\d; ", done.stdout, flags=re.MULTILINE)
     assert all(f"\n{word} " in done.stdout or f" {word} " in done.stdout for word in EXPERIMENTS[name])
-    assert (tmp_path / "summary.txt").read_text().strip() in done.stdout
-    assert all(picture.stat().st_size > 10_000 for picture in tmp_path.glob("*.svg"))
-    assert len(list(tmp_path.glob("*.svg"))) == 1
+    assert (folder / "summary.txt").read_text().strip() in done.stdout
+    assert all(picture.stat().st_size > 10_000 for picture in folder.glob("*.svg"))
+    assert len(list(folder.glob("*.svg"))) == 1
 
 
 @pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3), ("anchor", 2 * 3)])
-def test_rows(name: str, rows: int, tmp_path: Path) -> None:
+def test_rows(name: str, rows: int, smoke: Any) -> None:
     """There is a row for each run, and no two runs of the mask ablation have the same loss."""
-    pytest.importorskip("matplotlib")
-    pytest.importorskip(NEEDS.get(name, "torch"))
-    assert run(f"examples/{name}.py", "--smoke", "--out", tmp_path).returncode == 0
-    found = list(csv.DictReader((tmp_path / "results.csv").open()))
+    _, folder = smoke(name)
+    found = list(csv.DictReader((folder / "results.csv").open()))
 
     assert len(found) == rows
     if name == "mask_ablation":
@@ -208,7 +216,7 @@ def test_rows(name: str, rows: int, tmp_path: Path) -> None:
 )
 def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
     """The error names a wrong argument and its value, without a traceback."""
-    done = run(f"examples/{name}.py", *words)
+    done = scripts.run(name, *words)
 
     assert done.returncode != 0
     assert str(words[0]) in done.stderr
@@ -217,10 +225,13 @@ def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_scripts_say_that_scikit_learn_is_missing(name: str, tmp_path: Path) -> None:
+def test_scripts_say_that_scikit_learn_is_missing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without scikit-learn, the script prints one line that says what to install."""
-    (tmp_path / "sklearn.py").write_text("raise ImportError('not here')")
-    done = run(f"examples/{name}.py", "--smoke", "--out", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    for module in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for cached in (sparsity.load_images, anchor.load_digits, anchor.moved):
+        cached.cache_clear()
+    done = scripts.run(name, "--smoke", "--out", tmp_path)
 
     assert done.returncode != 0
     assert "pip install scikit-learn" in done.stderr

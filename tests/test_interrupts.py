@@ -141,19 +141,27 @@ def lines_of(call: Callable[[], object], act: Callable[[int, str], object]) -> N
         sys.settrace(before)
 
 
-@cache
-def numbers_of_lines(name: str) -> list[int]:
-    """Numbers of lines of a step: each place in the code once, at a random one of its visits."""
-    visits: dict[str, list[int]] = {}
+def visits(name: str) -> dict[str, list[int]]:
+    """The numbers of the lines of a step, for each place in the code."""
+    found: dict[str, list[int]] = {}
     opt = CASES[name].build()
-    lines_of(lambda: CASES[name].step(opt), lambda number, place: visits.setdefault(place, []).append(number))
-    draw = random.Random(0)
-    return sorted(draw.choice(numbers) for numbers in visits.values())
+    lines_of(lambda: CASES[name].step(opt), lambda number, place: found.setdefault(place, []).append(number))
+    return found
 
 
-def some_lines(name: str, one_in: int) -> list[int]:
-    """One in so many of them. What cases have in common is interrupted at another line in each."""
-    return numbers_of_lines(name)[list(CASES).index(name) % one_in :: one_in]
+@cache
+def lines_of_cases() -> dict[str, list[int]]:
+    """Numbers of lines of a step of each case: every place in the code in up to two of the cases that come there.
+
+    Each at a random one of its visits.
+    """
+    of_cases, draw = {name: visits(name) for name in CASES}, random.Random(0)
+    chosen: dict[str, list[int]] = {name: [] for name in CASES}
+    for place in sorted(set().union(*of_cases.values())):
+        there = [name for name, found in of_cases.items() if place in found]
+        for name in draw.sample(there, min(2, len(there))):
+            chosen[name].append(draw.choice(of_cases[name][place]))
+    return {name: sorted(numbers) for name, numbers in chosen.items()}
 
 
 def raise_at(opt: Any, case: Case, line: int) -> str | None:
@@ -240,7 +248,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_changed(name: str) -> None:
     """After an interrupt groups, lists and hooks are as before, states have all keys, and the next step is right."""
     case, opt, wrong = CASES[name], CASES[name].build(), {}
     known = [keys(opt), keys(stepped(opt, case))]
-    lines, raised = some_lines(name, 2 if name in PATHS else 3), 0
+    lines, raised = lines_of_cases()[name], 0
     for i, line in enumerate(lines):
         before = between(opt)
         place = raise_at(opt, case, line)
@@ -341,7 +349,7 @@ def test_what_is_saved_at_any_line_is_as_between_steps(name: str, how: str) -> N
     opt, wrong = case.build(), {}
     twin = stepped(opt, case)
     groups, *known = *saved(save(opt)), keys(twin)
-    lines = set(some_lines(name, 5))
+    lines = set(lines_of_cases()[name])
 
     def act(number: int, place: str) -> None:
         if number not in lines:

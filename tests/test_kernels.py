@@ -14,6 +14,7 @@ are no other exceptions.
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
@@ -34,20 +35,29 @@ from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
 from cwd_wrap.tensors import Shard
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30, 1e-45, -1e-45, 3e38, -3e38, float("inf"), -float("inf"), float("nan")]
+SQUARES = [x for x in SPECIAL if not str(x).startswith("-")]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 MIXED = [
     (torch.bfloat16, torch.float32, torch.bfloat16),
     (torch.float32, torch.bfloat16, torch.float16),
     (torch.float16, torch.float32, torch.float64),
 ]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Then a block takes milliseconds: a chunk has two (conftest.py), and the largest tensors are smaller."""
+CHUNK = 1 << 11 if INTERPRETED else 1 << 14
 # Around the sizes at which a kernel packs tensors, cuts them into blocks or chunks, or has a masked rest.
-SIZES = [0, 1, 7, 1023, 1024, 1025, 1 << 14, (1 << 14) + 1, (1 << 15) + 1027]
+SIZES = [0, 1, 7, 1023, 1024, 1025, CHUNK, CHUNK + 1, 2 * CHUNK + 1027]
+MANY = 1 << 13 if INTERPRETED else 1 << 14  # weights that are rounded at random
 SHAPES = [(0,), (), (129, 3), *((n,) for n in SIZES[1:])]
-FEW = SHAPES[:6]
+FEW = [*SHAPES[:5], (1500,)]
 PAIRS = {"adam": (0.9, 1 - 0.9), "gan": (0.5, 0.5), "beta 0.3": (0.3, 0.7), "sgd": (0.9, 1.0), "maximize": (0.9, -0.1)}
 
 all_types = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 strict_or_not = pytest.mark.parametrize("strict", [False, True])
+# A mask is computed in float32 or float64, whatever the type of the weights is.
+types_and_strict = pytest.mark.parametrize(
+    ("dtype", "strict"), [*((dtype, False) for dtype in DTYPES), *((dtype, True) for dtype in DTYPES[:2])], ids=str
+)
 narrow_types = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinities and NaN
@@ -73,15 +83,15 @@ class Place:
         size = (shape,) if isinstance(shape, int) else shape
         return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(self.device, dtype)
 
-    def many(self, dtype: torch.dtype, seed: int, shapes: Iterable[Any] = SHAPES) -> list[Tensor]:
-        """A tensor of each shape, different ones for seeds that are 100 apart."""
+    def many(self, dtype: torch.dtype, seed: int, shapes: Iterable[Any] | None = None) -> list[Tensor]:
+        """A tensor of each shape (few in other types than float32), different ones for seeds that are 100 apart."""
+        shapes = (SHAPES if dtype == torch.float32 else FEW) if shapes is None else shapes
         return [self.some(shape, dtype, i + seed) for i, shape in enumerate(shapes)]
 
-    def special(self, columns: int) -> list[Tensor]:
-        """All combinations of the special numbers."""
-        return [
-            t.reshape(-1).to(self.device) for t in torch.meshgrid(*[torch.tensor(SPECIAL)] * columns, indexing="ij")
-        ]
+    def special(self, columns: int, squares: int = 0) -> list[Tensor]:
+        """All combinations of the special numbers, and of those that squares may be in the last ``squares`` columns."""
+        numbers = [torch.tensor(SPECIAL)] * columns + [torch.tensor(SQUARES)] * squares
+        return [t.reshape(-1).to(self.device) for t in torch.meshgrid(*numbers, indexing="ij")]
 
     def equal(self, one: Tensor, other: Tensor) -> bool:
         """Bit for bit; NaN equals NaN.
@@ -322,20 +332,24 @@ def shrink_whole(on: Place, buckets: Sequence[Whole], p: float) -> None:
 # ---- before and after the step
 
 
-@strict_or_not
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=list(PAIRS))
+@pytest.mark.parametrize(
+    ("pair", "strict"),
+    [*((pair, False) for pair in PAIRS.values()), (PAIRS["adam"], True), (PAIRS["sgd"], True)],
+    ids=str,
+)
 def test_along_equals_the_rule(on: Place, pair: tuple[float, float], strict: bool) -> None:
-    """Decay along a momentum, over tensors of every size in one call, is the rule on each, with a leak and without."""
-    for leak in (0.0, 0.25):
-        w, m, g = (on.many(torch.float32, k) for k in (0, 100, 200))
-        expected = [expected_along(*row, *pair, 0.3, strict, leak) for row in zip(w, m, g, strict=True)]
-        on.decay_along([Coming(w, g, m, *pair, 0.3)], strict=strict, leak=leak, count=False)
+    """Decay along a momentum, over tensors of every size in one call, is the rule on each; where it is strict, with a leak."""
+    w, m, g = (on.many(torch.float32, k) for k in (0, 100, 200))
+    leak = 0.25 if strict else 0.0
+    expected = [expected_along(*row, *pair, 0.3, strict, leak) for row in zip(w, m, g, strict=True)]
+    on.decay_along([Coming(w, g, m, *pair, 0.3)], strict=strict, leak=leak, count=False)
 
-        assert on.all_equal(w, expected)
+    assert on.all_equal(w, expected)
 
 
-@pytest.mark.parametrize("b", [1.0, -1.0, 0.3])
-@all_types
+@pytest.mark.parametrize(
+    ("dtype", "b"), [*((torch.float32, b) for b in (1.0, -1.0, 0.3)), *zip(DTYPES[1:], (-1.0, 0.3, -1.0), strict=True)]
+)
 def test_along_a_gradient_equals_the_rule(on: Place, dtype: torch.dtype, b: float) -> None:
     """The same holds along the gradient alone, in every type; a negative b maximizes."""
     w, g = (on.many(dtype, k) for k in (0, 100))
@@ -345,8 +359,7 @@ def test_along_a_gradient_equals_the_rule(on: Place, dtype: torch.dtype, b: floa
     assert on.all_equal(w, expected)
 
 
-@strict_or_not
-@all_types
+@types_and_strict
 def test_from_snapshot_equals_the_rule(on: Place, dtype: torch.dtype, strict: bool) -> None:
     """Decay from a snapshot, over tensors of every size in one call, is the rule on each."""
     w, x = (on.many(dtype, k) for k in (0, 100))
@@ -357,8 +370,8 @@ def test_from_snapshot_equals_the_rule(on: Place, dtype: torch.dtype, strict: bo
 
 
 def test_a_large_tensor(on: Place) -> None:
-    """A tensor of more than a million weights is decayed to its last one, and summed."""
-    w, x = (on.some((1 << 20) + 3, torch.float32, k) for k in (0, 1))
+    """A tensor of more than a million weights, or of many chunks, is decayed to its last one, and summed."""
+    w, x = (on.some((16 * CHUNK if INTERPRETED else 1 << 20) + 3, torch.float32, k) for k in (0, 1))
     expected, step = expected_after(w, x, 0.3), (x - w).cpu()
     masks = [rules.moved_towards_zero(x, w, only).cpu() for only in (False, True)]
     sums = after(on, [w], [x.clone()], 0.3, count=True)
@@ -378,7 +391,7 @@ def test_types_may_differ(on: Place, types: tuple[torch.dtype, ...]) -> None:
 
 
 @strict_or_not
-@pytest.mark.parametrize("repeat", [1, 10])  # packed with other small tensors, or cut into blocks
+@pytest.mark.parametrize("repeat", [1] if INTERPRETED else [1, 10])  # packed with other small tensors, or not
 def test_special_values(on: Place, strict: bool, repeat: int) -> None:
     """Every combination of signed zeros, denormals, huge numbers, infinities and NaN gives what rules.py gives."""
     one, other, third = (t.repeat(repeat) for t in on.special(3))
@@ -417,8 +430,9 @@ def test_other_coefficients(on: Place) -> None:
 
 
 def test_thousands_of_small_tensors(on: Place) -> None:
-    """Two thousand tensors of 1 to 13 weights are decayed in one call."""
-    w, x = (on.many(torch.float32, k, (1 + i % 13 for i in range(2000))) for k in (0, 5000))
+    """Two thousand tensors (interpreted: 100) of 1 to 13 weights are decayed in one call."""
+    many = 100 if INTERPRETED else 2000
+    w, x = (on.many(torch.float32, k, (1 + i % 13 for i in range(many))) for k in (0, 5000))
     expected = [expected_after(*pair, 0.3) for pair in zip(w, x, strict=True)]
     after(on, w, x, 0.3)
 
@@ -453,8 +467,7 @@ def test_a_tensor_strength(on: Place, shape: int) -> None:
         assert torch.equal(number, tensor)
 
 
-@strict_or_not
-@all_types
+@types_and_strict
 def test_a_leak_equals_the_rule(on: Place, dtype: torch.dtype, strict: bool) -> None:
     """Before and after the step, weights outside the mask take the leak's part of the decay; the sums say how much."""
     for leak in (0.25, 1.0):
@@ -476,8 +489,7 @@ def test_a_leak_equals_the_rule(on: Place, dtype: torch.dtype, strict: bool) -> 
         assert on.all_equal(w, before)
 
 
-@strict_or_not
-@all_types
+@types_and_strict
 def test_sums_along_a_direction(on: Place, dtype: torch.dtype, strict: bool) -> None:
     """The sums for a monitor are `rules.sums` of each tensor; those of the step are 0, since it is still to come."""
     w, m, g = (on.many(dtype, k) for k in (0, 100, 200))
@@ -494,8 +506,7 @@ def test_sums_along_a_direction(on: Place, dtype: torch.dtype, strict: bool) -> 
         assert same_sums(on, sums, expected, w)
 
 
-@strict_or_not
-@all_types
+@types_and_strict
 def test_sums_from_a_snapshot(on: Place, dtype: torch.dtype, strict: bool) -> None:
     """After the step all of `rules.sums` is known for each tensor, also without a decay (`sums_of_step`)."""
     w, x = (on.many(dtype, k) for k in (0, 100))
@@ -581,8 +592,10 @@ def test_copy(on: Place, dtype: torch.dtype) -> None:
 # ---- the siblings, which count each tensor first
 
 
-@pytest.mark.parametrize("scale", ["mean", "numel", None])
-@all_types
+# The scale makes the factor of a tensor, before the kernel.
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [*((dtype, "mean") for dtype in DTYPES), (torch.float32, "numel"), (torch.float32, None)]
+)
 def test_cautious_update_equals_the_rule(on: Place, dtype: torch.dtype, scale: str | None) -> None:
     """The cautious update, over tensors of every size, is the rule on each, and its counts are right."""
     w, x, g = (on.many(dtype, k) for k in (0, 100, 200))
@@ -593,8 +606,10 @@ def test_cautious_update_equals_the_rule(on: Place, dtype: torch.dtype, scale: s
     assert on.all_equal(w, expected)
 
 
-@pytest.mark.parametrize("p", [0.2, 0.8, 1.0, 1.5, 2.0])
-@all_types
+@pytest.mark.parametrize(
+    ("dtype", "p"),
+    [*((torch.float32, p) for p in (0.2, 0.8, 1.0, 1.5, 2.0)), *zip(DTYPES[1:], (1.5, 0.8, 2.0), strict=True)],
+)
 def test_p_norm_decay_equals_the_rule(on: Place, dtype: torch.dtype, p: float) -> None:
     """The p-norm decay, over tensors of every size, is the rule on each; one is 0 as a whole."""
     w, x = (on.many(dtype, k) for k in (0, 100))
@@ -627,8 +642,9 @@ def test_special_values_of_the_siblings(on: Place) -> None:
 
 
 def test_the_siblings_with_many_small_tensors(on: Place) -> None:
-    """Three hundred tensors of 0 to 12 weights: each has a count and a factor of its own."""
-    w, x, g = (on.many(torch.float32, k, (i % 13 for i in range(300))) for k in (0, 5000, 10_000))
+    """Three hundred tensors (interpreted: 40) of 0 to 12 weights: each has a count and a factor of its own."""
+    many = 40 if INTERPRETED else 300
+    w, x, g = (on.many(torch.float32, k, (i % 13 for i in range(many))) for k in (0, 5000, 10_000))
     for t in x[::7]:
         t.zero_()
     updated, shrunk = ([t.clone() for t in w] for _ in range(2))
@@ -776,16 +792,18 @@ def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False, leak: floa
     return all(written) and stepped == steps and summed
 
 
-@strict_or_not
-@all_updates
+# The mask is made of what an update returns; in a schedule-free one it is that of the gradient.
+@pytest.mark.parametrize(
+    ("name", "strict"), [*((name, False) for name in UPDATES), ("adam", True), ("lion", True), ("free_adam", True)]
+)
 @pytest.mark.usefixtures("ieee")
 def test_the_whole_step_equals_the_rule(on: Place, name: str, strict: bool) -> None:
-    """Three steps over tensors of several sizes, at different counts, are the rule, state and count included.
+    """Steps over tensors of several sizes, at different counts, are the rule, state and count included.
 
     Each has another leak.
     """
     bucket = a_bucket(on, name, [torch.float32] * 3, shapes_for(name))
-    for k, leak in enumerate((0.25, 0.0, 1.0)):
+    for k, leak in enumerate((0.25, 0.0) if INTERPRETED else (0.25, 0.0, 1.0)):
         bucket.g = on.many(torch.float32, 1000 + 100 * k, shapes_for(name))
 
         assert equals_the_rule(on, bucket, strict=strict, leak=leak)
@@ -830,14 +848,14 @@ def test_the_bias_correction(on: Place, beta: float, t: int) -> None:
     assert bucket.w[0].tolist() == pytest.approx([-1.0, -1.0], rel=1e-10)
 
 
-@strict_or_not
-@all_kernels
+@pytest.mark.parametrize(
+    ("name", "strict"), [*((name, False) for name in KERNELS), ("sgd, momentum", True), ("free_sgd", True)]
+)
 @pytest.mark.usefixtures("ieee")
 def test_special_values_of_the_whole_step(on: Place, name: str, strict: bool) -> None:
     """Every combination of signed zeros, denormals, huge numbers, infinities and NaN gives what rules.py gives."""
-    w, g, m, v = on.special(4)
-    state = {"adam": ([m], [v.abs()]), "amsgrad": ([m], [v.abs()], [m.abs()]), "sgd": ()}
-    state = {**state, "free_adam": ([m], [v.abs()])}.get(name, ([m],))
+    w, g, m, *squares = on.special(3, squares=int("adam" in name or name == "amsgrad"))
+    state = () if name == "sgd" else ([m], *([v] for v in squares), *([m.abs()],) * (name == "amsgrad"))
     steps = ([torch.tensor(3.0, device=on.device)],) if UPDATES[name].counters else ()
     state = tuple([t.clone() for t in column] for column in state)
 
@@ -1005,8 +1023,7 @@ def test_the_whole_step_of_nothing(on: Place) -> None:
 @narrow_types
 def test_the_whole_step_rounds_stochastically(on: Place, dtype: torch.dtype) -> None:
     """16-bit weights and state are right on average, where rounding to nearest does not change them."""
-    n = 1 << 14
-    ones = torch.ones(n, dtype=dtype, device=on.device)
+    ones = torch.ones(MANY, dtype=dtype, device=on.device)
     expected = {"w": 1 - 1e-4, "m": 0.9999, "v": 0.9999}
     update = update_of(Adam, betas=(0.9999, 0.9999))
     for stochastic in (True, False):
@@ -1025,7 +1042,7 @@ def test_the_whole_step_rounds_stochastically(on: Place, dtype: torch.dtype) -> 
 def test_each_column_draws_its_own_numbers(on: Place, dtype: torch.dtype) -> None:
     """Weight and state, each halfway between two numbers, round to the same side half of the time, pair by pair."""
     gap = torch.finfo(dtype).eps / 2
-    ones = torch.ones(1 << 14, dtype=dtype, device=on.device)
+    ones = torch.ones(MANY, dtype=dtype, device=on.device)
     update = update_of(Adam, betas=(0.5, 0.25), amsgrad=True)
     state = tuple([t] for t in (ones.clone(), ones.clone(), ones * 0))
     steps = [torch.zeros((), device=on.device)]
@@ -1048,8 +1065,8 @@ def test_each_column_draws_its_own_numbers(on: Place, dtype: torch.dtype) -> Non
     ids=["bf16", "fp16", "fp16 subnormal"],
 )
 def test_the_mean_decay_is_that_of_float32(on: Place, dtype: torch.dtype, kind: str, path: str) -> None:
-    """Two decays of 16,384 weights by 1e-4 equal those of float32 on average; rounded to nearest, no weight moves."""
-    x = weights(kind, dtype)[: 1 << 14].to(on.device)
+    """Two decays of many weights by 1e-4 equal those of float32 on average; rounded to nearest, no weight moves."""
+    x = weights(kind, dtype)[:MANY].to(on.device)
     w, plain, wide = x.clone(), x.clone(), x.float()
     for out, drawn in ((w, draws(w)), (w, draws(w, step=1)), (plain, None)):
         if path == "snapshot":

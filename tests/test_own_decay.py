@@ -206,12 +206,12 @@ def measure(case: Case, options: dict[str, Any]) -> tuple[Trio, list[Factors]]:
 
 
 def until_it_has_moved(trio: Trio, steps: range) -> list[Factors]:
-    """The factors of the steps, up to the fourth in which every weight moved."""
+    """The factors of the steps, up to the third in which every weight moved."""
     measured, moved = [], 0
     for number in steps:
         measured += (factors := trio.step(number))
         moved += not any(f.stood_still for f in factors)
-        if moved == 4:
+        if moved == 3:
             break
     return measured
 

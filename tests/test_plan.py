@@ -29,7 +29,7 @@ from cwd_wrap.step.plan import Plan, _Group, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
 MATRICES = [(2, 3), (3, 2), (4, 1), (2, 2)]
-STEPS = 12
+STEPS, MANY = 12, 15
 
 
 class Own(SGD):
@@ -360,11 +360,11 @@ def test_a_coefficient_that_opens_another_path_ends_the_plan(made: list[Plan]) -
 # ------------------------------------------------------------------------------------ when a plan is kept
 
 
-def plans_of(case: Case, made: list[Plan], before_step: Callable[[World, int], None], steps: int = 50) -> int:
+def plans_of(case: Case, made: list[Plan], before_step: Callable[[World, int], None]) -> int:
     """How many plans are made in some steps with new gradients."""
     world = case.world()
     with mock.patch.object(paths, "PIECE", case.piece):
-        for i in range(steps):
+        for i in range(MANY):
             before_step(world, i)
             world.step(Happening("nothing", "between steps", 0))
             assert ("step", "None") in world.noted
@@ -402,10 +402,10 @@ ANEW = {
 @every_case
 @pytest.mark.parametrize("before_step", [constant, schedule, one_cycle])
 def test_plain_steps_keep_their_plan(case: Case, before_step: Any, made: list[Plan]) -> None:
-    """50 steps make two plans: one before there is state, one after. Schedules of numbers change nothing in that."""
+    """15 steps make two plans: one before there is state, one after. Schedules of numbers change nothing in that."""
     plans = plans_of(case, made, before_step)
 
-    assert plans == 50 if case.name in ANEW else plans <= 2
+    assert plans == MANY if case.name in ANEW else plans <= 2
 
 
 @pytest.mark.parametrize("happening", ["observer", "sparse gradient", "captured", "scaled"])

@@ -92,6 +92,40 @@ def test_the_oldest_torch_that_is_claimed_is_tested() -> None:
     assert re.findall(r"VENV\)-oldest.* torch==(\d+\.\d+)\.\d+", MAKEFILE) == [oldest]
 
 
+# A file of a folder of the repository, or the words of which $(addprefix ...) and $(addsuffix ...) make files.
+NAMED = r"(?<![\w./])(?:\.ci|benchmarks|docs|examples|results|tests)/[\w/-]+(?:\.\w+)?"
+MADE = r"\$\(addprefix (?:--ignore=)?(\S+),\$\(addsuffix (\S+),([^)]*)\)\)"
+
+
+def named_files(text: str) -> set[str]:
+    """The files and folders of the repository that a Makefile or a script names."""
+    made = {
+        f"{before}{word}{after}"
+        for before, after, words in re.findall(MADE, text)
+        for word in words.split()
+        if word != "\\"
+    }
+    return made | set(re.findall(NAMED, re.sub(MADE, "", text)))
+
+
+def test_every_file_that_make_and_ci_name_exists() -> None:
+    """A file that was removed or renamed is no longer named in the Makefile, in .ci or in a workflow."""
+    texts = [MAKEFILE, *(path.read_text(encoding="utf-8") for path in (ROOT / ".ci").iterdir())]
+    texts += [path.read_text(encoding="utf-8") for path in (ROOT / ".github").rglob("*.yml")]
+    named = {name for text in texts for name in named_files(text)}
+
+    assert {"benchmarks/step_time.py", "tests/test_masks.py", ".ci/wheel.py", "results/study.py"} <= named
+    assert [] == sorted(name for name in named if not (ROOT / name).exists())
+
+
+def test_a_file_that_is_missing_is_found() -> None:
+    """The check sees a script behind a target, a test that is left out, and a word of a list."""
+    text = "\tpython benchmarks/a.py --rows 3\nX := --ignore tests/b.py\n"
+    text += "Y := $(addprefix tests/test_,$(addsuffix .py,c \\\n\td))"
+
+    assert {"benchmarks/a.py", "tests/b.py", "tests/test_c.py", "tests/test_d.py"} == named_files(text)
+
+
 def test_actions_are_pinned() -> None:
     """Every action of the workflows is named by the hash of a commit, with its version beside it."""
     used = [

@@ -1,8 +1,6 @@
 """The study's statistics, on numbers that can be checked by eye; its page; and a small study on the command line."""
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +15,7 @@ pytest.importorskip("tqdm")
 
 import lambda_sweep as ls  # noqa: E402
 import report  # noqa: E402
+import scripts  # noqa: E402
 import study  # noqa: E402
 
 BLANK = ls.Outcome(
@@ -158,11 +157,9 @@ def test_a_small_study_resumes(tmp_path: Path) -> None:
     """If the last line of the file was cut off, a second call gives the same runs with the same numbers."""
     pytest.importorskip("timm")
     pytest.importorskip("sklearn")
-    command = [sys.executable, str(ROOT / "results" / "study.py"), "--jobs", "1", "--smoke", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def carry_out() -> list[ls.Outcome]:
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+        assert scripts.run("study", "--jobs", 1, "--smoke", tmp_path).returncode == 0
         return ls.read(tmp_path / "runs.csv")
 
     first = carry_out()

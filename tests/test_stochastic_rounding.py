@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # from the comparisons with rounding to nearest
 both_types = pytest.mark.parametrize("dtype", NARROW, ids=str)
 MANY = 100_000
-STEPS, LR, LAM = 100, 0.1, 1e-3  # eta*lam = 1e-4
+STEPS, LR, LAM = 25, 0.1, 1e-3  # eta*lam = 1e-4
 both_backends = pytest.mark.parametrize(
     "kernel", [param(name, path=PathOptions(backend=name)) for name in ("eager", "numba")]
 )

@@ -578,50 +578,56 @@ except KeyError as error:
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--exit"]])
-def test_a_script_is_run_as_python_runs_it(tmp_path: Path, flags: list[str]) -> None:
+@pytest.fixture
+def ends_alike(
+    tmp_path: Path, train: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """A function that compares python with the launcher: a process with an error, or sys.exit in this process."""
+    launcher = ["-m", "cwd_wrap.timm"]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(HERE.parent)}
+        )
+
+    def compare(*words: str, exits: bool) -> None:
+        if not exits:
+            direct, launched = run(*words), run(*launcher, *words)
+            ends = [(1, each.stdout, without_runpy(each.stderr)) for each in (direct, launched)]
+            assert [1, 1] == [direct.returncode, launched.returncode]
+            assert launched.stderr == without_runpy(launched.stderr)
+        else:
+            direct = run(*words, "--exit")
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.syspath_prepend(tmp_path)
+            with pytest.raises(SystemExit) as stopped:
+                run_script([*words, "--exit"])
+            ends = [(direct.returncode, direct.stdout, direct.stderr), (stopped.value.code, *capsys.readouterr())]
+        assert ends[0] == ends[1]
+
+    yield compare
+    for name in [name for name in sys.modules if name.split(".")[0] == "package"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_a_script_is_run_as_python_runs_it(tmp_path: Path, exits: bool, ends_alike: Any) -> None:
     """Arguments, names, sys.path[0], traceback and exit code are those of `python script.py`."""
     script = tmp_path / "folder" / "probe.py"
     script.parent.mkdir()
     script.write_text(PROBE)
-    direct, launched = (
-        subprocess.run(
-            [sys.executable, *launcher, "folder/probe.py", "--lr", "1", *flags],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(HERE.parent)},
-        )
-        for launcher in ([], ["-m", "cwd_wrap.timm"])
-    )
-
-    assert launched.returncode == direct.returncode == (3 if flags else 1)
-    assert launched.stdout == direct.stdout
-    assert launched.stderr == direct.stderr
+    ends_alike("folder/probe.py", "--lr", "1", exits=exits)
 
 
 @pytest.mark.parametrize("module", ["package.probe", "package"])
-@pytest.mark.parametrize("flags", [[], ["--exit"]])
-def test_a_module_is_run_as_python_runs_it(tmp_path: Path, module: str, flags: list[str]) -> None:
+@pytest.mark.parametrize("exits", [False, True])
+def test_a_module_is_run_as_python_runs_it(tmp_path: Path, module: str, exits: bool, ends_alike: Any) -> None:
     """The same holds for `-m` and a module, or a package with a `__main__`."""
     (tmp_path / "package").mkdir()
     for name in ("probe", "__main__"):
         (tmp_path / f"package/{name}.py").write_text(f"from package import VALUE\nprint(VALUE)\n{PROBE}")
     (tmp_path / "package/__init__.py").write_text("VALUE = 1")
-    direct, launched = (
-        subprocess.run(
-            [sys.executable, *launcher, "-m", module, "--lr", "1", *flags],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(HERE.parent)},
-        )
-        for launcher in ([], ["-m", "cwd_wrap.timm"])
-    )
-
-    assert launched.returncode == direct.returncode == (3 if flags else 1)
-    assert launched.stdout == direct.stdout
-    assert launched.stderr == without_runpy(direct.stderr)
+    ends_alike("-m", module, "--lr", "1", exits=exits)
 
 
 def without_runpy(traceback: str) -> str:
@@ -663,27 +669,39 @@ class Made(Dataset):
     def __getitem__(self, index):
         return made()
 
-def work(rank, start_method):
-    print(made(), *DataLoader(Made(), batch_size=None, num_workers=1, multiprocessing_context=start_method), __name__)
+def work(rank, start_method, loads):
+    options = {"batch_size": None, "num_workers": 1, "multiprocessing_context": start_method}
+    print(made(), *(DataLoader(Made(), **options) if loads else ()), __name__, flush=True)
 
 if __name__ == "__main__":
     if "import" in sys.argv:
         import cwd_wrap.timm
-    torch.multiprocessing.start_processes(work, (sys.argv[1],), start_method=sys.argv[1])
+    for start_method in sys.argv[1].split(","):
+        loads = "loads" in sys.argv and start_method != "forkserver"
+        torch.multiprocessing.start_processes(work, (start_method, loads), start_method=start_method)
 """
 
 
 @pytest.mark.parametrize(
     ("launcher", "argv", "expected"),
     [
-        (["-m", "cwd_wrap.timm", "-m"], ["spawn"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
-        (["-m", "cwd_wrap.timm"], ["fork"], "CautiousDecayAdamW CautiousDecayAdamW __main__"),
-        (["-m", "cwd_wrap.timm"], ["forkserver"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
-        (["-m", "cwd_wrap.timm"], ["spawn"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
-        ([], ["spawn", "import"], "CautiousDecayAdamW CautiousDecayAdamW __mp_main__"),
+        (["-m", "cwd_wrap.timm", "-m"], ["spawn"], ["CautiousDecayAdamW __mp_main__"]),
+        (
+            ["-m", "cwd_wrap.timm"],
+            ["fork,forkserver,spawn", "loads"],
+            [
+                "CautiousDecayAdamW CautiousDecayAdamW __main__",
+                "CautiousDecayAdamW __mp_main__",
+                "CautiousDecayAdamW CautiousDecayAdamW __mp_main__",
+            ],
+        ),
+        ([], ["spawn", "import"], ["CautiousDecayAdamW __mp_main__"]),
     ],
+    ids=["module", "script", "import"],
 )
-def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], argv: list[str], expected: str) -> None:
+def test_child_processes_have_the_names(
+    tmp_path: Path, launcher: list[str], argv: list[str], expected: list[str]
+) -> None:
     """Child processes of every start method have the names, and so do the workers of their data loaders."""
     (tmp_path / "script.py").write_text(CHILDREN)
     done = subprocess.run(
@@ -695,7 +713,7 @@ def test_child_processes_have_the_names(tmp_path: Path, launcher: list[str], arg
         timeout=600,
     )
 
-    assert done.stdout.splitlines() == [expected], done.stderr
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The compiled code of the Triton kernels, also for targets that are absent, and what a launch does on the host."""
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import compiled_kernels
 import triton.language as tl
-from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, compile_kernel, stubbed
+from compiled_kernels import KERNELS, TARGETS, WEIGHTS_A_THREAD, Kernel, stubbed
 from support import update_of
 
 from cwd_wrap import CautiousUpdate, PNormDecay, kernels, rules
@@ -28,7 +29,28 @@ from cwd_wrap.kernels import _tables, _triton
 from cwd_wrap.kernels.buckets import Coming, Stepped, Whole
 from cwd_wrap.methods import p_norm_decay
 
-all_targets = pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+compile_kernel = functools.cache(compiled_kernels.compile_kernel)
+# Every kernel is compiled for sm_90. For the other targets these are, which take every way through the frame: a rule
+# before and after the step, a copy, a count, an update with and without counters, each method, a schedule-free one,
+# 16-bit and mixed types, and both ways to round at random. `python benchmarks/compiled_kernels.py` compiles the rest.
+EVERYWHERE = (
+    "direction", "snapshot", "copy", "count agreeing", "cautious update", "p-norm decay", "adam", "free_adam",
+    "adam, with_caution", "nadam, with_p_norm", "direction, bf16 with fp32 momentum", "adam, bf16, stochastic",
+    "snapshot, fp16, stochastic",
+)  # fmt: skip
+
+
+def compiled_for(*archs: str) -> Any:
+    """Cases of a kernel and a target."""
+    return pytest.mark.parametrize(
+        ("kernel", "target"),
+        [
+            pytest.param(kernel, TARGETS[arch], id=f"{arch}-{name}")
+            for arch in archs
+            for name, kernel in KERNELS.items()
+            if arch == "sm_90" or name in EVERYWHERE
+        ],
+    )
 
 
 def wide(kernel: Kernel) -> tuple[Counter[int], Counter[int]]:
@@ -37,8 +59,7 @@ def wide(kernel: Kernel) -> tuple[Counter[int], Counter[int]]:
     return Counter({128: loads * WEIGHTS_A_THREAD // 128}), +Counter({128: stores * WEIGHTS_A_THREAD // 128})
 
 
-@all_targets
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=str)
+@compiled_for(*TARGETS)
 def test_every_load_and_store_of_the_main_path_is_of_128_bits(kernel: Kernel, target: object) -> None:
     """Aligned kernels move each byte once, 128 bits at a time, without spills, in at most 168 registers.
 
@@ -53,11 +74,7 @@ def test_every_load_and_store_of_the_main_path_is_of_128_bits(kernel: Kernel, ta
     assert 0 < code.registers <= ((144 if kernel.method == "with_decay" else 168) if kernel.update else 96)
 
 
-CUDA = [target for target in TARGETS.values() if target.backend == "cuda"]
-
-
-@pytest.mark.parametrize("target", CUDA, ids=[f"sm_{target.arch}" for target in CUDA])
-@pytest.mark.parametrize("kernel", KERNELS.values(), ids=str)
+@compiled_for(*(name for name, target in TARGETS.items() if target.backend == "cuda"))
 def test_inexact_instructions(kernel: Kernel, target: object) -> None:
     """Only a momentum's direction fuses, as torch.lerp does, and only the p-norm decay approximates.
 
@@ -74,33 +91,37 @@ def test_inexact_instructions(kernel: Kernel, target: object) -> None:
     assert code.inexact - harmless == expected
 
 
-@all_targets
-def test_bytes_per_four_weights(target: object) -> None:
+def test_bytes_per_four_weights() -> None:
     """Four float32 weights take 3 loads and 1 store of 128 bits along a direction, 4 and 3 for the whole of Adam."""
     rounds = WEIGHTS_A_THREAD // 4
     for name, loads, stores in (("direction", 3, 1), ("snapshot", 2, 1), ("adam", 4, 3), ("lion", 3, 2)):
-        code = compile_kernel(KERNELS[name], target)
+        code = compile_kernel(KERNELS[name], TARGETS["sm_90"])
 
         assert (code.loads, code.stores) == (Counter({128: loads * rounds}), Counter({128: stores * rounds})), name
         assert (code.spills, code.stack) == (0, 0), name
 
 
-@all_targets
-@pytest.mark.parametrize("name", ["direction", "snapshot", "adam", "amsgrad", "lion", "direction, bf16", "adam, bf16"])
-def test_a_monitor_costs_only_registers(name: str, target: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        *((name, "sm_90") for name in ("snapshot", "amsgrad", "lion", "direction, bf16", "adam, bf16")),
+        *((name, arch) for name in ("direction", "adam") for arch in TARGETS),
+    ],
+)
+def test_a_monitor_costs_only_registers(name: str, arch: str) -> None:
     """With the sums for a monitor, kernels load and store the same, and spill nothing."""
     plain = KERNELS[name]
-    code = compile_kernel(replace(plain, sums=3 if plain.rule is _triton._along_momentum else 5), target)
+    code = compile_kernel(replace(plain, sums=3 if plain.rule is _triton._along_momentum else 5), TARGETS[arch])
 
     assert (code.loads, code.stores) == wide(plain)
     assert (code.spills, code.stack) == (0, 0)
     assert 0 < code.registers <= 168
 
 
-@all_targets
-def test_the_check_of_widths_can_fail(target: object) -> None:
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_check_of_widths_can_fail(arch: str) -> None:
     """Without aligned addresses, the same kernel moves 32 bits at a time, and the check finds it."""
-    code = compile_kernel(replace(KERNELS["direction"], aligned=False), target)
+    code = compile_kernel(replace(KERNELS["direction"], aligned=False), TARGETS[arch])
 
     assert code.loads == Counter({32: 3 * WEIGHTS_A_THREAD})
     assert (code.spills, code.stack) == (0, 0)
