@@ -338,7 +338,7 @@ def shrink_whole(on: Place, buckets: Sequence[Whole], p: float) -> None:
     ids=str,
 )
 def test_along_equals_the_rule(on: Place, pair: tuple[float, float], strict: bool) -> None:
-    """Decay along a momentum, over tensors of every size in one call, is the rule on each; where it is strict, with a leak."""
+    """Decay along a momentum, over tensors of every size in one call, is the rule on each; if strict, with a leak."""
     w, m, g = (on.many(torch.float32, k) for k in (0, 100, 200))
     leak = 0.25 if strict else 0.0
     expected = [expected_along(*row, *pair, 0.3, strict, leak) for row in zip(w, m, g, strict=True)]
