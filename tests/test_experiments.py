@@ -24,7 +24,7 @@ import sparsity  # noqa: E402
 import toy_landscapes as toy  # noqa: E402
 
 RING, PARABOLA, LINE = toy.LANDSCAPES
-LR, LAM, STEPS = 8e-3, 0.5, 3_000
+LR, LAM, STEPS = 4e-3, 0.5, 6_000
 
 
 # ------------------------------------------------------------------------------------------------
