@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel release bench peers results \
-	gpu docs clean
+	experiments gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -99,6 +99,13 @@ peers: $(BIN)/.peers  ## step time beside other libraries with cautious decay
 results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: 70 minutes), then docs/results.md
 	$(BIN)/python results/study.py
 	$(BIN)/python results/report.py
+
+# The lengths are those of docs/experiments.md.
+EXPERIMENTS := toy_landscapes lyapunov mask_ablation sparsity anchor when_not grokking
+experiments: $(BIN)/.results  ## the experiments of docs/experiments.md, tables and pictures in demo/: half an hour
+	for name in $(EXPERIMENTS); do $(BIN)/python examples/$$name.py || exit; done
+	$(BIN)/python examples/convergence.py --lengths 300 600 1200
+	$(BIN)/python examples/bfloat16.py
 
 # No set-up here: machines with cards often have torch, triton and pytest, and no network.
 gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/

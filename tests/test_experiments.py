@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -18,10 +19,14 @@ sys.path.append(str(ROOT / "examples"))
 pytest.importorskip("tqdm")
 
 import anchor  # noqa: E402
+import grokking  # noqa: E402
 import lyapunov  # noqa: E402
 import scripts  # noqa: E402
 import sparsity  # noqa: E402
 import toy_landscapes as toy  # noqa: E402
+import when_not  # noqa: E402
+
+from cwd_wrap import CautiousDecay  # noqa: E402
 
 RING, PARABOLA, LINE = toy.LANDSCAPES
 LR, LAM, STEPS = 4e-3, 0.5, 6_000
@@ -146,6 +151,57 @@ def test_change_counts_ups_and_downs() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
+# When not to use it
+# ------------------------------------------------------------------------------------------------
+
+
+def descend(decay: str, steps: int = 1000) -> list[float]:
+    """SGD on exp(-x) from 0, with lam = 1/e: x after each step."""
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    if decay != when_not.NONE:
+        optimizer = CautiousDecay(optimizer, lam=1 / math.e, mask=when_not.MASKS[decay])
+    walk = []
+    for _ in range(steps):
+        x.grad = -(-x.detach()).exp()
+        optimizer.step()
+        walk.append(x.item())
+    return walk
+
+
+def test_only_plain_decay_bounds_a_weight_whose_minimum_is_at_infinity() -> None:
+    """On exp(-x) plain decay with lam = 1/e stops at 1. Cautious decay takes the steps of no decay."""
+    assert descend("plain")[-1] == pytest.approx(1)
+    assert descend("cautious") == pytest.approx(descend("no decay"))
+    assert descend("cautious")[-1] > 4
+
+
+@functools.cache
+def turn(decay: str, task: str = "norm layers", takes: float = 1e-2) -> float:
+    """By how much of its length a matrix turns in a step, at the end of 1,000 steps of SGD."""
+    return when_not.train(when_not.Run(task, "SGD", decay, takes, seed=0), 1000).last.turn
+
+
+def test_both_decays_keep_layers_behind_a_norm_turning() -> None:
+    """Plain decay balances at a turn of sqrt(2*eta*lam), cautious decay at one between half of it and all of it."""
+    balance = math.sqrt(2 * 1e-2)
+
+    assert turn("plain") == pytest.approx(balance, rel=0.1)
+    assert balance / 2 < turn("cautious") < turn("plain")
+    assert turn("no decay") < balance / 2
+
+
+def test_plain_decay_groks_where_cautious_decay_of_the_same_lam_does_not() -> None:
+    """Modulo 29, all learn the training pairs by heart; the test pairs only plain decay learns within 1,000 steps."""
+    settings = grokking.Settings(modulus=29, share=0.7, width=128, lr=1e-2, steps=1000)
+    decays = {"plain": 1.0, "cautious": 1.0, "no decay": 0.0}
+    outcomes = {decay: grokking.train(grokking.Run(decay, lam, 0), settings) for decay, lam in decays.items()}
+
+    assert all(max(outcome.train.values()) == 1 for outcome in outcomes.values())
+    assert [decay for decay, outcome in outcomes.items() if outcome.reached] == ["plain"]
+
+
+# ------------------------------------------------------------------------------------------------
 # From the command line
 # ------------------------------------------------------------------------------------------------
 
@@ -156,7 +212,11 @@ EXPERIMENTS = {
     "sparsity": ["0.8", "no decay"],
     "convergence": ["none", "plain", "cautious"],
     "anchor": ["no decay", "to 0", "to the start"],
+    "when_not": ["no decay", "plain", "cautious"],
+    "grokking": ["no decay", "plain", "cautious"],
 }
+PICTURES = {"when_not": 2}
+ROWS = {"mask_ablation": 2 * 5, "sparsity": 2 * 3, "anchor": 2 * 3, "when_not": 8 * 2 * 3, "grokking": 2 * 3}
 NEEDS = {"sparsity": "sklearn", "anchor": "sklearn"}
 
 
@@ -186,18 +246,18 @@ def test_smoke(name: str, smoke: Any) -> None:
     assert all(f"\n{word} " in done.stdout or f" {word} " in done.stdout for word in EXPERIMENTS[name])
     assert (folder / "summary.txt").read_text().strip() in done.stdout
     assert all(picture.stat().st_size > 10_000 for picture in folder.glob("*.svg"))
-    assert len(list(folder.glob("*.svg"))) == 1
+    assert len(list(folder.glob("*.svg"))) == PICTURES.get(name, 1)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("mask_ablation", 2 * 5), ("sparsity", 2 * 3), ("anchor", 2 * 3)])
-def test_rows(name: str, rows: int, smoke: Any) -> None:
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str, smoke: Any) -> None:
     """There is a row for each run, and no two runs of the mask ablation have the same loss."""
     _, folder = smoke(name)
     found = list(csv.DictReader((folder / "results.csv").open()))
 
-    assert len(found) == rows
+    assert len(found) == ROWS[name]
     if name == "mask_ablation":
-        assert len({row["val_loss"] for row in found}) == rows
+        assert len({row["val_loss"] for row in found}) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +272,8 @@ def test_rows(name: str, rows: int, smoke: Any) -> None:
         ("sparsity", ["--p", 2.5]),
         ("sparsity", ["--lam", "nan"]),
         ("anchor", ["--images", 401]),
+        ("when_not", ["--takes", 0.25, 0.5, 1, 2, 4]),
+        ("grokking", ["--share", 1]),
     ],
 )
 def test_a_wrong_argument_is_named(name: str, words: list[object]) -> None:
