@@ -32,7 +32,7 @@ RECIPES = {
         "accelerate",
         f"AcceleratedOptimizer'> around {OURS}, DistributedType.MULTI_CPU",
     ),
-    "with_lightning.py": ("lightning", OURS),
+    "with_lightning.py": ("lightning", OURS.removeprefix("<class '")),
     "with_trainer.py": (
         "transformers",
         f"AcceleratedOptimizer'> around {OURS}",
