@@ -373,7 +373,7 @@ def test_lam_takes_the_place_of_weight_decay(name: str, layer_decay: float | Non
 def test_every_option_of_the_wrapper_is_taken() -> None:
     """Each keyword argument of CautiousDecay reaches it through the factory."""
     options = {
-        "lam": 0.5, "mask": "all", "strict": True, "step_size": one_thousandth, "path": "snapshot",
+        "lam": 0.5, "mask": "all", "strict": True, "leak": 0.25, "step_size": one_thousandth, "path": "snapshot",
         "rounding": "stochastic", "seed": 3, "backend": "eager",
     }  # fmt: skip
     opt = make(model(), "cautious_adamw", **options)
