@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel release bench peers results \
-	gpu docs clean
+	map gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -96,6 +96,10 @@ peers: $(BIN)/.peers  ## step time beside other libraries with cautious decay
 results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (all of it: 70 minutes), then docs/results.md
 	$(BIN)/python results/study.py
 	$(BIN)/python results/report.py
+
+map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: two hours), then docs/map.md
+	$(BIN)/python results/map_study.py
+	$(BIN)/python results/map_report.py
 
 # No set-up here: machines with cards often have torch, triton and pytest, and no network.
 gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/
