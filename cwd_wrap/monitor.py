@@ -80,7 +80,7 @@ class MaskMonitor:
     - ``share_decayed``: the share of weights that decayed: the mean of the mask. A weight that the step leaves in place
       counts, unless the wrapper is ``strict``
     - ``share_towards``: the share with ``u*x > 0``, which is what the paper's figure shows
-    - ``decay_norm``: ``||eta*lam * mask * x||``, the size of what the decay took away
+    - ``decay_norm``: ``||eta*lam * (leak + (1 - leak) * mask) * x||``, the size of what the decay took away
     - ``update_norm``: ``||eta*u||``, the size of the optimizer's own update
     - ``weight_norm``: ``||x||`` after the step; of 16-bit weights, on some paths before they are rounded
 

@@ -1,6 +1,7 @@
 """The maths, in the papers' symbols.
 
     x <- x - eta * (u + lam * 1[u*x >= 0] * x)      cautious weight decay, arXiv 2510.12402, Algorithm 1
+    x <- x - eta * (u + lam * (leak + (1 - leak) * 1[u*x >= 0]) * x)        the same with a leak: a part decays anywhere
     x <- x - eta * u * alpha(u*g) * 1[u*g > 0]      cautious update, arXiv 2411.16085, Algorithm 1
     w <- w / (1 + p*eta*lam * |x|**(p-2))           decoupled p-norm decay, arXiv 2404.10824
 
@@ -91,14 +92,19 @@ def moved_towards_zero(x: Tensor, w: Tensor, strict: bool) -> Tensor:
     return (w < x) & (x > 0) | (w > x) & (x < 0) if strict else (w <= x) & (x >= 0) | (w >= x) & (x <= 0)
 
 
-def taken(x: Tensor, mask: Tensor, eta_lam: float) -> Tensor:
-    """eta*lam * mask * x: what the decay takes off."""
-    return number(mask, x) * x * eta_lam
+def share(x: Tensor, mask: Tensor, leak: float) -> Tensor:
+    """leak + (1 - leak) * mask: how much of the decay each weight takes, in the type of ``x``."""
+    return where(mask, number(mask, x), leak)
 
 
-def decayed(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float) -> Tensor:
-    """w - eta*lam * mask * x: decay where ``mask`` is 1, computed from the weight ``x`` before the step."""
-    return w - taken(x, mask, eta_lam)
+def taken(x: Tensor, mask: Tensor, eta_lam: float, leak: float) -> Tensor:
+    """eta*lam * share * x: what the decay takes off."""
+    return share(x, mask, leak) * x * eta_lam
+
+
+def decayed(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float, leak: float) -> Tensor:
+    """w - eta*lam * share * x: decay where ``mask`` is 1, computed from the weight ``x`` before the step."""
+    return w - taken(x, mask, eta_lam, leak)
 
 
 def heading(m: Tensor, g: Tensor, slope: float, average: float) -> Tensor:
@@ -131,20 +137,20 @@ def shrunk(w: Tensor, x: Tensor, strength: float, exponent: float) -> Tensor:
 # ---- the methods in one pass, from what an update returns
 #
 # Each returns the new weight and the method's mask. ``g`` is the gradient that the update descends, ``mask`` is
-# `aligned` of u and x, ``factor`` a number for each whole tensor.
+# `aligned` of u and x, ``factor`` a number for each whole tensor, ``own`` one of the method's own.
 
 
 def with_decay(
     x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
-    eta_lam: float, factor: float, exponent: float,  # noqa: ARG001
+    eta_lam: float, factor: float, own: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`decayed`."""
-    return decayed(x - step, x, mask, eta_lam), mask
+    """`decayed`; ``own`` is the leak."""
+    return decayed(x - step, x, mask, eta_lam, own), mask
 
 
 def with_caution(
     x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
-    eta_lam: float, factor: float, exponent: float,  # noqa: ARG001
+    eta_lam: float, factor: float, own: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`rescaled` where u*g > 0; ``factor`` is `alpha`."""
     kept = aligned(u, g, True)
@@ -153,10 +159,10 @@ def with_caution(
 
 def with_p_norm(
     x: Tensor, g: Tensor, u: Tensor, step: Tensor, mask: Tensor,  # noqa: ARG001 - all methods take the same
-    eta_lam: float, factor: float, exponent: float,
+    eta_lam: float, factor: float, own: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`shrunk`; ``factor`` is p, or 0 for a tensor that is 0 as a whole."""
-    return shrunk(x - step, x, factor * eta_lam, exponent), x != 0
+    """`shrunk`; ``factor`` is p, or 0 for a tensor that is 0 as a whole, and ``own`` p - 2."""
+    return shrunk(x - step, x, factor * eta_lam, own), x != 0
 
 
 # ---- the updates
@@ -388,8 +394,8 @@ def free_adam(
 
 
 FORMULAS: tuple[Callable[..., Any], ...] = (
-    aligned, moved_towards_zero, taken, decayed, heading, agrees, rescaled, shrunk, lerp, larger, added, with_decay,
-    with_caution, with_p_norm, averaged,
+    aligned, moved_towards_zero, share, taken, decayed, heading, agrees, rescaled, shrunk, lerp, larger, added,
+    with_decay, with_caution, with_p_norm, averaged,
 )  # fmt: skip
 """The formulas that every backend has. Each uses only words and formulas before it."""
 METHODS: tuple[Callable[..., Any], ...] = (with_decay, with_caution, with_p_norm)
@@ -406,13 +412,15 @@ AVERAGING: tuple[Callable[..., Any], ...] = (free_sgd, free_adam)
 # ---- on tensors of any type
 
 
-def decay(w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, random: Tensor | None = None) -> Tensor:
+def decay(
+    w: Tensor, x: Tensor, mask: Tensor, eta_lam: float | Tensor, leak: float = 0.0, random: Tensor | None = None
+) -> Tensor:
     """`decayed`, computed in float32 or wider and rounded once: to nearest, or as `stochastic_rounding` does it.
 
     The latter where ``random`` is given (16-bit weights only).
     """
     wide = torch.promote_types(w.dtype, torch.float32)
-    new = decayed(w.to(wide), x.to(wide), mask, eta_lam)  # type: ignore[arg-type]
+    new = decayed(w.to(wide), x.to(wide), mask, eta_lam, leak)  # type: ignore[arg-type]
     return new.to(w.dtype) if random is None else stochastic_rounding(new, w.dtype, random)
 
 
@@ -460,15 +468,17 @@ def p_norm_decay(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor, zero_i
     return shrunk(w.to(wide), x.to(wide), strength, p - 2).to(w.dtype)  # type: ignore[arg-type]
 
 
-def sums(mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+def sums(
+    mask: Tensor, moved: Tensor, x: Tensor, step: Tensor | None = None, w: Tensor | None = None, leak: float = 0.0
+) -> Tensor:
     """Five sums over the elements of one tensor, for monitors, as a tensor of shape (5,) in the type of `exact`.
 
-        sum mask,    sum 1[u*x > 0],    sum (mask*x)**2,    sum (eta*u)**2,    sum w**2
+        sum mask,    sum 1[u*x > 0],    sum (share*x)**2,    sum (eta*u)**2,    sum w**2
 
     ``moved`` is `aligned` with ``strict``, ``step`` eta*u, ``w`` the weight after the step. None gives a sum of 0.
     """
     wide = exact(x.device)
-    squares = [None if t is None else t.to(wide).square() for t in (mask * x, step, w)]
+    squares = [None if t is None else t.to(wide).square() for t in (share(x, mask, leak) * x, step, w)]
     zero = torch.zeros((), dtype=wide, device=x.device)
     return torch.stack([zero if t is None else t.sum(dtype=wide) for t in (mask, moved, *squares)])
 

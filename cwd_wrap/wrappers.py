@@ -34,6 +34,11 @@ class CautiousDecay(OptimizerWrapper):
     the step moves it towards zero or leaves it in place. The decay is decoupled, whatever the base's own decay is. Mask
     and decay use the ``x`` before the step. A complex weight counts as two real ones.
 
+    With a ``leak`` the other weights decay too, by that part of the decay: leak 0 is the paper's rule, and leak 1 plain
+    decoupled decay of every weight.
+
+        x <- x - eta * (u + lam * (leak + (1 - leak) * 1[u*x >= 0]) * x)
+
     Args:
         base_optimizer: an instance of torch.optim.Optimizer, over weights of any shape and any real or complex type.
             Its groups' ``weight_decay`` is lam, which eta multiplies: one step takes at most the share ``eta*lam`` off
@@ -47,6 +52,7 @@ class CautiousDecay(OptimizerWrapper):
             decoupled decay.
         strict: decay only where ``u*x > 0``. Weights that the step leaves in place (rows of an embedding that were not
             looked up) then stay as they are.
+        leak: a number from 0 to 1, the part of the decay that weights outside the mask take. It may be set later.
         step_size: a function of a param group that returns eta, for optimizers whose ``lr`` is not their step size. By
             default eta is the factor by which the optimizer multiplies its own decay.
         path: None takes the cheapest path that each param group can take (see `paths`). ``"one_pass"``: one kernel
@@ -64,9 +70,10 @@ class CautiousDecay(OptimizerWrapper):
             installed, else ``"eager"``, which uses torch operations.
 
     Raises:
-        TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam or a group's ``weight_decay`` is not a
-            number; strict is not a bool; step_size is not callable; seed is not an int from 0 up to 2**63 - 1.
-        ValueError: lam, a group's ``weight_decay`` or a step size is negative, NaN or infinite; mask, rounding, path or
+        TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam, leak or a group's ``weight_decay`` is not
+            a number; strict is not a bool; step_size is not callable; seed is not an int from 0 up to 2**63 - 1.
+        ValueError: lam, a group's ``weight_decay`` or a step size is negative, NaN or infinite; leak is not from 0 to
+            1; mask, rounding, path or
             backend is unknown; a wrapper inside the base decays already; the base cannot be wrapped (the text says
             why), or a group has ``differentiable=True``; its learning rate is unknown; it cannot take the path; the
             backend cannot run.
@@ -82,7 +89,9 @@ class CautiousDecay(OptimizerWrapper):
         tensor([ 0.8500,  1.1000, -1.1000, -0.8500])
     """
 
-    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "rounding", "_seed")
+    _settings: ClassVar[tuple[str, ...]] = (*OptimizerWrapper._settings, "mask", "strict", "_leak", "rounding", "_seed")
+    _leak = 0.0
+    """That of wrappers that were pickled before there was one."""
     _warned: set[int]
 
     def __init__(
@@ -92,6 +101,7 @@ class CautiousDecay(OptimizerWrapper):
         *,
         mask: str = "update",
         strict: bool = False,
+        leak: float = 0.0,
         step_size: StepSize | None = None,
         path: str | None = None,
         rounding: str = "nearest",
@@ -101,9 +111,26 @@ class CautiousDecay(OptimizerWrapper):
         _check_seed(seed)
         self.mask = mask
         self.strict = strict
+        self.leak = leak
         self.rounding = rounding
         self._seed = seed
         super().__init__(base_optimizer, lam, step_size, path, backend)
+
+    @property
+    def leak(self) -> float:
+        """The part of the decay that weights outside the mask take. It may be set between steps or in a step hook.
+
+        It is an argument: no state dict holds it.
+        """
+        return self._leak
+
+    @leak.setter
+    def leak(self, value: float) -> None:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            msg = f"leak={value!r:.80}: pass a number from 0 (the paper's rule) to 1 (every weight decays)"
+            raise ValueError(msg) if number else TypeError(msg)
+        self._leak = float(value)
 
     @property
     def seed(self) -> int:
@@ -130,38 +157,38 @@ class CautiousDecay(OptimizerWrapper):
         reads = self.mask == "gradient"
         return Rule(name, self._ablate, needs_copy=why, reads_gradient=reads, draws=draws, whole_tensors=way_out)
 
-    def _flags(self, count: bool) -> dict[str, bool]:
-        return {"strict": self.strict, "count": count}
-
     def _before(self, backend: Backend, buckets: Sequence[Coming], count: bool) -> Sums:
         self._warn_if_lost(buckets)
-        return backend.decay_along(buckets, **self._flags(count))
+        return backend.decay_along(buckets, strict=self.strict, leak=self.leak, count=count)
 
     def _after(self, backend: Backend, buckets: Sequence[Stepped], count: bool) -> Sums:
         self._warn_if_lost(buckets)
-        return backend.decay_from_snapshot(buckets, **self._flags(count))
+        return backend.decay_from_snapshot(buckets, strict=self.strict, leak=self.leak, count=count)
 
     def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
         self._warn_if_lost(buckets)
-        return backend.step_whole(buckets, strict=self.strict, count=count)
+        return backend.step_whole(buckets, strict=self.strict, own=self.leak, count=count)
 
     def _warn_if_lost(self, buckets: Sequence[Bucket]) -> None:
-        """Warn once for a group whose decay is below half a unit in the last place of every weight."""
+        """Warn once for a group whose decay, or its leak, is below half a unit in the last place of every weight."""
         dtype = buckets[0].w[0].dtype
         if self.rounding == "stochastic" or dtype not in _HALF_ULP:
             return
         for bucket in buckets:
-            size, of = bucket.eta_lam, bucket.of
-            if of is None or isinstance(size, Tensor) or not 0 < size < _HALF_ULP[dtype]:
+            eta_lam, of = bucket.eta_lam, bucket.of
+            if of is None or isinstance(eta_lam, Tensor) or of.members.index in self._warned:
                 continue
-            if of.members.index not in self._warned:
-                self._warned.add(of.members.index)
-                where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
-                small = f"lr * weight_decay = {size:.2g} is too small for {weights} weights"
-                notices.warn(
-                    f"{small} (needs {_HALF_ULP[dtype]:.2g}), so nothing decays in {where}. "
-                    'Pass rounding="stochastic", or keep float32 weights'
-                )
+            lost = {"lr * weight_decay": (eta_lam, "nothing decays"),
+                    "lr * weight_decay * leak": (eta_lam * self.leak, "only aligned weights decay")}  # fmt: skip
+            for what, (size, so) in lost.items():
+                if 0 < size < _HALF_ULP[dtype]:
+                    self._warned.add(of.members.index)
+                    where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
+                    notices.warn(
+                        f"{what} = {size:.2g} is too small for {weights} weights (needs {_HALF_ULP[dtype]:.2g}), so "
+                        f'{so} in {where}. Pass rounding="stochastic", or keep float32 weights'
+                    )
+                    break
 
     def _start(self) -> None:
         super()._start()
@@ -184,10 +211,10 @@ class CautiousDecay(OptimizerWrapper):
                 random = None
                 if self.rounding == "stochastic" and w.element_size() == 2 and words is not None:
                     random = rules.uniform(words, 0)
-                after = rules.decay(w, x, mask, bucket.eta_lam, random)
+                after = rules.decay(w, x, mask, bucket.eta_lam, self.leak, random)
                 if count:
                     moved = rules.moved_towards_zero(x, w, strict=True)
-                    sums.append(rules.sums(mask, moved, x, _step([w], [x])[0], after))
+                    sums.append(rules.sums(mask, moved, x, _step([w], [x])[0], after, self.leak))
                 w.copy_(after)
         return torch.stack(sums) if count else None
 
@@ -389,7 +416,7 @@ class PNormDecay(OptimizerWrapper):
     def _whole(self, backend: Backend, buckets: Sequence[Whole], count: bool) -> Sums:
         p, w = (list(chain.from_iterable(column)) for column in zip(*((b.p, b.w) for b in buckets), strict=True))
         factor = (totals(p, _nonzero(backend, w)) != 0).to(_wide(buckets)) * self.p
-        sums = backend.step_whole(buckets, method="with_p_norm", factor=factor, exponent=self.p - 2, count=count)
+        sums = backend.step_whole(buckets, method="with_p_norm", factor=factor, own=self.p - 2, count=count)
         sums = _of_step(sums)
         if sums is not None:
             sums[:, 0] = backend.vector(list(map(Tensor.numel, w)), sums.device)

@@ -19,8 +19,8 @@ def aligned(u: Tensor, x: Tensor, strict: bool = False) -> Tensor:
     return product > 0 if strict else product >= 0
 
 
-def decay(mask: str = "update", strict: bool = False) -> Reference:
-    """arXiv 2510.12402, Algorithm 1, and the masks of its ablations."""
+def decay(mask: str = "update", strict: bool = False, leak: float = 0.0) -> Reference:
+    """arXiv 2510.12402, Algorithm 1, and the masks of its ablations; other weights take the part ``leak``."""
 
     def reference(x: Tensor, w: Tensor, g: Tensor, eta_lam: float) -> Tensor:
         chosen = {
@@ -28,7 +28,7 @@ def decay(mask: str = "update", strict: bool = False) -> Reference:
             "gradient": lambda: aligned(g, x, strict),
             "all": lambda: torch.ones_like(x, dtype=torch.bool),
         }[mask]()
-        return torch.where(chosen, w - eta_lam * x, w)
+        return torch.where(chosen, w - eta_lam * x, w - eta_lam * leak * x)
 
     return reference
 

@@ -156,7 +156,9 @@ class Method:
 METHODS: dict[str, tuple[Any, reference.Reference | None, dict[str, Any]]] = {
     "decay": (CautiousDecay, reference.decay(), {}),
     "strict": (CautiousDecay, reference.decay(strict=True), {"strict": True}),
+    "leak": (CautiousDecay, reference.decay(leak=0.25), {"leak": 0.25}),
     "gradient": (CautiousDecay, reference.decay("gradient"), {"mask": "gradient"}),
+    "gradient-leak": (CautiousDecay, reference.decay("gradient", leak=0.25), {"mask": "gradient", "leak": 0.25}),
     "gradient-strict": (CautiousDecay, reference.decay("gradient", strict=True), {"mask": "gradient", "strict": True}),
     "random": (CautiousDecay, None, {"mask": "random"}),
     "all": (CautiousDecay, reference.decay("all"), {"mask": "all"}),
@@ -172,7 +174,7 @@ METHODS: dict[str, tuple[Any, reference.Reference | None, dict[str, Any]]] = {
 
 def paths_of(name: str) -> list[PathOptions]:
     """The paths that a method can take."""
-    if name in ("decay", "strict"):
+    if name in ("decay", "strict", "leak"):
         return ALL_PATHS
     return COPYING if METHODS[name][0] is CautiousDecay else OF_SIBLINGS
 

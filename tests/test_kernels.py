@@ -154,10 +154,11 @@ def on_the_cpu(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @on_the_cpu
 def expected_along(
-    x: Tensor, m: Tensor | None, g: Tensor, a: float, b: float, eta_lam: float | Tensor, strict: bool = False
-) -> Tensor:
+    x: Tensor, m: Tensor | None, g: Tensor, a: float, b: float, eta_lam: float | Tensor, strict: bool = False,
+    leak: float = 0.0,
+) -> Tensor:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
-    return rules.decay(x, x, rules.aligned(direction(m, g, a, b, wide), x.to(wide), strict), eta_lam)
+    return rules.decay(x, x, rules.aligned(direction(m, g, a, b, wide), x.to(wide), strict), eta_lam, leak)
 
 
 def direction(m: Tensor | None, g: Tensor, a: float, b: float, wide: torch.dtype) -> Tensor:
@@ -176,9 +177,9 @@ def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 @on_the_cpu
-def expected_after(w: Tensor, x: Tensor, eta_lam: float | Tensor, strict: bool = False) -> Tensor:
+def expected_after(w: Tensor, x: Tensor, eta_lam: float | Tensor, strict: bool = False, leak: float = 0.0) -> Tensor:
     wide = torch.promote_types(w.dtype, torch.float32)
-    return rules.decay(w, x, rules.moved_towards_zero(x.to(wide), w.to(wide), strict), eta_lam)
+    return rules.decay(w, x, rules.moved_towards_zero(x.to(wide), w.to(wide), strict), eta_lam, leak)
 
 
 @on_the_cpu
@@ -193,20 +194,20 @@ def expected_shrink(w: Tensor, x: Tensor, p: float, eta_lam: float | Tensor) -> 
     return rules.p_norm_decay(w, x, p, eta_lam, x.count_nonzero() == 0)
 
 
-def expected_whole(bucket: Whole, i: int, strict: bool = False) -> tuple[Tensor, list[Tensor]]:
+def expected_whole(bucket: Whole, i: int, strict: bool = False, leak: float = 0.0) -> tuple[Tensor, list[Tensor]]:
     """(the sums of tensor ``i``, the values to be written to it and its state), computed before a step on the CPU."""
     if bucket.update.averages:
         x, u, s, numbers, eta_lam = before_update(bucket, i)
         mask = rules.aligned(u, x, strict)
         after, step, *new = getattr(rules, bucket.update.formula)(
-            u, x, mask.to(x.dtype) * x * float(eta_lam), *s, *numbers
+            u, x, rules.taken(x, mask, float(eta_lam), leak), *s, *numbers
         )
     else:
         x, _, u, step, new, eta_lam = expected_of_update(bucket, i)
         mask = rules.aligned(u, x, strict)
-        after = rules.decay(x - step, x, mask, eta_lam)
+        after = rules.decay(x - step, x, mask, eta_lam, leak)
     written = [after, *new]
-    sums = rules.sums(mask, rules.aligned(u, x, strict=True), x, step, written[0])
+    sums = rules.sums(mask, rules.aligned(u, x, strict=True), x, step, written[0], leak)
     return sums, in_types_of(bucket, i, written)
 
 
@@ -296,8 +297,8 @@ def shrink(on: Place, w: Any, x: Any, p: float, eta_lam: Any) -> Tensor:
     return counts
 
 
-def whole(on: Place, *buckets: Whole, strict: bool = False, count: bool = False) -> Any:
-    return on.step_whole(list(buckets), strict=strict, count=count)
+def whole(on: Place, *buckets: Whole, strict: bool = False, leak: float = 0.0, count: bool = False) -> Any:
+    return on.step_whole(list(buckets), strict=strict, own=leak, count=count)
 
 
 def update_whole(on: Place, buckets: Sequence[Whole], scale: str | None = "mean") -> Tensor:
@@ -314,7 +315,7 @@ def shrink_whole(on: Place, buckets: Sequence[Whole], p: float) -> None:
     w = [t for bucket in buckets for t in bucket.w]
     wide = torch.promote_types(w[0].dtype, torch.float32)
     factor = (on.count_nonzero(w) != 0).to(wide) * p
-    on.step_whole(buckets, method="with_p_norm", factor=factor, exponent=p - 2, count=False)
+    on.step_whole(buckets, method="with_p_norm", factor=factor, own=p - 2, count=False)
 
 
 # ---- before and after the step
@@ -448,6 +449,31 @@ def test_a_tensor_strength(on: Place, shape: int) -> None:
         after(on, [tensor], [x], eta_lam)
 
         assert torch.equal(number, tensor)
+
+
+@strict_or_not
+@all_types
+def test_a_leak_equals_the_rule(on: Place, dtype: torch.dtype, strict: bool) -> None:
+    """Before and after the step, weights outside the mask take the leak's part of the decay; the sums say how much."""
+    for leak in (0.25, 1.0):
+        w, x, g = (on.many(dtype, k) for k in (0, 100, 200))
+        moved = [rules.moved_towards_zero(*(t.cpu() for t in pair), strict) for pair in zip(x, w, strict=True)]
+        expected = [expected_after(*pair, 0.3, strict, leak) for pair in zip(w, x, strict=True)]
+        taken = [
+            float((rules.share(t.cpu().double(), m, leak) * t.cpu()).square().sum())
+            for t, m in zip(x, moved, strict=True)
+        ]
+        sums = on.decay_from_snapshot([Stepped(w, w, x, None, 0.3)], strict=strict, leak=leak, count=True)
+
+        assert on.all_equal(w, expected)
+        assert sums[:, 2].tolist() == pytest.approx(taken, rel=1e-4)
+        assert sums[:, 0].tolist() == [int(m.sum()) for m in moved]
+        for m, pair in ((x, PAIRS["adam"]), (None, (0.0, 1.0))):
+            rows = list(zip(w, [None] * len(w) if m is None else m, g, strict=True))
+            along_it = [expected_along(*row, *pair, 0.3, strict, leak) for row in rows]
+            on.decay_along([Coming(w, g, m, *pair, 0.3)], strict=strict, leak=leak, count=False)
+
+            assert on.all_equal(w, along_it)
 
 
 @strict_or_not
@@ -734,11 +760,11 @@ def a_bucket(
     return Whole(w, g, state, (steps,) if update.counters else (), update, lr, eta_lam)
 
 
-def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False) -> bool:
+def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False, leak: float = 0.0) -> bool:
     """Step once; do the weights, the state, the counters and the sums equal those of rules.py?"""
-    expected = [[expected_whole(bucket, i, strict) for i in range(len(bucket.w))] for bucket in buckets]
+    expected = [[expected_whole(bucket, i, strict, leak) for i in range(len(bucket.w))] for bucket in buckets]
     steps = [[float(t) + 1 for column in bucket.counters for t in column] for bucket in buckets]
-    sums = whole(on, *buckets, strict=strict, count=True)
+    sums = whole(on, *buckets, strict=strict, leak=leak, count=True)
     written = [
         on.all_equal((bucket.w[i], *(column[i] for column in bucket.state)), wanted)
         for bucket, of_bucket in zip(buckets, expected, strict=True)
@@ -754,12 +780,15 @@ def equals_the_rule(on: Place, *buckets: Whole, strict: bool = False) -> bool:
 @all_updates
 @pytest.mark.usefixtures("ieee")
 def test_the_whole_step_equals_the_rule(on: Place, name: str, strict: bool) -> None:
-    """Three steps over tensors of several sizes, at different counts, are the rule, state and count included."""
+    """Three steps over tensors of several sizes, at different counts, are the rule, state and count included.
+
+    Each has another leak.
+    """
     bucket = a_bucket(on, name, [torch.float32] * 3, shapes_for(name))
-    for k in range(3):
+    for k, leak in enumerate((0.25, 0.0, 1.0)):
         bucket.g = on.many(torch.float32, 1000 + 100 * k, shapes_for(name))
 
-        assert equals_the_rule(on, bucket, strict=strict)
+        assert equals_the_rule(on, bucket, strict=strict, leak=leak)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import re
 import warnings
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ruled
-from support import net, train, values, weight
+from support import PathOptions, net, train, values, weight
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -76,6 +78,67 @@ def test_at_zero(mask: str, strict: bool, expected: list[float]) -> None:
     CautiousDecay(sgd(p), mask=mask, strict=strict).step()
 
     assert expected == p.tolist()
+
+
+# ------------------------------------------------------------------------------------ a leak
+
+
+@pytest.mark.parametrize("leak", [-0.1, 1.5, math.nan, math.inf, "0.1", None, True])
+def test_a_leak_is_a_number_from_0_to_1(leak: Any) -> None:
+    """Any other is an error, which names it; the old one stays."""
+    number = isinstance(leak, float)
+    text = re.escape(f"leak={leak!r}: pass a number from 0 (the paper's rule) to 1 (every weight decays)")
+    opt = CautiousDecay(sgd(weight(1.0)), leak=0.5)
+    with pytest.raises(ValueError if number else TypeError, match=f"^{text}$"):
+        opt.leak = leak
+    with pytest.raises(ValueError if number else TypeError, match=f"^{text}$"):
+        CautiousDecay(sgd(weight(1.0)), leak=leak)
+
+    assert opt.leak == 0.5
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_leak_of_1_is_the_mask_all(mask: str) -> None:
+    """Whatever the mask, all weights then decay, bit for bit as with mask="all"."""
+    weights = []
+    for options in ({"mask": mask, "leak": 1.0}, {"mask": "all"}):
+        model = net()
+        train(model, CautiousDecay(sgd(*model.parameters(), momentum=0.9), **options, path="snapshot"), range(5))
+        weights.append(values(model))
+
+    assert torch.equal(*weights)
+
+
+def test_a_leak_may_change_between_steps(every_path: PathOptions) -> None:
+    """A new leak holds from the next step on, and before the step from a hook. Copies and pickles keep it."""
+    p = weight(1.0, grad=[-1.0])
+    opt = CautiousDecay(sgd(p, momentum=0.5, **every_path.base), **every_path)
+    sizes = []
+    for leak in (0.0, 0.0, 0.5, 1.0, 0.0):
+        opt.leak = leak
+        before, step = p.item(), opt.state[p].get("momentum_buffer", torch.zeros(1)).item() * 0.5 - 1.0
+        opt.step()
+        sizes.append((before - LR * step - p.item()) / (LR * LAM * before))
+    opt.register_step_pre_hook(lambda opt, *_: setattr(opt, "leak", 0.25))
+    before, step = p.item(), opt.state[p]["momentum_buffer"].item() * 0.5 - 1.0
+    opt.step()
+    sizes.append((before - LR * step - p.item()) / (LR * LAM * before))
+
+    bare = CautiousDecay(sgd(weight(1.0)), leak=0.25)
+
+    assert sizes == pytest.approx([0.0, 0.0, 0.5, 1.0, 0.0, 0.25], abs=1e-5)
+    assert copy.deepcopy(bare).leak == pickle.loads(pickle.dumps(bare)).leak == 0.25
+
+
+def test_a_wrapper_pickled_before_there_was_a_leak() -> None:
+    """It has none."""
+    opt = CautiousDecay(sgd(weight(1.0)))
+    state = opt.__getstate__()
+    del state["_leak"]
+    old = CautiousDecay.__new__(CautiousDecay)
+    old.__setstate__(state)
+
+    assert old.leak == 0.0
 
 
 # ------------------------------------------------------------------------------------ all

@@ -33,6 +33,18 @@ def norm(*numbers: float) -> Any:
 # ---- what a row holds
 
 
+def test_a_row_with_a_leak(every_path: PathOptions) -> None:
+    """The decay's size counts what leaks; the share of weights that decayed is the mask's."""
+    p = weight(1, 1, -1, -2, grad=[1, -1, 1, -1])
+    opt = CautiousDecay(SGD([p], lr=0.1, **every_path.base), lam=0.5, leak=0.2, **every_path)
+    monitor = watched(opt)
+    opt.step()
+    (row,) = monitor.rows()
+
+    assert row["share_decayed"] == 0.5
+    assert row["decay_norm"] == norm(0.05, 0.01, 0.01, 0.1)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_row(strict: bool, every_path: PathOptions) -> None:
     """A whole row by hand: with gradients 1, -1, 0, -1 the second weight grows, and the third stays in place."""

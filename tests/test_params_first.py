@@ -48,6 +48,7 @@ def test_over_takes_classes_and_functions(wrong: Any) -> None:
 
 UNFIT: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "strict=1": (CautiousDecay, {"strict": 1}, TypeError, "^strict=1: pass one of True, False$"),
+    "leak=2": (CautiousDecay, {"leak": 2}, ValueError, "^leak=2: pass a number from 0"),
     "lam=-1": (CautiousDecay, {"lam": -1.0}, ValueError, "lam of CautiousDecay is -1.0"),
     "lam=[]": (CautiousDecay, {"lam": [0.1]}, TypeError, r"lam of CautiousDecay is \[0.1\]"),
     "mask": (CautiousDecay, {"mask": "sign"}, ValueError, "unknown mask 'sign'"),

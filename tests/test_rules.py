@@ -41,6 +41,27 @@ def test_zero_update(strict: bool, expected: list[float], every_path: PathOption
     assert w.tolist() == pytest.approx(expected)
 
 
+def test_four_numbers_with_a_leak(every_path: PathOptions) -> None:
+    """With a leak of 0.2 the weights that grow lose 0.2 * 0.1 * 0.5 of themselves, on every path."""
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0]))
+    w.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    CautiousDecay(torch.optim.SGD([w], lr=0.1, **every_path.base), lam=0.5, leak=0.2, **every_path).step()
+
+    assert w.tolist() == pytest.approx([0.85, 1.09, -1.09, -0.85])
+
+
+def test_a_leak_of_0_or_1_changes_no_bit() -> None:
+    """Leak 0 takes mask * x * eta*lam off, and leak 1 takes x * eta*lam off: special values and signs of 0 included."""
+    x = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, -1e-45, 3e38, INF, -INF, NAN])
+    for mask in (torch.ones(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool), torch.arange(10) % 2 == 0):
+        for leak, share in ((0.0, mask.float()), (1.0, torch.ones(10))):
+            expected, taken = share * x * 0.3, rules.taken(x, mask, 0.3, leak)
+            alike = (taken == expected) | taken.isnan() & expected.isnan()
+
+            assert alike.all()
+            assert torch.equal(torch.signbit(taken)[:-3], torch.signbit(expected)[:-3])
+
+
 def test_crossing_zero_is_towards_zero() -> None:
     """A step from 1 to -5 has u*x > 0, so x decays, although the weight ends up larger in size."""
     x, w = torch.tensor([1.0]), torch.tensor([-5.0])

@@ -117,6 +117,16 @@ def test_two_steps_by_hand() -> None:
     assert w.tolist() == pytest.approx([0.77875, 1.15, -1.15, -0.77875])
 
 
+def test_four_weights_with_a_leak() -> None:
+    """The weights that grow take a fifth of the decay, in y and in z."""
+    w = weight(1.0, 1.0, -1.0, -1.0, grad=[1.0, -1.0, 1.0, -1.0], dtype=F64)
+    opt = CautiousDecay(lib.SGDScheduleFree([w], lr=0.1), lam=0.5, leak=0.2)
+    opt.train()
+    opt.step()
+
+    assert w.tolist() == opt.state[w]["z"].tolist() == pytest.approx([0.85, 1.09, -1.09, -0.85])
+
+
 @pytest.mark.parametrize(("strict", "left"), [(False, 0.95), (True, 1.0)])
 def test_zero_update(strict: bool, left: float) -> None:
     """A weight whose gradient is 0 decays, unless strict."""

@@ -412,6 +412,18 @@ def test_a_decay_that_is_lost(dtype: torch.dtype, lr: float, text: str) -> None:
         opt.step()
 
 
+def test_a_leak_that_is_lost() -> None:
+    """Where the decay is large enough but what leaks of it is not, the warning says so."""
+    p = weight(1.0, grad=[1.0], dtype=torch.bfloat16)
+    opt = CautiousDecay(SGD([p], lr=0.1, weight_decay=0.1), leak=0.1)
+    text = (
+        "lr * weight_decay * leak = 0.001 is too small for bfloat16 weights (needs 0.002), so only aligned weights "
+        'decay in param group 0. Pass rounding="stochastic", or keep float32 weights'
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+        opt.step()
+
+
 def test_a_step_without_hooks() -> None:
     """If the base's step did not fire its hooks, the warning says what happened and what to do."""
     base = SGD([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.1)

@@ -69,7 +69,7 @@ def test_empty_tensors_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @triton.jit
-def _p_norm(w, y, z, eta_lam, p, beta, STRICT: tl.constexpr):
+def _p_norm(w, y, z, eta_lam, p, n1, own, STRICT: tl.constexpr):
     size = tl.exp2((2 - p) * tl.log2(tl.abs(w)))
     return w * size / (size + p * eta_lam), size > 0
 

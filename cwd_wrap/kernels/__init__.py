@@ -30,15 +30,17 @@ class Backend(Protocol):
         None if a kernel cannot read all of them where they are (subclasses, other layouts than contiguous).
         """
 
-    def decay_along(self, buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
+    def decay_along(self, buckets: Sequence[Coming], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
         """w <- w - eta*lam * 1[(a*m + b*g)*w >= 0] * w in place, before the optimizer's step.
 
-        `rules.aligned` and `rules.decay`. If ``count``, returns `rules.sums` in a tensor of shape (tensors, 5) on the
-        tensors' device, without a host sync, with 0 for the last two (see `sums_of_step`); else None. Buckets with
-        ``draws``: `rules.stochastic_rounding` of 16-bit weights.
+        `rules.aligned` and `rules.decay`, with its ``leak``. If ``count``, returns `rules.sums` in a tensor of shape
+        (tensors, 5) on the tensors' device, without a host sync, with 0 for the last two (see `sums_of_step`); else
+        None. Buckets with ``draws``: `rules.stochastic_rounding` of 16-bit weights.
         """
 
-    def decay_from_snapshot(self, buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
+    def decay_from_snapshot(
+        self, buckets: Sequence[Stepped], *, count: bool, strict: bool = False, leak: float = 0.0
+    ) -> Sums:
         """w <- w - eta*lam * 1[the step took x towards zero] * x in place, after the step.
 
         `rules.moved_towards_zero` and `rules.decay`. The sums have all five numbers; the rest is as in `decay_along`.
@@ -52,12 +54,13 @@ class Backend(Protocol):
         strict: bool = False,
         method: str = "with_decay",
         factor: Tensor | None = None,
-        exponent: float = 0.0,
+        own: float = 0.0,
     ) -> Sums:
         """w <- w - eta*u - eta*lam * 1[u*w >= 0] * w in place, and the new state of the update ``u``.
 
         One of `rules.UPDATES`, then one of `rules.METHODS`, by its name; or one of `rules.AVERAGING`, which takes the
         decay, and needs a number as learning rate. ``factor``: a number for each tensor, in the wide type; None is 1.
+        ``own``: the method's own number.
         Everything is checked before anything is written, and the counters are set last. Buckets with ``draws``:
         `rules.stochastic_rounding` of all 16-bit tensors that are written, the weight by column 0 of `rules.uniform`,
         the state's tensors by columns 1, 2 and so on.

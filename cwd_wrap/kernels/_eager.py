@@ -45,7 +45,7 @@ def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
     return (lambda: [marks(bucket.columns) for bucket in buckets] == before) if all(before) else None
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
+def decay_along(buckets: Sequence[Coming], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_along`."""
     parts: list[list[Tensor]] = []
     d_all, x_all = _scratch(buckets, 2)
@@ -57,19 +57,19 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums
                 _direction(bucket, m, g, out=d)
                 mask = rules.aligned(d, x, strict)
                 if count:
-                    parts.append([rules.sums(mask, rules.aligned(d, x, strict=True), x)])
-                x.copy_(rules.decay(x, x, mask, bucket.eta_lam, _random(draws, i, 0, x.shape)))
+                    parts.append([rules.sums(mask, rules.aligned(d, x, strict=True), x, leak=leak)])
+                x.copy_(rules.decay(x, x, mask, bucket.eta_lam, leak, _random(draws, i, 0, x.shape)))
             continue
         into = _parts_of(bucket, parts) if count else None
         for of, x, m, g in _blocks(bucket.w, bucket.g if bucket.m is None else bucket.m, bucket.g):
             d = d_all.narrow(0, 0, x.numel())
             _direction(bucket, m, g, out=d)
             wide = x if x.dtype == d.dtype else x_all.narrow(0, 0, x.numel()).copy_(x)
-            _decay_unless_opposed(bucket, of, wide, wide, d, -1.0, strict, out=x, into=into)
+            _decay_unless_opposed(bucket, of, wide, wide, d, -1.0, strict, leak, out=x, into=into)
     return _per_tensor(parts, buckets) if count else None
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
     parts: list[list[Tensor]] = []
     d_all, x_all = _scratch(buckets, 2)
@@ -77,10 +77,10 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
         if (draws := _draws(bucket)) is not None:
             for i, (w, x) in enumerate(zip(bucket.w, bucket.x, strict=True)):
                 mask = rules.moved_towards_zero(x, w, strict)
-                after = rules.decay(w, x, mask, bucket.eta_lam, _random(draws, i, 0, w.shape))
+                after = rules.decay(w, x, mask, bucket.eta_lam, leak, _random(draws, i, 0, w.shape))
                 if count:
                     moved = rules.moved_towards_zero(x, w, strict=True)
-                    parts.append([rules.sums(mask, moved, x, x.float() - w.float(), after)])
+                    parts.append([rules.sums(mask, moved, x, x.float() - w.float(), after, leak)])
                 w.copy_(after)
             continue
         into = _parts_of(bucket, parts) if count else None
@@ -90,7 +90,7 @@ def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool
             if after.dtype != d.dtype:
                 w_wide, x_wide = after.to(d.dtype), x_all.narrow(0, 0, after.numel()).copy_(before)
             torch.sub(w_wide, x_wide, out=d)  # exact in sign: it is 0 only where the two are equal
-            _decay_unless_opposed(bucket, of, w_wide, x_wide, d, 1.0, strict, out=after, into=into)
+            _decay_unless_opposed(bucket, of, w_wide, x_wide, d, 1.0, strict, leak, out=after, into=into)
     return _per_tensor(parts, buckets) if count else None
 
 
@@ -101,7 +101,7 @@ def step_whole(
     strict: bool = False,
     method: str = "with_decay",
     factor: Tensor | None = None,
-    exponent: float = 0.0,
+    own: float = 0.0,
 ) -> Sums:
     """`kernels.Backend.step_whole`, as `rules` writes it: readable, tensor by tensor, and slow."""
     parts: list[list[Tensor]] = []
@@ -114,15 +114,15 @@ def step_whole(
         for i, (x, g, of_state, numbers) in enumerate(rows):
             w, _, *state = (column[i] for column in bucket.columns)
             if bucket.update.averages:
-                direction, step, *values = _averaged(bucket, x, g, of_state, numbers, strict)
+                direction, step, *values = _averaged(bucket, x, g, of_state, numbers, strict, own)
                 mask = rules.aligned(direction, x, strict)
             else:
                 direction, step, *new = _update(bucket, g, of_state, numbers)
-                of_method = bucket.eta_lam, next(factors), exponent
+                of_method = bucket.eta_lam, next(factors), own
                 after, mask = by_method(x, g, direction, step, rules.aligned(direction, x, strict), *of_method)
                 values = [after.to(x.dtype), *new]
             if count:
-                parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0])])
+                parts.append([rules.sums(mask, rules.aligned(direction, x, strict=True), x, step, values[0], own)])
             for column, (old, value) in enumerate(zip((w, *state), values, strict=False)):
                 if bucket.draws is not None and old.element_size() == 2:
                     random = _random(bucket.draws, i, column, w.shape)
@@ -202,12 +202,12 @@ def _updates(bucket: Whole) -> tuple[list[tuple[Numbers, Numbers]], list[int], I
 
 
 def _averaged(
-    bucket: Whole, x: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Numbers, strict: bool
+    bucket: Whole, x: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Numbers, strict: bool, leak: float
 ) -> tuple[Tensor, ...]:
     """(direction, eta*u, new weight, new state ...) of a schedule-free update with its decay."""
     # A tensor of shape (1,) and another type would widen the result.
     eta_lam: Any = bucket.eta_lam.reshape(()) if isinstance(bucket.eta_lam, Tensor) else bucket.eta_lam
-    decay = rules.taken(x, rules.aligned(g, x, strict), eta_lam)
+    decay = rules.taken(x, rules.aligned(g, x, strict), eta_lam, leak)
     after, step, *new = getattr(rules, bucket.update.formula)(g, x, decay, *state, *numbers)
     return g, step, after, *new
 
@@ -271,10 +271,13 @@ def _decay_unless_opposed(
     d: Tensor,
     sign: float,
     strict: bool,
+    leak: float,
     out: Tensor,
     into: list[list[Tensor]] | None,
 ) -> None:
-    """out <- w - eta*lam*x, but w where sign*d*x > 0 (>= 0 if ``strict``), in the tensors ``of`` the bucket.
+    """out <- w - eta*lam*x, but w - leak*eta*lam*x where sign*d*x > 0 (>= 0 if ``strict``).
+
+    ``of``: the tensors of the bucket that these are parts of.
 
     ``d`` is overwritten; ``w`` is ``out`` or a wider copy of it. Unless ``into`` is None, the block's `rules.sums` are
     appended to its lists: all five after the step (``sign`` > 0), the first three before it.
@@ -286,7 +289,11 @@ def _decay_unless_opposed(
     take_mask = _mask_by_product if d.device.type == "cpu" else _mask_by_signs
     mask = take_mask(d, x, sign, strict, None if table is None else table[1])
     if table is not None:
-        torch.mul(table[0].copy_(mask), x, out=table[2]).square_()
+        table[0].copy_(mask)
+    if leak:
+        mask.clamp_(min=leak)
+    if table is not None:
+        torch.mul(mask, x, out=table[2]).square_()
     if isinstance(eta_lam, Tensor):  # stays on its device: schedules and graph replays read new values, without a sync
         w.addcmul_(x, mask.mul_(eta_lam), value=-1)
     else:

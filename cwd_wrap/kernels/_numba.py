@@ -60,8 +60,8 @@ _WORDS = {
 }  # fmt: skip
 _BOUND = bind(_WORDS, register_jitable(forceinline=True))
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled, _shrunk, _taken = (
-    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken")
+_heading, _agreeing, _rescaled, _shrunk, _taken, _share = (
+    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken", "share")
 )
 
 
@@ -73,27 +73,27 @@ def _masks(mask_of, u, x, strict):
 
 
 @register_jitable
-def _seen(mask, moved, x, step, w):
-    return _number(moved, x), _number(mask, x) * x, step, w
+def _seen(mask, moved, x, step, w, own):
+    return _number(moved, x), _share(x, mask, own) * x, step, w
 
 
 @register_jitable
 def _along_gradient(x, g, b, c, d, n, strict):
     mask, moved = _masks(_aligned, n[0] * g, x, strict)
-    return _decayed(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
+    return _decayed(x, x, mask, n[1], n[10]), None, None, None, None, mask, _seen(mask, moved, x, None, None, n[10])
 
 
 @register_jitable
 def _along_momentum(x, m, g, c, d, n, strict):
     mask, moved = _masks(_aligned, _heading(m, g, n[0], n[2]), x, strict)
-    return _decayed(x, x, mask, n[1]), None, None, None, None, mask, _seen(mask, moved, x, None, None)
+    return _decayed(x, x, mask, n[1], n[10]), None, None, None, None, mask, _seen(mask, moved, x, None, None, n[10])
 
 
 @register_jitable
 def _from_snapshot(w, x, b, c, d, n, strict):
     mask, moved = _masks(_towards, x, w, strict)
-    new = _decayed(w, x, mask, n[1])
-    return new, None, None, None, None, mask, _seen(mask, moved, x, x - w, new)
+    new = _decayed(w, x, mask, n[1], n[10])
+    return new, None, None, None, None, mask, _seen(mask, moved, x, x - w, new, n[10])
 
 
 @register_jitable
@@ -131,7 +131,7 @@ def _in_one_pass(update: Callable[..., Any], method: Callable[..., Any]) -> Call
         u, step, a_new, b_new, c_new = update(down, a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8])
         decays, moved = _masks(_aligned, u, x, strict)
         new, mask = method(x, down, u, step, decays, n[1], n[9], n[10])
-        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new, n[10])
 
     made: Callable[..., Any] = rule
     return made
@@ -158,9 +158,9 @@ def _averaging(update: Callable[..., Any]) -> Callable[..., Any]:
         u = n[0] * g
         mask, moved = _masks(_aligned, u, x, strict)
         new, step, a_new, b_new, c_new = update(
-            u, x, _taken(x, mask, n[1]), a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8]
+            u, x, _taken(x, mask, n[1], n[10]), a, b, c, n[2], n[3], n[4], n[5], n[6], n[7], n[8]
         )
-        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new)
+        return new, None, a_new, b_new, c_new, mask, _seen(mask, moved, x, step, new, n[10])
 
     made: Callable[..., Any] = rule
     return made
@@ -225,7 +225,7 @@ def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
     return found
 
 
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
+def decay_along(buckets: Sequence[Coming], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_along`."""
     rows: list[tuple[float, ...]] = []
     for bucket in buckets:
@@ -235,13 +235,14 @@ def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums
         else:
             rows.append((b, eta_lam, 1.0) if b == 1 - a else (b / a, eta_lam, 0.0))
     rule = "along_gradient" if buckets[0].m is None else "along_momentum"
-    return _launch(rule, buckets, _per_bucket(buckets, rows), strict=strict, sums=_FIVE * count)
+    rows_of = _per_bucket(buckets, rows)
+    return _launch(rule, buckets, rows_of, strict=strict, sums=_FIVE * count, of_method=(1.0, leak))
 
 
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_from_snapshot`."""
     rows = _per_bucket(buckets, [(0.0, float(bucket.eta_lam)) for bucket in buckets])
-    return _launch("from_snapshot", buckets, rows, strict=strict, sums=_FIVE * count)
+    return _launch("from_snapshot", buckets, rows, strict=strict, sums=_FIVE * count, of_method=(1.0, leak))
 
 
 def step_whole(
@@ -251,10 +252,10 @@ def step_whole(
     strict: bool = False,
     method: str = "with_decay",
     factor: Tensor | None = None,
-    exponent: float = 0.0,
+    own: float = 0.0,
 ) -> Sums:
     """`kernels.Backend.step_whole`."""
-    of_method = None if method == "with_decay" else (1.0 if factor is None else factor, exponent)
+    of_method = 1.0 if factor is None else factor, own
     rule = f"{buckets[0].update.formula}_{method}"
     return _launch(rule, buckets, _of_updates, strict=strict, sums=_FIVE * count, of_method=of_method)
 
@@ -364,7 +365,7 @@ def _launch(
     """Carry ``rule`` out on all tensors of the buckets. Returns the first 0, 1 or 5 ``sums`` of each.
 
     ``rows``: the numbers of the rule, or a function that returns them when the tensors have been found. ``of_method``:
-    the factor of each tensor and the exponent.
+    the factor of each tensor, and the method's own number.
     """
     job, walk = buckets[0].kept, _walks[rule]
     columns: Sequence[Sequence[Tensor]] = ()

@@ -49,7 +49,7 @@ ALIGNMENT = 16  # bytes
 ROW = 4 + 1 + NUMBERS + 2 + 1
 """Words in a row of the table of rows: the addresses of eta*lam and of a learning rate on the device, or 0; their
 values, or 0.0 where there is an address; the sign of the gradient; the rule's numbers; log2(beta) of two averages; the
-exponent of a method.
+method's own number.
 Addresses are int64, the rest float64. Where a learning rate has an address, the first number is computed for 1."""
 
 _COLUMNS = ("FIRST", "SECOND", "THIRD", "FOURTH", "FIFTH")
@@ -119,57 +119,57 @@ _WORDS = {
 _SEEN = {"tl": tl, "Tensor": tl.tensor, "Maybe": tl.tensor, "bool": tl.tensor}  # names that Triton looks up, no more
 _BOUND = bind({**_WORDS, **_SEEN}, triton.jit)
 _aligned, _towards, _decayed = _BOUND["aligned"], _BOUND["moved_towards_zero"], _BOUND["decayed"]
-_heading, _agreeing, _rescaled, _shrunk, _taken = (
-    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken")
+_heading, _agreeing, _rescaled, _shrunk, _taken, _share = (
+    _BOUND[name] for name in ("heading", "agrees", "rescaled", "shrunk", "taken", "share")
 )
 
 
 @triton.jit
-def _along_gradient(x, g, z, eta_lam, sign, average, STRICT: tl.constexpr):
+def _along_gradient(x, g, z, eta_lam, sign, average, leak, STRICT: tl.constexpr):
     mask = _aligned(sign * g, x, STRICT)
-    return _decayed(x, x, mask, eta_lam), mask
+    return _decayed(x, x, mask, eta_lam, leak), mask
 
 
 @triton.jit
-def _along_momentum(x, m, g, eta_lam, slope, average, STRICT: tl.constexpr):
+def _along_momentum(x, m, g, eta_lam, slope, average, leak, STRICT: tl.constexpr):
     mask = _aligned(_heading(m, g, slope, average), x, STRICT)
-    return _decayed(x, x, mask, eta_lam), mask
+    return _decayed(x, x, mask, eta_lam, leak), mask
 
 
 @triton.jit
-def _from_snapshot(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _from_snapshot(w, x, z, eta_lam, factor, n1, leak, STRICT: tl.constexpr):
     mask = _towards(x, w, STRICT)
-    return _decayed(w, x, mask, eta_lam), mask
+    return _decayed(w, x, mask, eta_lam, leak), mask
 
 
 @triton.jit
-def _step(w, x, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _step(w, x, z, eta_lam, factor, n1, own, STRICT: tl.constexpr):
     return w, tl.zeros_like(w) != 0
 
 
 @triton.jit
-def _copy(to, source, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _copy(to, source, z, eta_lam, factor, n1, own, STRICT: tl.constexpr):
     return source, tl.zeros_like(source) == 0
 
 
 @triton.jit
-def _agrees(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _agrees(w, x, g, eta_lam, factor, n1, own, STRICT: tl.constexpr):
     return w, _agreeing(w, x, g)
 
 
 @triton.jit
-def _nonzero(x, y, z, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _nonzero(x, y, z, eta_lam, factor, n1, own, STRICT: tl.constexpr):
     return x, x != 0
 
 
 @triton.jit
-def _cautious_update(w, x, g, eta_lam, alpha, beta, STRICT: tl.constexpr):
+def _cautious_update(w, x, g, eta_lam, alpha, n1, own, STRICT: tl.constexpr):
     mask = _agreeing(w, x, g)
     return _rescaled(x, x - w, mask, alpha, eta_lam), mask
 
 
 @triton.jit
-def _p_norm_decay(w, x, z, eta_lam, p, exponent, STRICT: tl.constexpr):
+def _p_norm_decay(w, x, z, eta_lam, p, n1, exponent, STRICT: tl.constexpr):
     return _shrunk(w, x, p * eta_lam, exponent), x != 0  # p is 0 for a tensor that was 0 as a whole
 
 
@@ -249,18 +249,18 @@ def _store(pointer, value, at, inside, words, COLUMN: tl.constexpr, WRITE: tl.co
 
 @triton.jit
 def _update(
-    x, g, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, exponent,
+    x, g, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, own,
     RULE: tl.constexpr, METHOD: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
     """(new x, direction, mask, eta*u, new state) of an update and its method."""
     if METHOD is None:
         mask = _aligned(g, x, STRICT)
-        new, step, z, v, largest = RULE(g, x, _taken(x, mask, eta_lam), z, v, largest, n0, n1, n2, n3, n4, n5, n6)
+        new, step, z, v, largest = RULE(g, x, _taken(x, mask, eta_lam, own), z, v, largest, n0, n1, n2, n3, n4, n5, n6)
         return new, g, mask, step, z, v, largest
     else:  # noqa: RET505 - Triton compiles one of the two
         direction, step, z, v, largest = RULE(g, z, v, largest, n0, n1, n2, n3, n4, n5, n6)
         mask = _aligned(direction, x, STRICT)
-        new, mask = METHOD(x, g, direction, step, mask, eta_lam, factor, exponent)
+        new, mask = METHOD(x, g, direction, step, mask, eta_lam, factor, own)
         return new, direction, mask, step, z, v, largest
 
 
@@ -283,7 +283,7 @@ def _piece(
     n5,
     n6,
     factor,
-    exponent,
+    own,
     key,
     offset,
     run,
@@ -313,7 +313,7 @@ def _piece(
         largest = _load(fifth, at, inside, WIDE) if fifth is not None else None
         before, y = x, sign * y
         x, direction, mask, step, z, v, largest = _update(
-            x, y, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, exponent, RULE, METHOD, STRICT
+            x, y, z, v, largest, eta_lam, n0, n1, n2, n3, n4, n5, n6, factor, own, RULE, METHOD, STRICT
         )
         if SUMS:
             moved = _aligned(direction, before, True)
@@ -327,13 +327,13 @@ def _piece(
         before = y if SUMS == 5 else x
         step = before - x
         if SUMS:
-            _, moved = RULE(x, y, z, eta_lam, factor, n1, True)
-        x, mask = RULE(x, y, z, eta_lam, factor, n1, STRICT)
+            _, moved = RULE(x, y, z, eta_lam, factor, n1, own, True)
+        x, mask = RULE(x, y, z, eta_lam, factor, n1, own, STRICT)
     _store(first, x, at, inside, words, 0, WRITE)
     active = _add(active, mask, inside)
     if SUMS:
         towards = _add(towards, moved, inside)
-        decayed = _add_square(decayed, mask.to(x.dtype) * before, inside)
+        decayed = _add_square(decayed, _share(before, mask, own) * before, inside)
         stepped = _add_square(stepped, step, inside)
         weights = _add_square(weights, x, inside)
     return active, towards, decayed, stepped, weights
@@ -422,7 +422,7 @@ def _sweep(
     n0, n1 = n0.to(WIDE), n1.to(WIDE)
     own_factor = 1.0 if UPDATE else n0
     factor = tl.load(per_tensor + tensor) if per_tensor is not None else own_factor
-    exponent = tl.load(of_rule + 10).to(WIDE)
+    own = tl.load(of_rule + 10).to(WIDE)
     n2, n3 = tl.load(of_rule + 3).to(WIDE), tl.load(of_rule + 4).to(WIDE)
     n4, n5 = tl.load(of_rule + 5).to(WIDE), tl.load(of_rule + 6).to(WIDE)
     n6 = tl.load(of_rule + 7).to(WIDE)
@@ -446,14 +446,14 @@ def _sweep(
         at = block + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, None, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
-            factor, exponent, key, offset, run, jump, active, towards, decayed, stepped, weights,
+            factor, own, key, offset, run, jump, active, towards, decayed, stepped, weights,
             RULE, UPDATE, METHOD, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if rest < stop:
         at = rest + tl.arange(0, BLOCK)
         active, towards, decayed, stepped, weights = _piece(
             first, second, third, fourth, fifth, at, at < stop, eta_lam, sign, n0, n1, n2, n3, n4, n5, n6,
-            factor, exponent, key, offset, run, jump, active, towards, decayed, stepped, weights,
+            factor, own, key, offset, run, jump, active, towards, decayed, stepped, weights,
             RULE, UPDATE, METHOD, WRITE, WIDE, STRICT, SUMS,
         )  # fmt: skip
     if SUMS:
@@ -474,21 +474,22 @@ def _uncompiled(function: _Function) -> _Function:
 
 
 @_uncompiled
-def decay_along(buckets: Sequence[Coming], *, strict: bool, count: bool) -> Sums:
+def decay_along(buckets: Sequence[Coming], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_along`, in one launch."""
     by_momentum = bool(buckets) and buckets[0].m is not None
     rows = [
-        _row(bucket.eta_lam, *(_slope(bucket) if by_momentum else (math.copysign(1, bucket.b),))) for bucket in buckets
+        _row(bucket.eta_lam, *(_slope(bucket) if by_momentum else (math.copysign(1, bucket.b),)), own=leak)
+        for bucket in buckets
     ]
     rule = _along_momentum if by_momentum else _along_gradient
     return _launch(rule, _columns(buckets), rows, strict=strict, count=count, sums=3, draws=_drawn(buckets))
 
 
 @_uncompiled
-def decay_from_snapshot(buckets: Sequence[Stepped], *, strict: bool, count: bool) -> Sums:
+def decay_from_snapshot(buckets: Sequence[Stepped], *, count: bool, strict: bool = False, leak: float = 0.0) -> Sums:
     """`kernels.Backend.decay_from_snapshot`, in one launch."""
     columns = [(bucket.w, bucket.x) for bucket in buckets]
-    rows = [_row(bucket.eta_lam) for bucket in buckets]
+    rows = [_row(bucket.eta_lam, own=leak) for bucket in buckets]
     return _launch(_from_snapshot, columns, rows, strict=strict, count=count, sums=5, draws=_drawn(buckets))
 
 
@@ -500,13 +501,13 @@ def step_whole(
     strict: bool = False,
     method: str = "with_decay",
     factor: Tensor | None = None,
-    exponent: float = 0.0,
+    own: float = 0.0,
 ) -> Sums:
     """`kernels.Backend.step_whole`, in one launch before those that increase the counters."""
     if not buckets:
         return None
     flags: dict[str, Any] = {"strict": strict, "count": count, "sums": 5, "draws": _drawn(buckets)}
-    sums, steps, after = _launch_updates(buckets, _BOUND[method], exponent, per_tensor=factor, **flags)
+    sums, steps, after = _launch_updates(buckets, _BOUND[method], own, per_tensor=factor, **flags)
     if steps:
         torch._foreach_add_(list(steps), 1)
         return sums
@@ -516,7 +517,7 @@ def step_whole(
 
 
 def _launch_updates(
-    buckets: Sequence[Whole], method: Any, exponent: float, **options: Any
+    buckets: Sequence[Whole], method: Any, own: float, **options: Any
 ) -> tuple[Sums, Sequence[Tensor], list[list[Numbers]]]:
     """Launch the update of the buckets with a ``method``.
 
@@ -531,7 +532,7 @@ def _launch_updates(
         lr, eta = (1.0, bucket.lr) if _eager.on_a_device(bucket.lr) else (float(bucket.lr), 1.0)
         distinct, taken = bucket.update.steps(lr, before)
         row_of += [len(rows) + k for k in taken]
-        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, exponent)) for numbers, _ in distinct]
+        rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, own)) for numbers, _ in distinct]
         after.append([distinct[k][1] for k in taken])
     steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
     rule = _BOUND[buckets[0].update.formula]
@@ -544,12 +545,12 @@ def _counts_in_kernel(bucket: Whole) -> bool:
     return bucket.update.corrects_bias and bucket.counters[0][0].device == bucket.w[0].device
 
 
-def _coefficients(update: Update, numbers: Numbers, exponent: float) -> tuple[float, ...]:
+def _coefficients(update: Update, numbers: Numbers, own: float) -> tuple[float, ...]:
     """What the kernel of ``update`` reads from a row: see `ROW`."""
     betas = update.options[:2] if update.corrects_bias else (1.0, 1.0)
     logarithms = (math.log2(beta) if beta else -math.inf for beta in betas)
     sign = -1.0 if update.maximize else 1.0
-    return (sign, *numbers, *[0.0] * (NUMBERS - len(numbers)), *logarithms, exponent)
+    return (sign, *numbers, *[0.0] * (NUMBERS - len(numbers)), *logarithms, own)
 
 
 @_uncompiled
@@ -597,7 +598,7 @@ def cautious_update(buckets: Sequence[Stepped], alpha: Tensor) -> None:
 def p_norm_decay(buckets: Sequence[Stepped], p: float, nonzero: Tensor) -> None:
     """`kernels.Backend.p_norm_decay`, in one launch."""
     columns = [(bucket.w, bucket.x) for bucket in buckets]
-    rows = [_row(bucket.eta_lam, 0.0, p - 2) for bucket in buckets]
+    rows = [_row(bucket.eta_lam, own=p - 2) for bucket in buckets]
     wide = torch.promote_types(buckets[0].w[0].dtype, torch.float32)
     _launch(_p_norm_decay, columns, rows, per_tensor=(nonzero != 0).to(wide) * p)
 
@@ -607,9 +608,9 @@ def _slope(bucket: Coming) -> tuple[float, float]:
     return (bucket.b, 1.0) if bucket.b == 1 - bucket.a else (bucket.b / bucket.a, 0.0)
 
 
-def _row(eta_lam: float | Tensor, *numbers: float) -> _Row:
-    """The row of a decay, which has no sign and no learning rate."""
-    return eta_lam, 0.0, (1.0, *numbers)
+def _row(eta_lam: float | Tensor, *numbers: float, own: float = 0.0) -> _Row:
+    """The row of a decay, which has no sign, no learning rate and no averages."""
+    return eta_lam, 0.0, (1.0, *numbers, *[0.0] * (NUMBERS + 2 - len(numbers)), own)
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[tuple[Sequence[Tensor], ...]]:
@@ -770,7 +771,7 @@ def _packed(row: _Row) -> bytes:
     *scalars, numbers = row
     addresses = array("q", (scalar.data_ptr() if isinstance(scalar, Tensor) else 0 for scalar in scalars))
     values = array("d", (0.0 if isinstance(scalar, Tensor) else scalar for scalar in scalars))
-    values.extend([*numbers, *[0.0] * (ROW - 4 - len(numbers))])
+    values.extend(numbers)
     return addresses.tobytes() + values.tobytes()
 
 

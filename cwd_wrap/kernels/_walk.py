@@ -31,8 +31,8 @@ ALONE = 1 << 17  # elements below which a second thread costs more than it bring
 
 COLUMNS, COUNTERS, NUMBERS = 5, 2, 11
 OF_METHOD = 9
-"""The place of a method's two numbers among the ``n``, after those of a `Row`: its factor, which each tensor has of its
-own, and its exponent."""
+"""The place of a method's two numbers among the ``n``, after those of a `Row`: the factor of the tensor, and the
+method's own number."""
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
 TAGS: dict[torch.dtype, np.ndarray] = ByType(
     {
