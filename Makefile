@@ -97,7 +97,7 @@ results: $(BIN)/.results  ## what results/runs.csv lacks of docs/protocol.md (al
 	$(BIN)/python results/study.py
 	$(BIN)/python results/report.py
 
-map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: two hours), then docs/map.md
+map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: 70 minutes), then docs/map.md
 	$(BIN)/python results/map_study.py
 	$(BIN)/python results/map_report.py
 

@@ -123,7 +123,7 @@ def test_a_start_outside_of_the_limits_is_moved_to_them() -> None:
     assert set(map_study.search(lambda at: -at, [14, 20], 2, (0, 11))) == {9, 11}
 
 
-@pytest.mark.parametrize(("steps", "largest"), [(2400, 2048), (1200, 1024), (640, 512)])
+@pytest.mark.parametrize(("steps", "largest"), [(1200, 1024), (640, 512), (600, 512)])
 def test_no_step_flips_a_sign(steps: int, largest: float) -> None:
     """The largest dose, lam*lr*steps, is the largest power of 2 with eta*lam below 1."""
     assert map_study.dose(map_study.limits(steps)[1]) == largest
@@ -155,7 +155,7 @@ AT = {"plain": 3, "cautious": 8, "leak 0.1": 9, "leak 0.25": 1}
 def explored(folder: Path) -> tuple[Valley, map_study.Runs]:
     """A cell whose lowest losses are at 0.032 and AT."""
     valley = Valley(0.032, AT)
-    runs = map_study.Runs(Cell("mnist1d", "AdamW", 128, 4000), folder, valley)
+    runs = map_study.Runs(Cell("mnist1d", "AdamW", 128, 2000), folder, valley)
     assert map_study.explore(runs) == 0.032
     return valley, runs
 
@@ -217,7 +217,7 @@ def test_an_unfinished_cell_is_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     runs.path.write_text("".join(lines[:-1]))
 
     assert map_report.load(tmp_path) == []
-    assert map_report.left_out([]) == "mnist1d, AdamW, width 128, 4,000"
+    assert map_report.left_out([]) == "mnist1d, AdamW, width 128, 2,000"
 
 
 def test_regret_is_the_distance_to_the_best_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
