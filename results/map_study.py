@@ -162,7 +162,7 @@ CELLS = tuple(
     for task, optimizer, width, sizes in (
         ("mnist1d", "AdamW", 128, (500, 2000, 8000, 32_000)),
         ("mnist1d", "AdamW", 32, (500, 2000, 8000, 32_000)),
-        ("images", "AdamW", 128, (1000, 250)),
+        ("images", "AdamW", 128, (1000, 300)),
         ("mnist1d", "SGD", 128, (500, 2000, 8000, 32_000)),
         ("bytes", "AdamW", 32, (40_960, 10_240, 163_840)),
         ("mnist1d", "AdamW", 128, (1000, 4000)),

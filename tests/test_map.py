@@ -266,6 +266,12 @@ def test_the_protocol_says_what_the_map_does() -> None:
         assert re.search(rf"\| {task} \|[^|]+\|[^|]+\| {made.steps:,} steps", text)
 
 
+@pytest.mark.parametrize("cell", map_study.CELLS, ids=str)
+def test_a_pass_ends_with_a_full_batch(cell: Cell) -> None:
+    """The samples of each cell are a multiple of those of a step, so that the number of passes is exact."""
+    assert cell.samples % map_study.TASKS[cell.task].per_step == 0
+
+
 def test_the_page_is_made_from_the_committed_runs() -> None:
     """docs/map.md is the output of map_report.py for results/map and map_page.md, and its pictures exist."""
     text = (ROOT / "docs" / "map.md").read_text()
