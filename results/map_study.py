@@ -163,8 +163,10 @@ CELLS = tuple(
         ("mnist1d", "AdamW", 128, (500, 2000, 8000, 32_000)),
         ("mnist1d", "AdamW", 32, (500, 2000, 8000, 32_000)),
         ("images", "AdamW", 128, (1000, 300)),
-        ("mnist1d", "SGD", 128, (500, 2000, 8000, 32_000)),
-        ("bytes", "AdamW", 32, (40_960, 10_240, 163_840)),
+        ("mnist1d", "SGD", 128, (500, 2000)),
+        ("bytes", "AdamW", 32, (10_240, 40_960)),
+        ("mnist1d", "SGD", 128, (8000, 32_000)),
+        ("bytes", "AdamW", 32, (163_840,)),
         ("mnist1d", "AdamW", 128, (1000, 4000)),
         ("mnist1d", "AdamW", 32, (1000, 4000)),
         ("mnist1d", "SGD", 128, (1000, 4000)),
@@ -364,8 +366,8 @@ def validation(outcomes: list[Outcome]) -> float:
     return ls.mean(outcomes, "validation")
 
 
-def dose(octaves: int) -> float:
-    return 2.0**octaves
+def dose(octaves: float) -> float:
+    return ls.six_digits(2.0**octaves)
 
 
 def tune(runs: Runs, doses: tuple[int, int]) -> tuple[float, int]:
@@ -390,7 +392,7 @@ def tune(runs: Runs, doses: tuple[int, int]) -> tuple[float, int]:
 def explore(runs: Runs, seeds: tuple[int, ...] = SEEDS, steps: int | None = None) -> float:
     """Make all runs of a cell. Returns the learning rate.
 
-    For each arm lam is on a grid of factor 2. The grid of the plain arm begins at the dose that the tuning found; those
+    For each arm lam is on a grid of factor 2, with one more lam between the best one and the better of its neighbours. The grid of the plain arm begins at the dose that the tuning found; those
     of the others begin at multiples of the plain arm's best lam.
     """
     doses = limits(steps or TASKS[runs.cell.task].steps)
@@ -398,7 +400,14 @@ def explore(runs: Runs, seeds: tuple[int, ...] = SEEDS, steps: int | None = None
     runs(lr, ls.NONE, 0.0, seeds)
 
     def best(arm: str, start: Sequence[int]) -> int:
-        return lowest(search(lambda at: validation(runs(lr, arm, dose(at), seeds)), start, 1, doses))
+        def loss(at: float) -> float:
+            return validation(runs(lr, arm, dose(at), seeds))
+
+        found = search(loss, start, 1, doses)
+        middle = lowest(found)
+        beside = min((at for at in (middle - 1, middle + 1) if at in found), key=lambda at: found[at])
+        loss((middle + beside) / 2)
+        return middle
 
     plain = best("plain", [tuned])
     best("cautious", [plain, plain + 1, plain + 2, plain + 3])
