@@ -58,6 +58,13 @@ class Place:
         return self.arms[arm].lams[self.arms[arm].best]
 
     @property
+    def base(self) -> float:
+        """Plain decay's best lam on the grid of factor 2: CWD has run its multiples."""
+        rows = zip(self.arms["plain"].lams[1:], self.arms["plain"].cells[1:], strict=True)
+        coarse = [(ls.mean(some, "validation"), lam) for lam, some in rows if math.log2(some[0].dose).is_integer()]
+        return min(coarse)[1]
+
+    @property
     def without(self) -> Arm:
         """No decay."""
         plain = self.arms["plain"]
@@ -240,7 +247,7 @@ def nearest_row(arm: Arm, lam: float) -> int:
 def measured(place: Place, of: str) -> float:
     """A number of the CWD run at plain decay's best lam."""
     arm = place.arms["cautious"]
-    return ls.mean(arm.cells[nearest_row(arm, place.lam("plain"))], of)
+    return ls.mean(arm.cells[nearest_row(arm, place.base)], of)
 
 
 RULES: dict[str, Callable[[Place], float]] = {
@@ -254,20 +261,19 @@ def multiple_table(places: list[Place]) -> str:
     header = [*COLUMNS, "decay helps", "CWD's best", "within one standard error", "1 / mask", "norms"]
     rows: list[list[object]] = []
     for place in places:
-        if not place.lam("plain"):
-            continue
-        plain = place.lam("plain")
         low, high = report.flat(place.arms["cautious"])
-        best = f"{place.lam('cautious') / plain:.3g}" if place.lam("cautious") else "none"
+        best = f"{place.lam('cautious') / place.base:.3g}" if place.lam("cautious") else "none"
         ratios = [f"{1 / measured(place, 'mask_ratio'):.2g}", f"{measured(place, 'norm_ratio'):.2g}"]
         to_plain = [f"{place.at('cautious', row) - place.test('plain'):+.4f}" for row in multiple_rows(place)]
         helps = "yes" if decay_helps(place) else "no"
-        rows.append([*place.label, helps, best, f"{low / plain:.3g} to {high / plain:.3g}", *ratios, *to_plain])
+        rows.append(
+            [*place.label, helps, best, f"{low / place.base:.3g} to {high / place.base:.3g}", *ratios, *to_plain]
+        )
     return markdown([*header, *(f"CWD at {m} x - plain" for m in MULTIPLES)], rows)
 
 
 def multiple_rows(place: Place) -> list[int]:
-    return [nearest_row(place.arms["cautious"], multiple * place.lam("plain")) for multiple in MULTIPLES]
+    return [nearest_row(place.arms["cautious"], multiple * place.base) for multiple in MULTIPLES]
 
 
 def rule_table(places: list[Place]) -> str:
@@ -283,7 +289,7 @@ def rule_table(places: list[Place]) -> str:
             within, regret, to_plain = [], [], []
             for place in of_optimizer:
                 arm = place.arms["cautious"]
-                row = nearest_row(arm, rule(place) * place.lam("plain"))
+                row = nearest_row(arm, rule(place) * place.base)
                 low, high = report.flat(arm)
                 within.append(low <= arm.lams[row] <= high)
                 regret.append(place.at("cautious", row) - place.test("cautious"))

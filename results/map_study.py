@@ -161,10 +161,14 @@ CELLS = tuple(
     Cell(task, optimizer, width, samples)
     for task, optimizer, width, sizes in (
         ("mnist1d", "AdamW", 128, (500, 2000, 8000, 32_000)),
-        ("mnist1d", "AdamW", 32, (500, 2000, 8000, 32_000)),
-        ("images", "AdamW", 128, (1000, 300)),
-        ("mnist1d", "SGD", 128, (500, 2000)),
-        ("bytes", "AdamW", 32, (10_240, 40_960)),
+        ("mnist1d", "AdamW", 32, (500, 2000)),
+        ("images", "AdamW", 128, (1000,)),
+        ("mnist1d", "SGD", 128, (2000,)),
+        ("bytes", "AdamW", 32, (10_240,)),
+        ("images", "AdamW", 128, (300,)),
+        ("mnist1d", "SGD", 128, (500,)),
+        ("mnist1d", "AdamW", 32, (8000, 32_000)),
+        ("bytes", "AdamW", 32, (40_960,)),
         ("mnist1d", "SGD", 128, (8000, 32_000)),
         ("bytes", "AdamW", 32, (163_840,)),
         ("mnist1d", "AdamW", 128, (1000, 4000)),
@@ -392,8 +396,9 @@ def tune(runs: Runs, doses: tuple[int, int]) -> tuple[float, int]:
 def explore(runs: Runs, seeds: tuple[int, ...] = SEEDS, steps: int | None = None) -> float:
     """Make all runs of a cell. Returns the learning rate.
 
-    For each arm lam is on a grid of factor 2, with one more lam between the best one and the better of its neighbours. The grid of the plain arm begins at the dose that the tuning found; those
-    of the others begin at multiples of the plain arm's best lam.
+    For each arm lam is on a grid of factor 2, with one more halfway between the best one and the better of its
+    neighbours. The grid of the plain arm begins at the dose that the tuning found; those of the others begin at
+    multiples of the plain arm's best lam.
     """
     doses = limits(steps or TASKS[runs.cell.task].steps)
     lr, tuned = tune(runs, doses)
