@@ -71,10 +71,15 @@ class Place:
         return Arm(plain.lams[:1], plain.cells[:1])
 
     @property
+    def train(self) -> float:
+        """The training loss of the tuned plain run."""
+        plain = self.arms["plain"]
+        return ls.mean(plain.cells[plain.best], "train")
+
+    @property
     def gap(self) -> float:
         """The test loss of the tuned plain run minus its training loss."""
-        plain = self.arms["plain"]
-        return self.test("plain") - ls.mean(plain.cells[plain.best], "train")
+        return self.test("plain") - self.train
 
     @property
     def percent(self) -> float:
@@ -134,9 +139,16 @@ def best_text(place: Place, arm: str) -> str:
 
 
 def loss_table(places: list[Place]) -> str:
-    header = [*COLUMNS, "lr", "gap", "no decay", *NAMES.values()]
+    header = [*COLUMNS, "lr", "train", "gap", "no decay", *NAMES.values()]
     rows = [
-        [*p.label, f"{p.lr:g}", f"{p.gap:.3f}", f"{p.at('plain', 0):.4f}", *(best_text(p, arm) for arm in NAMES)]
+        [
+            *p.label,
+            f"{p.lr:g}",
+            f"{p.train:.3f}",
+            f"{p.gap:.3f}",
+            f"{p.at('plain', 0):.4f}",
+            *(best_text(p, arm) for arm in NAMES),
+        ]
         for p in places
     ]
     return markdown(header, rows)
@@ -211,6 +223,7 @@ def predictions(points: Sequence[Point], nearest: int) -> list[float]:
 AXES: dict[str, Callable[[Place], float]] = {
     "passes": lambda place: math.log10(place.cell.passes),
     "gap": lambda place: math.log10(max(place.gap, SMALLEST_GAP)),
+    "norm ratio": lambda place: math.log10(measured(place, "norm_ratio")),
 }
 
 
@@ -367,10 +380,12 @@ def draw(folder: Path, to: Path) -> None:
     axes[-1].set_xlabel("passes over the data")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     pictures.save(figure, to / "map_passes.svg")
-    figure, (ax,) = pictures.panels(1, 1, 5.2)
-    draw_lines(ax, places, "cautious", lambda place: max(place.gap, SMALLEST_GAP), "")
-    ax.set_xlabel("test loss minus training loss of tuned plain decay (nats)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure, axes = pictures.panels(2, 1, 8.4)
+    draw_lines(axes[0], places, "cautious", lambda place: max(place.gap, SMALLEST_GAP), "")
+    draw_lines(axes[1], places, "cautious", lambda place: measured(place, "norm_ratio"), "")
+    axes[0].set_xlabel("test loss minus training loss of tuned plain decay (nats)")
+    axes[1].set(xlabel="norm ratio of CWD at plain decay's best lam", title="")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     pictures.save(figure, to / "map_gap.svg")
 
 
