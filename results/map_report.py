@@ -88,13 +88,17 @@ class Place:
 
     @property
     def line(self) -> str:
-        task, optimizer, width, _ = self.cell
-        return f"{task}, {optimizer}, width {width}"
+        return line_of(self.cell)
 
     @property
     def label(self) -> list[str]:
         """The first columns of its row in a table."""
         return [self.line, f"{self.cell.samples:,}", f"{self.cell.passes:g}"]
+
+
+def line_of(cell: Cell) -> str:
+    """All but the number of samples."""
+    return f"{cell.task}, {cell.optimizer}, width {cell.width}"
 
 
 COLUMNS = ["cells", "samples", "passes"]
@@ -264,14 +268,13 @@ def measured(place: Place, of: str) -> float:
 
 
 RULES: dict[str, Callable[[Place], float]] = {
-    "4 everywhere": lambda place: 4,
     "1 / mask ratio": lambda place: 1 / measured(place, "mask_ratio"),
-    "all / decayed squared norm": lambda place: measured(place, "norm_ratio"),
+    "norm ratio": lambda place: measured(place, "norm_ratio"),
 }
 
 
 def multiple_table(places: list[Place]) -> str:
-    header = [*COLUMNS, "decay helps", "CWD's best", "within one standard error", "1 / mask", "norms"]
+    header = [*COLUMNS, "decay helps", "CWD's best", "within one standard error", "1 / mask ratio", "norm ratio"]
     rows: list[list[object]] = []
     for place in places:
         low, high = report.flat(place.arms["cautious"])
@@ -319,9 +322,12 @@ def rule_table(places: list[Place]) -> str:
 
 
 def left_out(places: list[Place]) -> str:
-    """The cells of the protocol that are not finished."""
-    missing = [cell for cell in map_study.CELLS if cell not in {place.cell for place in places}]
-    return "; ".join(f"{c.task}, {c.optimizer}, width {c.width}, {c.samples:,}" for c in missing) or "none"
+    """The cells of the protocol that are not finished, by line."""
+    missing: dict[str, list[str]] = {}
+    for cell in map_study.CELLS:
+        if cell not in {place.cell for place in places}:
+            missing.setdefault(line_of(cell), []).append(f"{cell.samples:,}")
+    return "; ".join(f"{line}: {', '.join(samples)}" for line, samples in missing.items()) or "none"
 
 
 def cost(folder: Path) -> str:
@@ -350,7 +356,9 @@ COLOURS = (pictures.CAUTIOUS, pictures.CONTROL, pictures.PLAIN, *pictures.OTHERS
 MARKERS = "osD^vPX*"
 
 
-def draw_lines(ax: Axes, places: list[Place], arm: str, x: Callable[[Place], float], style: str) -> None:
+def draw_lines(
+    ax: Axes, places: list[Place], arm: str, x: Callable[[Place], float], ticks: Sequence[float], style: str
+) -> None:
     """An arm minus plain decay in percent of plain decay's loss, with its interval: a line for each task and width."""
     for i, line in enumerate(dict.fromkeys(place.line for place in places)):
         of_line = sorted((place for place in places if place.line == line), key=x)
@@ -366,6 +374,8 @@ def draw_lines(ax: Axes, places: list[Place], arm: str, x: Callable[[Place], flo
         ax.vlines(at, low, high, color=COLOURS[i % len(COLOURS)], lw=1.5)
     ax.axhline(0, color=pictures.INK, lw=1)
     ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
     ax.set_yscale("symlog", linthresh=10)
     ax.set_yticks([-20, -10, -5, 0, 5, 10, 20, 50, 100], ["-20", "-10", "-5", "0", "5", "10", "20", "50", "100"])
     ax.set_title(f"{NAMES[arm]} minus plain decay, in % of the test loss")
@@ -376,13 +386,13 @@ def draw(folder: Path, to: Path) -> None:
     places = load(folder)
     figure, axes = pictures.panels(2, 1, 8.4, sharex=True)
     for ax, arm in zip(axes, ("cautious", "leak 0.1"), strict=True):
-        draw_lines(ax, places, arm, lambda place: place.cell.passes, "-")
+        draw_lines(ax, places, arm, lambda place: place.cell.passes, (1, 4, 15, 60, 240), "-")
     axes[-1].set_xlabel("passes over the data")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     pictures.save(figure, to / "map_passes.svg")
     figure, axes = pictures.panels(2, 1, 8.4)
-    draw_lines(axes[0], places, "cautious", lambda place: max(place.gap, SMALLEST_GAP), "")
-    draw_lines(axes[1], places, "cautious", lambda place: measured(place, "norm_ratio"), "")
+    draw_lines(axes[0], places, "cautious", lambda place: max(place.gap, SMALLEST_GAP), (0.05, 0.1, 0.2, 0.4, 0.8), "")
+    draw_lines(axes[1], places, "cautious", lambda place: measured(place, "norm_ratio"), (2, 4, 8, 16, 32), "")
     axes[0].set_xlabel("test loss minus training loss of tuned plain decay (nats)")
     axes[1].set(xlabel="norm ratio of CWD at plain decay's best lam", title="")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

@@ -217,7 +217,7 @@ def test_an_unfinished_cell_is_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     runs.path.write_text("".join(lines[:-1]))
 
     assert map_report.load(tmp_path) == []
-    assert map_report.left_out([]) == "mnist1d, AdamW, width 128, 2,000"
+    assert map_report.left_out([]) == "mnist1d, AdamW, width 128: 2,000"
 
 
 def test_regret_is_the_distance_to_the_best_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
