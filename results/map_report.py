@@ -274,46 +274,55 @@ RULES: dict[str, Callable[[Place], float]] = {
 
 
 def multiple_table(places: list[Place]) -> str:
-    header = [*COLUMNS, "decay helps", "CWD's best", "within one standard error", "1 / mask ratio", "norm ratio"]
+    header = [*COLUMNS, "decay helps", "1 / mask ratio", "norm ratio", "CWD's best", "within one standard error"]
+    header += ["leak 0.1's best", "leak 0.25's best"]
     rows: list[list[object]] = []
     for place in places:
         low, high = report.flat(place.arms["cautious"])
-        best = f"{place.lam('cautious') / place.base:.3g}" if place.lam("cautious") else "none"
+        bests = [f"{place.lam(arm) / place.base:.3g}" if place.lam(arm) else "none" for arm in OTHERS]
+        bests.insert(1, f"{low / place.base:.3g} to {high / place.base:.3g}")
         ratios = [f"{1 / measured(place, 'mask_ratio'):.2g}", f"{measured(place, 'norm_ratio'):.2g}"]
-        to_plain = [f"{place.at('cautious', row) - place.test('plain'):+.4f}" for row in multiple_rows(place)]
-        helps = "yes" if decay_helps(place) else "no"
-        rows.append(
-            [*place.label, helps, best, f"{low / place.base:.3g} to {high / place.base:.3g}", *ratios, *to_plain]
-        )
-    return markdown([*header, *(f"CWD at {m} x - plain" for m in MULTIPLES)], rows)
+        rows.append([*place.label, "yes" if decay_helps(place) else "no", *ratios, *bests])
+    return markdown(header, rows)
 
 
-def multiple_rows(place: Place) -> list[int]:
-    return [nearest_row(place.arms["cautious"], multiple * place.base) for multiple in MULTIPLES]
+def times(multiple: float) -> Callable[[Place], float]:
+    return lambda _: multiple
+
+
+BLIND = {
+    "cautious": {f"{m} x": times(m) for m in MULTIPLES} | RULES,
+    "leak 0.1": {f"{m} x": times(m) for m in (2, 4, 8)},
+    "leak 0.25": {f"{m} x": times(m) for m in (1, 2, 4)},
+}
 
 
 def rule_table(places: list[Place]) -> str:
-    """For each optimizer, the multiples that are tried blindly and the predicted ones."""
-    header = ["optimizer", "multiple", "within one standard error", "mean regret", "largest regret"]
+    """For each optimizer and arm, the multiples that are tried blindly and the predicted ones."""
+    header = ["optimizer", "arm", "multiple", "within one standard error", "mean regret", "largest regret"]
     header += ["mean difference to plain", "largest"]
     rows: list[list[object]] = []
     helped = [place for place in places if decay_helps(place)]
     for optimizer in dict.fromkeys(place.cell.optimizer for place in helped):
         of_optimizer = [place for place in helped if place.cell.optimizer == optimizer]
-        rules = {f"{m} x": (lambda place, m=m: m) for m in MULTIPLES} | RULES
-        for name, rule in rules.items():
-            within, regret, to_plain = [], [], []
-            for place in of_optimizer:
-                arm = place.arms["cautious"]
-                row = nearest_row(arm, rule(place) * place.base)
-                low, high = report.flat(arm)
-                within.append(low <= arm.lams[row] <= high)
-                regret.append(place.at("cautious", row) - place.test("cautious"))
-                to_plain.append(place.at("cautious", row) - place.test("plain"))
-            numbers = [statistics.fmean(regret), max(regret), statistics.fmean(to_plain), max(to_plain)]
-            texts = [f"{sum(within)} of {len(within)}", *(f"{number:+.4f}" for number in numbers)]
-            rows.append([optimizer, name, *texts])
+        for name, rules in BLIND.items():
+            for multiple, rule in rules.items():
+                within, regret, to_plain = zip(
+                    *(blind(place, name, rule(place)) for place in of_optimizer), strict=True
+                )
+                numbers = [statistics.fmean(regret), max(regret), statistics.fmean(to_plain), max(to_plain)]
+                texts = [f"{sum(within)} of {len(within)}", *(f"{number:+.4f}" for number in numbers)]
+                rows.append([optimizer, NAMES[name], multiple, *texts])
     return markdown(header, rows)
+
+
+def blind(place: Place, name: str, multiple: float) -> tuple[bool, float, float]:
+    """Of an arm at a multiple of plain decay's best lam: is it in the flat range? Behind its best? Behind plain?"""
+    arm = place.arms[name]
+    row = nearest_row(arm, multiple * place.base)
+    low, high = report.flat(arm)
+    loss = place.at(name, row)
+    return low <= arm.lams[row] <= high, loss - place.test(name), loss - place.test("plain")
 
 
 # ------------------------------------------------------------------------------------------------
