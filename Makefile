@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 
 .PHONY: help demo demo-timm check test fuzz test-without-triton test-oldest lint hooks wheel release bench peers results \
-	experiments gpu docs clean
+	experiments map gpu docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 24
@@ -106,6 +106,10 @@ experiments: $(BIN)/.results  ## the experiments of docs/experiments.md, tables 
 	for name in $(EXPERIMENTS); do $(BIN)/python examples/$$name.py || exit; done
 	$(BIN)/python examples/convergence.py --lengths 300 600 1200
 	$(BIN)/python examples/bfloat16.py
+
+map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: 70 minutes), then docs/map.md
+	$(BIN)/python results/map_study.py
+	$(BIN)/python results/map_report.py
 
 # No set-up here: machines with cards often have torch, triton and pytest, and no network.
 gpu:  ## on a machine with a card: its tests, then a proof of at most eight minutes, in gpu_proof/

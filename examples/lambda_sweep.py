@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import language_model as lm
 import pictures
@@ -342,18 +342,18 @@ def train(run: Run, place: Place) -> Outcome:
 # ------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[Outcome]:
-    """The finished runs."""
+AnOutcome = TypeVar("AnOutcome", bound=Outcome)
+
+
+def read(path: Path, kind: type[AnOutcome] = Outcome) -> list[AnOutcome]:
+    """The finished runs; ``kind`` is a subclass if the file has more columns."""
     if not path.exists():
         return []
-    texts = {"task", "optimizer", "arm"}
-    convert = {
-        field.name: str if field.name in texts else int if field.name == "seed" else float for field in fields(Outcome)
-    }
+    convert = {field.name: {"str": str, "int": int, "float": float}[field.type] for field in fields(kind)}
     with path.open(newline="") as file:
         # A row that was cut off when the machine stopped lacks its last fields.
         rows = [row for row in csv.DictReader(file) if all(row[name] for name in convert)]
-    return [Outcome(**{name: to(row[name]) for name, to in convert.items()}) for row in rows]
+    return [kind(**{name: to(row[name]) for name, to in convert.items()}) for row in rows]
 
 
 def append(path: Path, outcome: Outcome) -> None:
@@ -363,7 +363,7 @@ def append(path: Path, outcome: Outcome) -> None:
     cut_off = not new and not path.read_bytes().endswith(b"\n")
     with path.open("a", newline="") as file:
         file.write("\n" * cut_off)
-        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(outcome)], lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(outcome).items()})
