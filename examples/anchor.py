@@ -220,10 +220,7 @@ Cells = dict[tuple[str, float], list[Outcome]]  # by arm and lam, each in the or
 
 def cells(outcomes: Sequence[Outcome]) -> Cells:
     """Outcomes by (towards, lam)."""
-    grouped: Cells = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.run.towards, outcome.run.lam), []).append(outcome)
-    return grouped
+    return lm.grouped(outcomes, lambda o: (o.run.towards, o.run.lam))
 
 
 def mean(group: Sequence[Outcome], name: str) -> float:

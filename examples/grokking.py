@@ -155,10 +155,7 @@ Cells = dict[tuple[str, float], list[Outcome]]  # by decay and lam, each in the 
 
 
 def cells(outcomes: Sequence[Outcome]) -> Cells:
-    grouped: Cells = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.run.decay, outcome.run.lam), []).append(outcome)
-    return grouped
+    return lm.grouped(outcomes, lambda o: (o.run.decay, o.run.lam))
 
 
 def steps_or_none(steps: Sequence[int | None]) -> str:

@@ -87,23 +87,28 @@ def drawn(pool: Batch, samples: int, size: int, seed: int) -> Iterator[Batch]:
 
 
 @functools.cache
-def mnist1d() -> dict[str, Batch]:
-    """16,000 samples to draw from, 4,000 for validation and 8,000 for the test, from the package's own generator."""
+def made(samples: int, seed: int | None = None) -> Batch:
+    """Samples of mnist1d, from the package's own generator; its own seed if that is None."""
     from mnist1d.data import get_dataset_args, make_dataset
 
     arguments = get_dataset_args()
-    arguments.num_samples = 28_000
-    arguments.train_split = 1.0
-    made = make_dataset(arguments)
-    x, y = torch.tensor(made["x"], dtype=torch.float32), torch.tensor(made["y"])
+    arguments.num_samples, arguments.train_split = samples, 1.0
+    arguments.seed = arguments.seed if seed is None else seed
+    data = make_dataset(arguments)
+    return torch.tensor(data["x"], dtype=torch.float32), torch.tensor(data["y"])
+
+
+@functools.cache
+def mnist1d() -> dict[str, Batch]:
+    """16,000 samples to draw from, 4,000 for validation and 8,000 for the test."""
+    x, y = made(28_000)
     sizes = [16_000, 4_000, 8_000]
     parts = zip(("train", "validation", "test"), x.split(sizes), y.split(sizes), strict=True)
     return {name: (some, labels) for name, some, labels in parts}
 
 
-def mlp(scale: int) -> nn.Module:
-    width = 128 * scale
-    return nn.Sequential(nn.Linear(40, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+def perceptron(inputs: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 @functools.cache
@@ -173,7 +178,10 @@ def one_pass(seed: int, steps: int, scale: int) -> Iterator[Batch]:
 
 TASKS = {
     "mnist1d": Task(
-        2400, mlp, lambda seed, steps, scale: drawn(mnist1d()["train"], 4000, 100, seed), lambda name: [mnist1d()[name]]
+        2400,
+        lambda scale: perceptron(40, 128 * scale),
+        lambda seed, steps, scale: drawn(mnist1d()["train"], 4000, 100, seed),
+        lambda name: [mnist1d()[name]],
     ),
     "digits": Task(
         400,
@@ -418,10 +426,7 @@ Cells = dict[tuple[str, float], list[Outcome]]
 
 def cells(outcomes: Iterable[Outcome]) -> Cells:
     """Outcomes by (arm, dose), each list in the order of seeds."""
-    grouped: Cells = {}
-    for outcome in sorted(outcomes, key=lambda o: (o.arm, o.dose, o.seed)):
-        grouped.setdefault((outcome.arm, outcome.dose), []).append(outcome)
-    return grouped
+    return lm.grouped(sorted(outcomes, key=lambda o: (o.arm, o.dose, o.seed)), lambda o: (o.arm, o.dose))
 
 
 def mean(outcomes: Sequence[Outcome], of: str) -> float:

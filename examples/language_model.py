@@ -32,13 +32,13 @@ import statistics
 import sysconfig
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pictures
 import torch
@@ -48,6 +48,9 @@ from tqdm import tqdm
 
 import cwd_wrap
 from cwd_wrap import CautiousDecay, MaskMonitor
+
+AKey = TypeVar("AKey")
+AnOutcome = TypeVar("AnOutcome")
 
 VOCABULARY = 256  # one token per byte
 HEAD_WIDTH = 32
@@ -371,12 +374,17 @@ def method_name(cautious: bool, settings: Settings) -> str:
     return f"CautiousDecay({settings.optimizer})" if cautious else settings.optimizer
 
 
+def grouped(outcomes: Iterable[AnOutcome], key: Callable[[AnOutcome], AKey]) -> dict[AKey, list[AnOutcome]]:
+    """Outcomes by a key, each list in their order."""
+    found: dict[AKey, list[AnOutcome]] = {}
+    for outcome in outcomes:
+        found.setdefault(key(outcome), []).append(outcome)
+    return found
+
+
 def cells(outcomes: Sequence[Outcome]) -> dict[tuple[float, bool], list[Outcome]]:
     """Outcomes by (lam, cautious), each list in the order of seeds."""
-    grouped: dict[tuple[float, bool], list[Outcome]] = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.run.lam, outcome.run.cautious), []).append(outcome)
-    return grouped
+    return grouped(outcomes, lambda o: (o.run.lam, o.run.cautious))
 
 
 def spread(values: Sequence[float]) -> float:

@@ -96,10 +96,7 @@ Cells = dict[tuple[str, float], list[Outcome]]  # by mask and lam, each in the o
 
 def cells(outcomes: Sequence[Outcome]) -> Cells:
     """Outcomes by (mask, lam)."""
-    grouped: Cells = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.run.mask, outcome.run.lam), []).append(outcome)
-    return grouped
+    return lm.grouped(outcomes, lambda o: (o.run.mask, o.run.lam))
 
 
 def spread(values: Sequence[float]) -> float:

@@ -164,10 +164,7 @@ Cells = dict[tuple[float, float], list[Outcome]]  # by p and lam, each in the or
 
 def cells(outcomes: Sequence[Outcome]) -> Cells:
     """Outcomes by (p, lam)."""
-    grouped: Cells = {}
-    for outcome in outcomes:
-        grouped.setdefault((outcome.run.p, outcome.run.lam), []).append(outcome)
-    return grouped
+    return lm.grouped(outcomes, lambda o: (o.run.p, o.run.lam))
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:

@@ -204,11 +204,7 @@ Cells = dict[tuple[str, str, str, float], list[Outcome]]  # by task, optimizer, 
 
 
 def cells(outcomes: Sequence[Outcome]) -> Cells:
-    grouped: Cells = {}
-    for outcome in outcomes:
-        run = outcome.run
-        grouped.setdefault((run.task, run.optimizer, run.decay, run.takes), []).append(outcome)
-    return grouped
+    return lm.grouped(outcomes, lambda o: (o.run.task, o.run.optimizer, o.run.decay, o.run.takes))
 
 
 def mean(group: Sequence[Outcome], place: str, of: str) -> float:

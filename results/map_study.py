@@ -60,29 +60,14 @@ class Task:
     rates: dict[str, float]  # the learning rate to start from
 
 
-def perceptron(inputs: int, width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-
-
-@functools.cache
-def mnist1d(seed: int, samples: int) -> ls.Batch:
-    """Samples of the package's own generator."""
-    from mnist1d.data import get_dataset_args, make_dataset
-
-    arguments = get_dataset_args()
-    arguments.seed, arguments.num_samples, arguments.train_split = seed, samples, 1.0
-    made = make_dataset(arguments)
-    return torch.tensor(made["x"], dtype=torch.float32), torch.tensor(made["y"])
-
-
 def mnist1d_batches(samples: int, seed: int) -> Iterator[ls.Batch]:
     """From a pool at least twice as large, so that seeds differ."""
-    return ls.drawn(mnist1d(0, max(16_000, 2 * samples)), samples, 100, seed)
+    return ls.drawn(ls.made(max(16_000, 2 * samples), 0), samples, 100, seed)
 
 
 def mnist1d_held_out(seed: int) -> dict[str, ls.Batch]:
     """4,000 and 8,000 samples, the same for all seeds."""
-    x, y = mnist1d(1, 12_000)
+    x, y = ls.made(12_000, 1)
     return {"validation": (x[:4000], y[:4000]), "test": (x[4000:], y[4000:])}
 
 
@@ -132,9 +117,10 @@ def byte_held_out(seed: int) -> dict[str, ls.Batch]:
 
 TASKS = {
     "mnist1d": Task(
-        1200, 100, lambda width: perceptron(40, width), mnist1d_batches, mnist1d_held_out, {"AdamW": 8e-3, "SGD": 0.2}
+        1200, 100, lambda width: ls.perceptron(40, width), mnist1d_batches, mnist1d_held_out,
+        {"AdamW": 8e-3, "SGD": 0.2},
     ),
-    "images": Task(600, 100, lambda width: perceptron(196, width), image_batches, image_held_out, {"AdamW": 4e-3}),
+    "images": Task(600, 100, lambda width: ls.perceptron(196, width), image_batches, image_held_out, {"AdamW": 4e-3}),
     "bytes": Task(
         640, WINDOWS * ls.CONTEXT, lambda width: lm.GPT(width, 1, ls.CONTEXT), byte_batches, byte_held_out,
         {"AdamW": 4e-3},

@@ -27,7 +27,7 @@ from map_study import Cell, Stack  # noqa: E402
 
 STEPS = 12
 TINY = {
-    "perceptron": (lambda width: map_study.perceptron(4, width), lambda g: torch.randn(24, 4, generator=g)),
+    "perceptron": (lambda width: map_study.ls.perceptron(4, width), lambda g: torch.randn(24, 4, generator=g)),
     "transformer": (lambda width: lm.GPT(width, 1, 3), lambda g: torch.randint(256, (24, 3), generator=g)),
 }
 

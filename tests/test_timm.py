@@ -598,6 +598,7 @@ def ends_alike(
             assert launched.stderr == without_runpy(launched.stderr)
         else:
             direct = run(*words, "--exit")
+            assert direct.returncode == 3
             monkeypatch.chdir(tmp_path)
             monkeypatch.syspath_prepend(tmp_path)
             with pytest.raises(SystemExit) as stopped:

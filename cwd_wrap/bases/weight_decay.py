@@ -248,7 +248,7 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
     group                                                  eta
     =====================================================  ==========================================
     coupled decay (``weight_decouple=False``, ...)         lr; d * lr (Prodigy, D-Adaptation)
-    a class in `cwd_wrap.bases.quirks.eta`                       its number, or an error with the way out
+    a class in `cwd_wrap.bases.quirks.eta`                 its number, or an error with the way out
     ``fixed_decay`` (AdaBelief, ...)                       1
     ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
     ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected

@@ -70,10 +70,9 @@ class CautiousDecay(OptimizerWrapper):
         TypeError: ``base_optimizer`` is not an optimizer, or is a class; lam, leak or a group's ``weight_decay`` is not
             a number; strict is not a bool; step_size is not callable; seed is not an int from 0 up to 2**63 - 1.
         ValueError: lam, a group's ``weight_decay`` or a step size is negative, NaN or infinite; leak is not from 0 to
-            1; mask, rounding, path or
-            backend is unknown; a wrapper inside the base decays already; the base cannot be wrapped (the text says
-            why), or a group has ``differentiable=True``; its learning rate is unknown; it cannot take the path; the
-            backend cannot run.
+            1; mask, rounding, path or backend is unknown; a wrapper inside the base decays already; the base cannot be
+            wrapped (the text says why), or a group has ``differentiable=True``; its learning rate is unknown; it cannot
+            take the path; the backend cannot run.
 
     Examples:
         >>> import torch
@@ -122,8 +121,8 @@ class CautiousDecay(OptimizerWrapper):
 
     @leak.setter
     def leak(self, value: float) -> None:
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
-            number = isinstance(value, Real) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:
             msg = f"leak={value!r:.80}: pass a number from 0 (the paper's rule) to 1 (every weight decays)"
             raise ValueError(msg) if number else TypeError(msg)
         self._leak = float(value)
@@ -174,17 +173,16 @@ class CautiousDecay(OptimizerWrapper):
             eta_lam, of = bucket.eta_lam, bucket.of
             if of is None or isinstance(eta_lam, Tensor) or of.members.index in self._warned:
                 continue
-            lost = {"lr * weight_decay": (eta_lam, "nothing decays"),
-                    "lr * weight_decay * leak": (eta_lam * self.leak, "only aligned weights decay")}  # fmt: skip
-            for what, (size, so) in lost.items():
-                if 0 < size < _HALF_ULP[dtype]:
-                    self._warned.add(of.members.index)
-                    where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
-                    notices.warn(
-                        f"{what} = {size:.2g} is too small for {weights} weights (needs {_HALF_ULP[dtype]:.2g}), so "
-                        f'{so} in {where}. Pass rounding="stochastic", or keep float32 weights'
-                    )
-                    break
+            what, size, so = "lr * weight_decay", eta_lam, "nothing decays"
+            if size >= _HALF_ULP[dtype]:
+                what, size, so = f"{what} * leak", size * self.leak, "only aligned weights decay"
+            if 0 < size < _HALF_ULP[dtype]:
+                self._warned.add(of.members.index)
+                where, weights = notices.param_group(of.members.index, of.name), str(dtype).removeprefix("torch.")
+                notices.warn(
+                    f"{what} = {size:.2g} is too small for {weights} weights (needs {_HALF_ULP[dtype]:.2g}), so "
+                    f'{so} in {where}. Pass rounding="stochastic", or keep float32 weights'
+                )
 
     def _start(self) -> None:
         super()._start()

@@ -311,7 +311,7 @@ class OptimizerWrapper(Contract):
         return loss
 
     def _stepped_alone(self) -> bool:
-        """Make the step without the base's own, if that would find nothing to do and nobody is told of it.
+        """Make the step without the base's own, if that would find nothing to do and no hook or profiler sees it.
 
         On small models, the base's step of nothing would take a third of the time.
         """

@@ -25,7 +25,7 @@ _untraced: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler
 
 
 def is_unheard(base: Optimizer) -> bool:
-    """True if nobody is told of a step of ``base``: it has no hooks, its step is that of its class, nobody profiles."""
+    """True if no hook, replaced ``step`` or profiler sees a step of ``base``."""
     own = vars(base)
     return not (
         own.get("_optimizer_step_pre_hooks")
