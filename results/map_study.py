@@ -161,6 +161,7 @@ CELLS = tuple(
         ("mnist1d", "AdamW", 32, (1000, 4000)),
         ("mnist1d", "SGD", 128, (1000, 4000)),
         ("mnist1d", "AdamW", 256, (500, 2000)),
+        ("mnist1d", "AdamW", 512, (500, 2000)),
     )
     for samples in sizes
 )

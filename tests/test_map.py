@@ -255,8 +255,6 @@ def test_the_protocol_says_what_the_map_does() -> None:
     assert f"Seeds {map_study.SEEDS[0]} to {map_study.SEEDS[-1]}, eight for each cell" in text
     assert f"seeds {map_study.TUNING_SEEDS[0]} and {map_study.TUNING_SEEDS[1]}" in text
     first, amended = text.split("## Amendments")
-    assert f"These are {len(map_study.CELLS)} cells" in text
-    assert f"in {len(map_study.CELLS)} cells make {3 * len(map_study.CELLS)} intervals" in text
     listed = [
         [
             (task, optimizer, int(width), int(samples.replace(",", "")))
@@ -266,7 +264,10 @@ def test_the_protocol_says_what_the_map_does() -> None:
         for part in (first, amended)
     ]
     assert listed[1] == list(map_study.CELLS)
-    assert set(listed[0]) == set(listed[1])
+    assert set(listed[0]) <= set(listed[1])
+    planned = len(listed[0])
+    assert f"These are {planned} cells" in text
+    assert f"in {planned} cells make {3 * planned} intervals" in text
     for task, made in map_study.TASKS.items():
         assert re.search(rf"\| {task} \|[^|]+\|[^|]+\| {made.steps:,} steps", text)
 
