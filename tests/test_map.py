@@ -23,6 +23,7 @@ import lambda_sweep as ls  # noqa: E402
 import language_model as lm  # noqa: E402
 import map_report  # noqa: E402
 import map_study  # noqa: E402
+import scripts  # noqa: E402
 from map_study import Cell, Stack  # noqa: E402
 
 STEPS = 12
@@ -291,16 +292,18 @@ def test_the_page_is_made_from_the_committed_runs() -> None:
 @pytest.mark.process
 def test_a_small_map(tmp_path: Path) -> None:
     """The command makes a cell of short runs; a second call adds nothing."""
-    command = [sys.executable, str(ROOT / "results" / "map_study.py"), "--jobs", "1", "--smoke", str(tmp_path)]
+    words = ["--jobs", "1", "--smoke", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "results" / "map_study.py"), *words]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
-    def carry_out() -> list[Any]:
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        return ls.read(tmp_path / "bytes_AdamW_32_512.csv", map_study.Outcome)
-
-    first = carry_out()
-
+    first = made(tmp_path)
     assert {outcome.arm for outcome in first} == {*map_study.LEAKS, ls.NONE}
     assert all(math.isfinite(outcome.test) for outcome in first)
     assert len({replace(outcome, seconds=0) for outcome in first}) == len(first)
-    assert carry_out() == first
+    assert scripts.run("map_study", *words).returncode == 0
+    assert made(tmp_path) == first
+
+
+def made(folder: Path) -> list[Any]:
+    return ls.read(folder / "bytes_AdamW_32_512.csv", map_study.Outcome)

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-TAKEN, DONE, CHUNKS, SELF = range(4)
-"""Places of a control: how many chunks of the work have been taken, how many are done, how many there are, and the
-address of the control, at which the first two are counted."""
-Control = ctypes.c_int64 * 20
-"""What the function is given: these four numbers, and then its own."""
+TAKEN, DONE, CHUNKS = range(3)
+"""Places of a control: how many chunks of the work have been taken, how many are done, and how many there are."""
+Control = ctypes.c_int64 * 19
+"""What the function is given: these three numbers, and then its own."""
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # a call releases the interpreter lock
 _RUNTIME = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.so[^/]*$")
@@ -87,7 +86,6 @@ def _entry() -> Callable[[int, int, int, int], None] | None:
 
 def _on_python_threads(function: int, control: "ctypes.Array[ctypes.c_int64]", threads: int) -> None:
     own = Control.from_buffer_copy(control)  # a thread that begins late finds all chunks of its own control taken
-    own[SELF] = ctypes.addressof(own)
 
     def work() -> None:
         _function(function)(ctypes.addressof(own))

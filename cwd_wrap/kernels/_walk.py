@@ -1,6 +1,6 @@
 # Functions that numba compiles are not run: their arguments have no Python types.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN002, ANN202
 """The loop over the tensors of a call, compiled by numba for each rule, and the tables that it reads (`Job`).
 
 The work is cut into chunks. A table says which tensor each chunk is of, another where the tensors are. `walk_of` makes
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import cfunc, types
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
@@ -34,37 +34,56 @@ OF_METHOD = 9
 """The place of a method's two numbers among the ``n``, after those of a `Row`: the factor of the tensor, and the
 method's own number."""
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16  # numba has neither: these types hold their bits
-TAGS: dict[torch.dtype, np.ndarray] = ByType(
-    {
-        torch.float32: np.empty(0, np.float32),
-        torch.float64: np.empty(0, np.float64),
-        torch.bfloat16: np.empty(0, np.uint16),
-        torch.float16: np.empty(0, np.int16),
-    }
+KINDS: dict[torch.dtype, type[np.generic]] = ByType(
+    {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.int16}
 )
 Row = tuple[int, tuple[float, ...]]
 """How many tensors share a row of numbers ``n``, and the row."""
-_WORD, _HALF = np.empty(0, np.int64), np.empty(0, np.int32)
-_DOUBLE, _SINGLE = TAGS[torch.float64], TAGS[torch.float32]
 
-# The places of a `_threads.Control`: three numbers, the addresses of the first and of the tables, and their sizes.
-_TAKEN, _DONE, _CHUNKS, _SELF, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(11)
+# The places of a `_threads.Control`: three numbers, the addresses of the tables, and their sizes.
+_TAKEN, _DONE, _CHUNKS, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(10)
 # For `_reader`: two C functions, its tables, and how many columns there are. How many counters each tensor has, and a
 # table of their values.
-_EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _COUNTED, _VALUES = range(11, 20)
+_EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _COUNTED, _VALUES = range(10, 19)
 
 
 # ---- what numba does not have
 
 
 @intrinsic
-def pointer(typing_context, address, tag):
-    """An address as a pointer to elements of the type of the array ``tag``."""
+def word(typing_context, address, place):
+    """The 64-bit whole number at a ``place`` of the table at ``address``."""
+    return _loading(types.int64, address, place)
+
+
+@intrinsic
+def load(typing_context, address, place, kind):
+    """The element at a ``place`` of the table of ``kind`` at ``address``."""
+    return _loading(kind.instance_type, address, place, kind)
+
+
+def _loading(element, *given):
+    def generate(context, builder, signature, arguments):
+        return builder.load(_at(context, builder, element, *arguments[:2]))
+
+    return element(*given), generate
+
+
+@intrinsic
+def store(typing_context, address, place, kind, value):
+    """Write ``value`` to a ``place`` of the table of ``kind`` at ``address``."""
+    element = kind.instance_type
 
     def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+        written = context.cast(builder, arguments[3], value, element)
+        builder.store(written, _at(context, builder, element, *arguments[:2]))
+        return context.get_dummy_value()
 
-    return types.CPointer(tag.dtype)(address, tag), generate
+    return types.none(address, place, kind, value), generate
+
+
+def _at(context, builder, element, address, place):
+    return builder.gep(builder.inttoptr(address, context.get_value_type(element).as_pointer()), [place])
 
 
 @intrinsic
@@ -201,11 +220,12 @@ def _wide(typing_context, bits):
 
 
 @intrinsic
-def _narrow(typing_context, value, like):
-    """The float32 ``value`` rounded to nearest, as 16 bits of the type of ``like``."""
+def _narrow(typing_context, value, kind):
+    """The float32 ``value`` rounded to nearest, as 16 bits of ``kind``."""
+    element = kind.instance_type
 
     def generate(context, builder, signature, arguments):
-        if like == _FLOAT16:
+        if element == _FLOAT16:
             return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
         word = ir.IntType(32)
         bits = builder.bitcast(arguments[0], word)
@@ -215,7 +235,7 @@ def _narrow(typing_context, value, like):
         chosen = builder.select(not_a_number, ir.Constant(word, 0x7FC00000), rounded)
         return builder.trunc(builder.lshr(chosen, ir.Constant(word, 16)), ir.IntType(16))
 
-    return like(value, like), generate
+    return element(value, kind), generate
 
 
 @intrinsic
@@ -232,14 +252,14 @@ def _add_square(typing_context, sums, total, value):
 
 
 @intrinsic
-def _take(typing_context, address):
-    """The number at ``address``, which is increased by one. No two threads get the same."""
+def _take(typing_context, address, place):
+    """The whole number at a ``place`` of the table at ``address``, increased by one. No two threads get the same."""
 
     def generate(context, builder, signature, arguments):
-        word = ir.IntType(64)
-        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], word.as_pointer()), word(1), "seq_cst")
+        counted = _at(context, builder, types.int64, *arguments)
+        return builder.atomic_rmw("add", counted, ir.IntType(64)(1), "seq_cst")
 
-    return types.int64(types.int64), generate
+    return types.int64(address, place), generate
 
 
 @intrinsic
@@ -254,74 +274,56 @@ def _call(typing_context, function, first, second):
     return types.int32(types.int64, types.int64, types.int64), generate
 
 
-def _table(address, tag, shape):
-    """The array at ``address``; None if there is no ``tag``."""
+@intrinsic
+def _row(typing_context, address, place, kind):
+    """The `NUMBERS` elements from a ``place`` of the table of ``kind`` at ``address``."""
+    element = kind.instance_type
+
+    def generate(context, builder, signature, arguments):
+        first = _at(context, builder, element, *arguments[:2])
+        values = [builder.load(builder.gep(first, [ir.IntType(64)(i)])) for i in range(NUMBERS)]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(element, NUMBERS)(address, place, kind), generate
 
 
-@overload(_table)
-def _(address, tag, shape):
-    if tag is types.none:
-        return lambda address, tag, shape: None
-    return lambda address, tag, shape: carray(pointer(address, tag), shape)
+def _get(address, place, kind, wide):
+    """An element of a column in the type in which the rule computes; None if there is no such column."""
 
 
-def _line(addresses, column, tensor, start, stop, tag):
-    """The elements of a chunk in one column; None if there is no such column."""
+@overload(_get)
+def _(address, place, kind, wide):
+    if kind is types.none:
+        return lambda address, place, kind, wide: None
+    if kind.instance_type in (_BFLOAT16, _FLOAT16):
+        return lambda address, place, kind, wide: _wide(load(address, place, kind))
+    if wide.instance_type == types.float32:
+        return lambda address, place, kind, wide: np.float32(load(address, place, kind))
+    return lambda address, place, kind, wide: load(address, place, kind)
 
 
-@overload(_line, inline="always")
-def _(addresses, column, tensor, start, stop, tag):
-    if tag is types.none:
-        return lambda addresses, column, tensor, start, stop, tag: None
-    return lambda addresses, column, tensor, start, stop, tag: carray(pointer(addresses[column, tensor], tag), stop)[
-        start:
-    ]
+def _put(address, place, kind, value, random):
+    """Write ``value``, stochastically rounded where there are ``random`` bits; None, or in no column: write nothing."""
 
 
-def _get(line, i, like):
-    """Element ``i`` in the type of ``like``, in which the rule computes; None if there is no such column."""
+@overload(_put)
+def _(address, place, kind, value, random):
+    if kind is types.none or value is types.none:
+        return lambda address, place, kind, value, random: None
+    if kind.instance_type not in (_BFLOAT16, _FLOAT16):
+        return lambda address, place, kind, value, random: store(address, place, kind, value)
+    if random is types.none:
+        return lambda address, place, kind, value, random: store(address, place, kind, _narrow(value, kind))
+    as_bits = np.uint16 if kind.instance_type == _BFLOAT16 else np.int16
 
-
-@overload(_get, inline="always")
-def _(line, i, like):
-    if line is types.none:
-        return lambda line, i, like: None
-    if line.dtype in (_BFLOAT16, _FLOAT16):
-        return lambda line, i, like: _wide(line[i])
-    if like == types.float32:
-        return lambda line, i, like: np.float32(line[i])
-    return lambda line, i, like: line[i]
-
-
-def _put(line, i, value, random):
-    """Write ``value`` to element ``i``, stochastically rounded where there are ``random`` bits; None writes nothing."""
-
-
-@overload(_put)  # without inline="always": numba would warn about the branches
-def _(line, i, value, random):
-    if line is types.none or value is types.none:
-        return lambda line, i, value, random: None
-    if line.dtype not in (_BFLOAT16, _FLOAT16):
-
-        def write(line, i, value, random):
-            line[i] = value
-
-    elif random is types.none:
-
-        def write(line, i, value, random):
-            line[i] = _narrow(value, line[i])
-
-    else:
-        as_bits = np.uint16 if line.dtype == _BFLOAT16 else np.int16
-
-        def write(line, i, value, random):
-            # The twin of rules.stochastic_rounding.
-            bits = _narrow(value, line[i])
-            nearest = _wide(bits)
-            other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
-            other = _wide(other_bits)
-            chance = (value - nearest) / (other - nearest)
-            line[i] = other_bits if np.float32(random) * np.float32(2**-16) < chance else bits
+    def write(address, place, kind, value, random):
+        # The twin of rules.stochastic_rounding.
+        bits = _narrow(value, kind)
+        nearest = _wide(bits)
+        other_bits = as_bits(bits + (1 if abs(value) > abs(nearest) else -1))
+        other = _wide(other_bits)
+        chance = (value - nearest) / (other - nearest)
+        store(address, place, kind, other_bits if np.float32(random) * np.float32(2**-16) < chance else bits)
 
     return write
 
@@ -345,56 +347,28 @@ def _random(key, place):
     )
 
 
-def _bits(keys, tensor, place):
-    """`_random`, or None for each tensor if there are no keys."""
+def _bits(draws, keys, tensor, place):
+    """`_random`, or None for each tensor unless it ``draws``."""
 
 
-@overload(_bits, inline="always")
-def _(keys, tensor, place):
-    if keys is types.none:
-        return lambda keys, tensor, place: (None, None, None, None)
-    return lambda keys, tensor, place: _random(keys[tensor], place)
+@overload(_bits)
+def _(draws, keys, tensor, place):
+    if draws is types.none:
+        return lambda draws, keys, tensor, place: (None, None, None, None)
+    return lambda draws, keys, tensor, place: _random(word(keys, tensor), place)
 
 
-def _add_one(counts, count, mask):
+@intrinsic
+def _add_one(typing_context, counts, count, mask):
     """The ``count`` with ``mask`` added, if there are ``counts``. In 32 bits: 64 would halve the width of vectors."""
 
+    def generate(context, builder, signature, arguments):
+        if counts is types.none:
+            return arguments[1]
+        bit = builder.trunc(arguments[2], ir.IntType(1))
+        return builder.add(arguments[1], builder.zext(bit, ir.IntType(32)))
 
-@overload(_add_one, inline="always")
-def _(counts, count, mask):
-    if counts is types.none:
-        return lambda counts, count, mask: count
-    return lambda counts, count, mask: np.int32(count + mask)
-
-
-def _note_count(counts, k, count):
-    """Write the count of chunk ``k``, if there are ``counts``."""
-
-
-@overload(_note_count)
-def _(counts, k, count):
-    if counts is types.none:
-        return lambda counts, k, count: None
-
-    def write(counts, k, count):
-        counts[k] = count
-
-    return write
-
-
-def _note(sums, k, moved, decayed, step, weight):
-    """Write the sums of chunk ``k``, if there are ``sums``."""
-
-
-@overload(_note)
-def _(sums, k, moved, decayed, step, weight):
-    if sums is types.none:
-        return lambda sums, k, moved, decayed, step, weight: None
-
-    def write(sums, k, moved, decayed, step, weight):
-        sums[k, 0], sums[k, 1], sums[k, 2], sums[k, 3] = moved, decayed, step, weight
-
-    return write
+    return count(counts, count, mask), generate
 
 
 def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -409,6 +383,16 @@ def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> C
     return made
 
 
+@register_jitable
+def _write_counters(control):
+    counters, tensors = word(control, _COUNTED), word(control, _TENSORS)
+    addresses, values = word(control, _AT), word(control, _VALUES)
+    for i in range(counters):
+        for tensor in range(tensors):
+            address = word(addresses, (COLUMNS + i) * tensors + tensor)
+            store(address, 0, np.float32, load(values, i * tensors + tensor, np.float64))
+
+
 def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
     """The loop for ``rule``: a function that compiles it for given types, and returns its address.
 
@@ -418,66 +402,60 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
 
     @functools.cache
     def walk(columns: tuple[torch.dtype | None, ...], wide: torch.dtype, strict: bool, draws: bool, counts: int) -> Any:
-        tags = tuple(None if dtype is None else TAGS[dtype] for dtype in columns)
-        of_numbers = TAGS[wide]
-        of_keys, of_counts, of_sums = (
-            _WORD if draws else None,
-            _WORD if counts else None,
-            _DOUBLE if counts > 1 else None,
-        )
+        kind0, kind1, kind2, kind3, kind4 = (None if dtype is None else KINDS[dtype] for dtype in columns)
+        wide_kind = KINDS[wide]
+        drawing, counting, summing = draws or None, counts > 0 or None, counts > 1 or None
 
-        @compiled(cfunc, types.void(types.CPointer(types.int64)), error_model="numpy")
+        @compiled(cfunc, types.void(types.int64), error_model="numpy")
         def walk(control):
-            at = carray(control, _VALUES + 1)
-            counters, tensors = at[_COUNTED], at[_TENSORS]
-            last = at[_CHUNKS] - min(counters, 1)
-            addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
-            values = carray(pointer(at[_VALUES], _DOUBLE), (COUNTERS, tensors))
-            chunks = carray(pointer(at[_TABLE], _WORD), (last, 4))
-            numbers = carray(pointer(at[_NUMBERS], of_numbers), (tensors, NUMBERS))
-            counts = _table(at[_COUNTS], of_counts, last)
-            keys = _table(at[_KEYS], of_keys, tensors)
-            sums = _table(at[_SUMS], of_sums, (last, 4))
+            counters, tensors = word(control, _COUNTED), word(control, _TENSORS)
+            addresses, numbers, chunks = word(control, _AT), word(control, _NUMBERS), word(control, _TABLE)
+            keys, counts, sums = word(control, _KEYS), word(control, _COUNTS), word(control, _SUMS)
+            last = word(control, _CHUNKS) - min(counters, 1)
             while True:
-                k = _take(at[_SELF])
+                k = _take(control, _TAKEN)
                 if k == last and counters > 0:  # here, so that no interrupt can part counters and weights
-                    for i in range(counters):
-                        for tensor in range(tensors):
-                            carray(pointer(addresses[COLUMNS + i, tensor], _SINGLE), 1)[0] = values[i, tensor]
-                    _take(at[_SELF] + 8)
+                    _write_counters(control)
+                    _take(control, _DONE)
                 if k >= last:
                     break
-                tensor, start, stop, place = chunks[k, 0], chunks[k, 1], chunks[k, 2], chunks[k, 3]
-                row = numbers[tensor]
-                n = (
-                    row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8], row[9], row[10],
+                tensor, start, stop, place = (
+                    word(chunks, 4 * k), word(chunks, 4 * k + 1), word(chunks, 4 * k + 2), word(chunks, 4 * k + 3),
                 )  # fmt: skip
-                line0 = _line(addresses, 0, tensor, start, stop, tags[0])
-                line1 = _line(addresses, 1, tensor, start, stop, tags[1])
-                line2 = _line(addresses, 2, tensor, start, stop, tags[2])
-                line3 = _line(addresses, 3, tensor, start, stop, tags[3])
-                line4 = _line(addresses, 4, tensor, start, stop, tags[4])
+                n = _row(numbers, NUMBERS * tensor, wide_kind)
+                line0 = word(addresses, tensor)
+                line1 = word(addresses, tensors + tensor)
+                line2 = word(addresses, 2 * tensors + tensor)
+                line3 = word(addresses, 3 * tensors + tensor)
+                line4 = word(addresses, 4 * tensors + tensor)
                 count = np.int32(0)
                 moved = decayed = step = weight = number(False, n[0])
-                for i in range(stop - start):
+                for j in range(stop - start):
+                    i = start + j
                     new0, new1, new2, new3, new4, mask, seen = rule(
-                        _get(line0, i, n[0]), _get(line1, i, n[0]), _get(line2, i, n[0]), _get(line3, i, n[0]),
-                        _get(line4, i, n[0]), n, strict,
+                        _get(line0, i, kind0, wide_kind), _get(line1, i, kind1, wide_kind),
+                        _get(line2, i, kind2, wide_kind), _get(line3, i, kind3, wide_kind),
+                        _get(line4, i, kind4, wide_kind), n, strict,
                     )  # fmt: skip
-                    random = _bits(keys, tensor, place + i)
-                    _put(line0, i, new0, random[0])
-                    _put(line1, i, new1, None)
-                    _put(line2, i, new2, random[1])
-                    _put(line3, i, new3, random[2])
-                    _put(line4, i, new4, random[3])
-                    count = _add_one(counts, count, mask)
-                    moved = _add_square(sums, moved, seen[0])
-                    decayed = _add_square(sums, decayed, seen[1])
-                    step = _add_square(sums, step, seen[2])
-                    weight = _add_square(sums, weight, seen[3])
-                _note_count(counts, k, count)
-                _note(sums, k, moved, decayed, step, weight)
-                _take(at[_SELF] + 8)
+                    random = _bits(drawing, keys, tensor, place + j)
+                    _put(line0, i, kind0, new0, random[0])
+                    _put(line1, i, kind1, new1, None)
+                    _put(line2, i, kind2, new2, random[1])
+                    _put(line3, i, kind3, new3, random[2])
+                    _put(line4, i, kind4, new4, random[3])
+                    count = _add_one(counting, count, mask)
+                    moved = _add_square(summing, moved, seen[0])
+                    decayed = _add_square(summing, decayed, seen[1])
+                    step = _add_square(summing, step, seen[2])
+                    weight = _add_square(summing, weight, seen[3])
+                if counting:
+                    store(counts, k, np.int64, count)
+                if summing:
+                    store(sums, 4 * k, np.float64, moved)
+                    store(sums, 4 * k + 1, np.float64, decayed)
+                    store(sums, 4 * k + 2, np.float64, step)
+                    store(sums, 4 * k + 3, np.float64, weight)
+                _take(control, _DONE)
 
         return walk
 
@@ -491,7 +469,7 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
 def _reader() -> Callable[[int], int]:
     """The compiled `read`, which holds the interpreter lock."""
 
-    @compiled(cfunc, types.int32(types.CPointer(types.int64)))
+    @compiled(cfunc, types.int32(types.int64))
     def read(control):
         """Note the tensors' addresses. Returns 0 if one is not as the tables of sizes and kinds say, else 1.
 
@@ -499,39 +477,36 @@ def _reader() -> Callable[[int], int]:
 
         A function of DLPack's C exchange API says what a tensor is, in a DLTensor (``facts``).
         """
-        at = carray(control, _COUNTED + 1)
-        rows, tensors = at[_ROWS], at[_TENSORS]
-        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
-        ids = carray(pointer(at[_IDS], _WORD), (COLUMNS + COUNTERS, tensors))
-        sizes, kinds = (
-            carray(pointer(at[_SIZES], _WORD), tensors),
-            carray(pointer(at[_TYPES], _WORD), COLUMNS + COUNTERS),
-        )
-        facts, halves = carray(pointer(at[_FACTS], _WORD), 6), carray(pointer(at[_FACTS], _HALF), 12)
+        rows, tensors, counted = word(control, _ROWS), word(control, _TENSORS), word(control, _COUNTED)
+        addresses, ids = word(control, _AT), word(control, _IDS)
+        sizes, kinds, facts = word(control, _SIZES), word(control, _TYPES), word(control, _FACTS)
+        exchange, clear = word(control, _EXCHANGE), word(control, _CLEAR)
         for tensor in range(tensors):
             weight, dimensions = 0, 0  # the shape of the weight
-            for i in range(rows + at[_COUNTED]):
+            for i in range(rows + counted):
                 row = i if i < rows else COLUMNS + i - rows
-                if _call(at[_EXCHANGE], ids[row, tensor], at[_FACTS]) != 0:
-                    _call(at[_CLEAR], 0, 0)
+                if _call(exchange, word(ids, row * tensors + tensor), facts) != 0:
+                    _call(clear, 0, 0)
                     return np.int32(0)
-                shape, stride, size = facts[3], facts[4], 1
+                data, shape, stride = word(facts, 0), word(facts, 3), word(facts, 4)
+                device, rank, kind = load(facts, 2, np.int32), load(facts, 4, np.int32), load(facts, 5, np.int32)
+                size = 1
                 if i == 0:
-                    weight, dimensions = shape, halves[4]
-                elif i < rows and halves[4] != dimensions:
+                    weight, dimensions = shape, rank
+                elif i < rows and rank != dimensions:
                     return np.int32(0)
-                for d in range(halves[4] - 1, -1, -1):
-                    length = carray(pointer(shape + 8 * d, _WORD), 1)[0]
-                    if length > 1 and stride != 0 and carray(pointer(stride + 8 * d, _WORD), 1)[0] != size:
+                for d in range(rank - 1, -1, -1):
+                    length = word(shape, d)
+                    if length > 1 and stride != 0 and word(stride, d) != size:
                         return np.int32(0)  # not contiguous
-                    if i < rows and length != carray(pointer(weight + 8 * d, _WORD), 1)[0]:
+                    if i < rows and length != word(weight, d):
                         return np.int32(0)
                     size *= length
-                if halves[2] != 1 or halves[5] != kinds[row] or (facts[0] == 0 and size > 0):
+                if device != 1 or kind != word(kinds, row) or (data == 0 and size > 0):
                     return np.int32(0)
-                if size != (sizes[tensor] if i < rows else 1):
+                if size != (word(sizes, tensor) if i < rows else 1):
                     return np.int32(0)
-                addresses[row, tensor] = facts[0] + facts[5]
+                store(addresses, row * tensors + tensor, np.int64, data + word(facts, 5))
         return np.int32(1)
 
     return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(read.address)
@@ -541,17 +516,17 @@ def _reader() -> Callable[[int], int]:
 def _counter() -> Callable[[int], int]:
     """The compiled `count`, which holds the interpreter lock."""
 
-    @compiled(cfunc, types.int32(types.CPointer(types.int64)))
+    @compiled(cfunc, types.int32(types.int64))
     def count(control):
         """Note the counters of each tensor. Returns 1 if all tensors have the same, else 0."""
-        at = carray(control, _VALUES + 1)
-        tensors, same = at[_TENSORS], True
-        addresses = carray(pointer(at[_AT], _WORD), (COLUMNS + COUNTERS, tensors))
-        values = carray(pointer(at[_VALUES], _DOUBLE), (COUNTERS, tensors))
-        for i in range(at[_COUNTED]):
+        tensors, same = word(control, _TENSORS), True
+        addresses, values = word(control, _AT), word(control, _VALUES)
+        for i in range(word(control, _COUNTED)):
             for tensor in range(tensors):
-                values[i, tensor] = carray(pointer(addresses[COLUMNS + i, tensor], _SINGLE), 1)[0]
-                same &= values[i, tensor] == values[i, 0]
+                address = word(addresses, (COLUMNS + i) * tensors + tensor)
+                value = np.float64(load(address, 0, np.float32))
+                store(values, i * tensors + tensor, np.float64, value)
+                same &= value == load(values, i * tensors, np.float64)
         return np.int32(same)
 
     return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(count.address)
@@ -602,7 +577,7 @@ class Job:
         of_columns: list[torch.dtype | None] = [column[0].dtype for column in columns]
         self.types = tuple(of_columns + [None] * (COLUMNS - len(columns)))
         self.wide = torch.float64 if first[0].dtype == torch.float64 else torch.float32
-        self.numbers = np.zeros((len(first), NUMBERS), TAGS[self.wide].dtype)
+        self.numbers = np.zeros((len(first), NUMBERS), KINDS[self.wide])
         self._sizes = np.fromiter(map(Tensor.numel, first), np.int64, len(first))
         self._total = int(self._sizes.sum())
         self._draws = False
@@ -615,7 +590,7 @@ class Job:
         self._kinds = np.array([_KINDS[torch.float32 if t is None else t] for t in types_of], np.int64)
         self._facts = np.zeros(6, np.int64)
         self._control = _threads.Control()
-        self._at = self._control[_SELF] = ctypes.addressof(self._control)
+        self._at = ctypes.addressof(self._control)
         self._control[_TENSORS], self._control[_ROWS] = len(first), len(columns)
         self._control[_COUNTED] = len(counters)
         tables = (self._addresses, self.numbers, self._sizes, self._values, self._ids, self._kinds, self._facts)
