@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -148,3 +149,21 @@ def test_numba_without_its_compiler_is_not_chosen(monkeypatch: pytest.MonkeyPatc
     assert kernels.name(None, CPU) == "eager"
     with pytest.raises(ValueError, match="NUMBA_DISABLE_JIT switches numba's compiler off"):
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.5, backend="numba")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_each_loop_has_its_own_file_on_disk(tmp_path: Path) -> None:
+    """In a common file, processes that compile two loops at once could mix them up: numba locks nothing."""
+    lines = [
+        "import torch, cwd_wrap",
+        "for dtype, options in ((torch.float32, {}), (torch.float64, {}), (torch.float64, {'strict': True})):",
+        "    p = torch.nn.Parameter(torch.ones(2, dtype=dtype)); p.grad = torch.ones_like(p)",
+        "    cwd_wrap.CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.1, **options).step()",
+    ]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=True)
+    loops = [path.name for path in tmp_path.rglob("*.nbc") if "sgd_with_decay" in path.name]
+
+    assert len(loops) == 3
+    assert all(".1.nbc" in name for name in loops)

@@ -181,7 +181,7 @@ def _add_walk(name: str, rule: Callable[..., Any]) -> None:
     """
     rule.__name__ = rule.__qualname__ = f"{name}_{_MADE_OF}"
     globals()[rule.__name__] = rule
-    _walks[name] = walk_of(rule)
+    _walks[name] = walk_of(name, rule)
 
 
 for _name, _rule in (

@@ -40,7 +40,7 @@ KINDS: dict[torch.dtype, type[np.generic]] = ByType(
 Row = tuple[int, tuple[float, ...]]
 """How many tensors share a row of numbers ``n``, and the row."""
 
-# The places of a `_threads.Control`: three numbers, the addresses of the tables, and their sizes.
+# The places of a `_threads.Control`: three numbers, the addresses of the tables, and the number of tensors.
 _TAKEN, _DONE, _CHUNKS, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(10)
 # For `_reader`: two C functions, its tables, and how many columns there are. How many counters each tensor has, and a
 # table of their values.
@@ -51,7 +51,7 @@ _EXCHANGE, _CLEAR, _IDS, _SIZES, _TYPES, _FACTS, _ROWS, _COUNTED, _VALUES = rang
 
 
 @intrinsic
-def word(typing_context, address, place):
+def entry(typing_context, address, place):
     """The 64-bit whole number at a ``place`` of the table at ``address``."""
     return _loading(types.int64, address, place)
 
@@ -239,8 +239,8 @@ def _narrow(typing_context, value, kind):
 
 
 @intrinsic
-def _add_square(typing_context, sums, total, value):
-    """``total`` + ``value``**2 if there are ``sums``. LLVM may reorder the additions, so that it can vectorise them."""
+def _add_square(typing_context, summing, total, value):
+    """``total`` + ``value``**2 if ``summing``. LLVM may reorder the additions, so that it can vectorise them."""
 
     def generate(context, builder, signature, arguments):
         _, total, value = arguments
@@ -248,7 +248,7 @@ def _add_square(typing_context, sums, total, value):
             return total
         return builder.fadd(total, builder.fmul(value, value), flags=("reassoc",))
 
-    return total(sums, total, value), generate
+    return total(summing, total, value), generate
 
 
 @intrinsic
@@ -303,7 +303,7 @@ def _(address, place, kind, wide):
 
 
 def _put(address, place, kind, value, random):
-    """Write ``value``, stochastically rounded where there are ``random`` bits; None, or in no column: write nothing."""
+    """Write ``value``, stochastically rounded where there are ``random`` bits. None, and no column, write nothing."""
 
 
 @overload(_put)
@@ -348,27 +348,27 @@ def _random(key, place):
 
 
 def _bits(draws, keys, tensor, place):
-    """`_random`, or None for each tensor unless it ``draws``."""
+    """`_random` if the loop ``draws``, else None for each tensor."""
 
 
 @overload(_bits)
 def _(draws, keys, tensor, place):
     if draws is types.none:
         return lambda draws, keys, tensor, place: (None, None, None, None)
-    return lambda draws, keys, tensor, place: _random(word(keys, tensor), place)
+    return lambda draws, keys, tensor, place: _random(entry(keys, tensor), place)
 
 
 @intrinsic
-def _add_one(typing_context, counts, count, mask):
-    """The ``count`` with ``mask`` added, if there are ``counts``. In 32 bits: 64 would halve the width of vectors."""
+def _add_one(typing_context, counting, count, mask):
+    """The ``count`` with ``mask`` added, if ``counting``. In 32 bits: 64 would halve the width of vectors."""
 
     def generate(context, builder, signature, arguments):
-        if counts is types.none:
+        if counting is types.none:
             return arguments[1]
         bit = builder.trunc(arguments[2], ir.IntType(1))
         return builder.add(arguments[1], builder.zext(bit, ir.IntType(32)))
 
-    return count(counts, count, mask), generate
+    return count(counting, count, mask), generate
 
 
 def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -385,16 +385,16 @@ def compiled(compiler: Callable[..., Any], *arguments: Any, **options: Any) -> C
 
 @register_jitable
 def _write_counters(control):
-    counters, tensors = word(control, _COUNTED), word(control, _TENSORS)
-    addresses, values = word(control, _AT), word(control, _VALUES)
+    counters, tensors = entry(control, _COUNTED), entry(control, _TENSORS)
+    addresses, values = entry(control, _AT), entry(control, _VALUES)
     for i in range(counters):
         for tensor in range(tensors):
-            address = word(addresses, (COLUMNS + i) * tensors + tensor)
+            address = entry(addresses, (COLUMNS + i) * tensors + tensor)
             store(address, 0, np.float32, load(values, i * tensors + tensor, np.float64))
 
 
-def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
-    """The loop for ``rule``: a function that compiles it for given types, and returns its address.
+def walk_of(name: str, rule: Callable[..., Any]) -> Callable[..., int]:
+    """The loop for the ``rule`` of a name: a function that compiles it for given types, and returns its address.
 
     It takes the types of the columns, None where there is none, and of the numbers; is the rule ``strict``; does it
     draw random numbers; and how many of `rules.sums` are made for each chunk: 0, 1 or 5.
@@ -406,12 +406,11 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
         wide_kind = KINDS[wide]
         drawing, counting, summing = draws or None, counts > 0 or None, counts > 1 or None
 
-        @compiled(cfunc, types.void(types.int64), error_model="numpy")
         def walk(control):
-            counters, tensors = word(control, _COUNTED), word(control, _TENSORS)
-            addresses, numbers, chunks = word(control, _AT), word(control, _NUMBERS), word(control, _TABLE)
-            keys, counts, sums = word(control, _KEYS), word(control, _COUNTS), word(control, _SUMS)
-            last = word(control, _CHUNKS) - min(counters, 1)
+            counters, tensors = entry(control, _COUNTED), entry(control, _TENSORS)
+            addresses, numbers, chunks = entry(control, _AT), entry(control, _NUMBERS), entry(control, _TABLE)
+            keys, counts, sums = entry(control, _KEYS), entry(control, _COUNTS), entry(control, _SUMS)
+            last = entry(control, _CHUNKS) - min(counters, 1)
             while True:
                 k = _take(control, _TAKEN)
                 if k == last and counters > 0:  # here, so that no interrupt can part counters and weights
@@ -420,14 +419,14 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
                 if k >= last:
                     break
                 tensor, start, stop, place = (
-                    word(chunks, 4 * k), word(chunks, 4 * k + 1), word(chunks, 4 * k + 2), word(chunks, 4 * k + 3),
+                    entry(chunks, 4 * k), entry(chunks, 4 * k + 1), entry(chunks, 4 * k + 2), entry(chunks, 4 * k + 3),
                 )  # fmt: skip
                 n = _row(numbers, NUMBERS * tensor, wide_kind)
-                line0 = word(addresses, tensor)
-                line1 = word(addresses, tensors + tensor)
-                line2 = word(addresses, 2 * tensors + tensor)
-                line3 = word(addresses, 3 * tensors + tensor)
-                line4 = word(addresses, 4 * tensors + tensor)
+                line0 = entry(addresses, tensor)
+                line1 = entry(addresses, tensors + tensor)
+                line2 = entry(addresses, 2 * tensors + tensor)
+                line3 = entry(addresses, 3 * tensors + tensor)
+                line4 = entry(addresses, 4 * tensors + tensor)
                 count = np.int32(0)
                 moved = decayed = step = weight = number(False, n[0])
                 for j in range(stop - start):
@@ -457,7 +456,10 @@ def walk_of(rule: Callable[..., Any]) -> Callable[..., int]:
                     store(sums, 4 * k + 3, np.float64, weight)
                 _take(control, _DONE)
 
-        return walk
+        # A file on disk for each loop: processes that compile two loops at once could mix them up in a common one.
+        parts = ("none" if kind is None else kind.__name__ for kind in (kind0, kind1, kind2, kind3, kind4, wide_kind))
+        walk.__qualname__ = "_".join((name, *parts, *map(str, (strict, draws, counts))))
+        return compiled(cfunc, types.void(types.int64), error_model="numpy")(walk)
 
     return lambda *types_of: int(walk(*types_of).address)
 
@@ -477,18 +479,18 @@ def _reader() -> Callable[[int], int]:
 
         A function of DLPack's C exchange API says what a tensor is, in a DLTensor (``facts``).
         """
-        rows, tensors, counted = word(control, _ROWS), word(control, _TENSORS), word(control, _COUNTED)
-        addresses, ids = word(control, _AT), word(control, _IDS)
-        sizes, kinds, facts = word(control, _SIZES), word(control, _TYPES), word(control, _FACTS)
-        exchange, clear = word(control, _EXCHANGE), word(control, _CLEAR)
+        rows, tensors, counted = entry(control, _ROWS), entry(control, _TENSORS), entry(control, _COUNTED)
+        addresses, ids = entry(control, _AT), entry(control, _IDS)
+        sizes, kinds, facts = entry(control, _SIZES), entry(control, _TYPES), entry(control, _FACTS)
+        exchange, clear = entry(control, _EXCHANGE), entry(control, _CLEAR)
         for tensor in range(tensors):
             weight, dimensions = 0, 0  # the shape of the weight
             for i in range(rows + counted):
                 row = i if i < rows else COLUMNS + i - rows
-                if _call(exchange, word(ids, row * tensors + tensor), facts) != 0:
+                if _call(exchange, entry(ids, row * tensors + tensor), facts) != 0:
                     _call(clear, 0, 0)
                     return np.int32(0)
-                data, shape, stride = word(facts, 0), word(facts, 3), word(facts, 4)
+                data, shape, stride = entry(facts, 0), entry(facts, 3), entry(facts, 4)
                 device, rank, kind = load(facts, 2, np.int32), load(facts, 4, np.int32), load(facts, 5, np.int32)
                 size = 1
                 if i == 0:
@@ -496,17 +498,17 @@ def _reader() -> Callable[[int], int]:
                 elif i < rows and rank != dimensions:
                     return np.int32(0)
                 for d in range(rank - 1, -1, -1):
-                    length = word(shape, d)
-                    if length > 1 and stride != 0 and word(stride, d) != size:
+                    length = entry(shape, d)
+                    if length > 1 and stride != 0 and entry(stride, d) != size:
                         return np.int32(0)  # not contiguous
-                    if i < rows and length != word(weight, d):
+                    if i < rows and length != entry(weight, d):
                         return np.int32(0)
                     size *= length
-                if device != 1 or kind != word(kinds, row) or (data == 0 and size > 0):
+                if device != 1 or kind != entry(kinds, row) or (data == 0 and size > 0):
                     return np.int32(0)
-                if size != (word(sizes, tensor) if i < rows else 1):
+                if size != (entry(sizes, tensor) if i < rows else 1):
                     return np.int32(0)
-                store(addresses, row * tensors + tensor, np.int64, data + word(facts, 5))
+                store(addresses, row * tensors + tensor, np.int64, data + entry(facts, 5))
         return np.int32(1)
 
     return ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(read.address)
@@ -519,11 +521,11 @@ def _counter() -> Callable[[int], int]:
     @compiled(cfunc, types.int32(types.int64))
     def count(control):
         """Note the counters of each tensor. Returns 1 if all tensors have the same, else 0."""
-        tensors, same = word(control, _TENSORS), True
-        addresses, values = word(control, _AT), word(control, _VALUES)
-        for i in range(word(control, _COUNTED)):
+        tensors, same = entry(control, _TENSORS), True
+        addresses, values = entry(control, _AT), entry(control, _VALUES)
+        for i in range(entry(control, _COUNTED)):
             for tensor in range(tensors):
-                address = word(addresses, (COLUMNS + i) * tensors + tensor)
+                address = entry(addresses, (COLUMNS + i) * tensors + tensor)
                 value = np.float64(load(address, 0, np.float32))
                 store(values, i * tensors + tensor, np.float64, value)
                 same &= value == load(values, i * tensors, np.float64)
@@ -560,7 +562,7 @@ def _exchange() -> tuple[int, int] | None:
     return (int(api.dltensor), clear) if api.major == 1 and api.dltensor else None
 
 
-_KINDS = ByType({torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002})
+_DLPACK = ByType({torch.float32: 0x12002, torch.float64: 0x14002, torch.bfloat16: 0x11004, torch.float16: 0x11002})
 """Each type in DLPack: its code, its bits, and one lane."""
 
 
@@ -587,7 +589,7 @@ class Job:
         self._of_ids: list[Sequence[Tensor] | None] = [None] * (COLUMNS + COUNTERS)
         self._addresses = np.zeros((COLUMNS + COUNTERS, len(first)), np.int64)
         types_of = (*self.types, *[torch.float32] * COUNTERS)
-        self._kinds = np.array([_KINDS[torch.float32 if t is None else t] for t in types_of], np.int64)
+        self._kinds = np.array([_DLPACK[torch.float32 if t is None else t] for t in types_of], np.int64)
         self._facts = np.zeros(6, np.int64)
         self._control = _threads.Control()
         self._at = ctypes.addressof(self._control)
