@@ -107,7 +107,7 @@ experiments: $(BIN)/.results  ## the experiments of docs/experiments.md, tables 
 	$(BIN)/python examples/convergence.py --lengths 300 600 1200
 	$(BIN)/python examples/bfloat16.py
 
-map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: 70 minutes), then docs/map.md
+map: $(BIN)/.results  ## what results/map lacks of docs/map_protocol.md (all of it: 80 minutes), then docs/map.md
 	$(BIN)/python results/map_study.py
 	$(BIN)/python results/map_report.py
 

@@ -1,6 +1,6 @@
 """The map of docs/map_protocol.md: makes all runs that are not in the folder map yet.
 
-    python results/map_study.py                 # about 70 minutes on two cores; stop and start it as you like
+    python results/map_study.py                 # about 80 minutes on two cores; stop and start it as you like
     python results/map_study.py --smoke DIR     # a few seconds: one short cell, into DIR
 
 A *cell* is a task, an optimizer, a width and a number of samples. All seeds of a cell are trained at once, as one
