@@ -100,4 +100,4 @@ def save(figure: Figure, path: Path) -> None:
     text = text.replace("<defs>", f"<style>@media (prefers-color-scheme:dark){{{rules}}}</style>\n <defs>", 1)
     # Places to a tenth of a point: less than half the size of the file.
     text = re.sub(r'(?<= d=")[^"]*', lambda d: re.sub(r"(\.\d)\d+", r"\1", d[0]), text)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(re.sub(" +$", "", text, flags=re.MULTILINE), encoding="utf-8")
