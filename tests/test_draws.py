@@ -158,3 +158,19 @@ def test_steps_in_inference_mode_draw_the_same(method: dict[str, str], inside: t
             opt.step()
 
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("path", ["direction", "one_pass"])
+def test_a_tensor_of_several_chunks_draws_by_place(path: str) -> None:
+    """numba takes a long tensor in chunks of 65,536: each weight has the random numbers of its place."""
+    pytest.importorskip("numba")
+    found = []
+    for backend in ("eager", "numba"):
+        p = nn.Parameter(torch.ones((1 << 16) + 8, dtype=torch.bfloat16))
+        p.grad = torch.full_like(p, 2.0**-10)
+        opt = CautiousDecay(SGD([p], lr=0.5), lam=2.0**-10, rounding="stochastic", seed=3, path=path, backend=backend)
+        opt.step()
+        found.append(p.detach())
+
+    assert 0 < (found[0] != 1).sum() < len(found[0])
+    assert torch.equal(*found)
