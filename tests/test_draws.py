@@ -1,4 +1,4 @@
-"""Ranks draw the same random numbers as one process; a seed that is set later; steps in inference mode."""
+"""Ranks and chunks draw by place, as one process does; a seed that is set later; steps in inference mode."""
 
 import copy
 from typing import Any
@@ -162,11 +162,11 @@ def test_steps_in_inference_mode_draw_the_same(method: dict[str, str], inside: t
 
 @pytest.mark.parametrize("path", ["direction", "one_pass"])
 def test_a_tensor_of_several_chunks_draws_by_place(path: str) -> None:
-    """numba takes a long tensor in chunks of 65,536: each weight has the random numbers of its place."""
-    pytest.importorskip("numba")
+    """numba takes a long tensor in chunks: each weight has the random numbers of its place."""
+    chunk = pytest.importorskip("cwd_wrap.kernels._walk").CHUNK
     found = []
     for backend in ("eager", "numba"):
-        p = nn.Parameter(torch.ones((1 << 16) + 8, dtype=torch.bfloat16))
+        p = nn.Parameter(torch.ones(chunk + 8, dtype=torch.bfloat16))
         p.grad = torch.full_like(p, 2.0**-10)
         opt = CautiousDecay(SGD([p], lr=0.5), lam=2.0**-10, rounding="stochastic", seed=3, path=path, backend=backend)
         opt.step()
