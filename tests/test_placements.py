@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 import torch
 from ranks import spawn
-from support import METHODS_ON_PATHS, Method
+from support import METHODS_ON_PATHS, METHODS_ONCE, Method
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from cwd_wrap import PNormDecay
 
 pytestmark = pytest.mark.xdist_group("ranks")
-METHODS: list[Method] = [case.values[0] for case in METHODS_ON_PATHS if not case.marks]
+ALL, ONCE = ([case.values[0] for case in cases if not case.marks] for cases in (METHODS_ON_PATHS, METHODS_ONCE))
+CASES: dict[str, list[Method]] = {"rows": ALL, "columns": ONCE, "replicated": ONCE, "partial sums": ONCE}
+"""Every method on every path on rows; each path with one method, and each method on one path, in other layouts."""
 STEPS = 3
 F64 = torch.float64
 
@@ -57,7 +59,7 @@ def check_layout(rank: int, layout: str) -> None:
     place_gradient = None
     if layout == "partial sums":
         place_gradient = lambda g: DTensor.from_local(g * (3.0, -2.0)[rank], mesh, [Partial()])  # their sum is g
-    for method in METHODS:
+    for method in CASES[layout]:
         for name, base in BASES.items():
             if method.base and name == "SGD":
                 continue  # torch's fused SGD takes no DTensor
@@ -71,7 +73,7 @@ def check_layout(rank: int, layout: str) -> None:
     assert PNormDecay(SGD(params, lr=0.1), lam=0.5).sparsity() == [zeros / numel]
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns", "replicated", "partial sums"])
+@pytest.mark.parametrize("layout", CASES)
 def test_two_ranks_are_one(layout: str) -> None:
     """Every method on every path gives the weights of one process, also on uneven and empty shards.
 

@@ -402,7 +402,7 @@ def trained_on(rank: int, folder: str, until: int) -> Any:
 
     model, parts = engines.fsdp2()
     optimizer = CautiousDecay(AdamW(model.parameters(), lr=0.01, weight_decay=0.5, fused=True))
-    whole = [step for step in range(until) if (Path(folder) / f"{step}" / ".metadata").exists()]
+    whole = sorted(int(metadata.parent.name) for metadata in Path(folder).glob("*/.metadata"))
     if whole:
         state, options = states(model, optimizer, flatten=False)
         checkpoint.load(state, checkpoint_id=f"{folder}/{whole[-1]}")
