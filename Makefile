@@ -29,7 +29,7 @@ demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_a
 
 test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Neither what starts processes or compiles at length, nor other libraries: half a minute on two processors.
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures exceptions layout masks methods paths project public rules \

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("convergence")  # one process, which makes the runs of a fixture once
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 pytest.importorskip("tqdm")

@@ -13,10 +13,7 @@ from torch.optim import SGD, AdamW
 from cwd_wrap import CautiousDecay, rules
 from cwd_wrap.tensors import Shard, shard
 
-pytestmark = [
-    pytest.mark.xdist_group("ranks"),
-    pytest.mark.filterwarnings("ignore:.*is too small for b?float16"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is too small for b?float16")
 SHAPES = [(5, 3), (1, 7), (4, 6), (3,)]
 METHODS = [{"rounding": "stochastic"}, {"mask": "random", "path": "snapshot"}]
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.xdist_group("experiments")  # one process, which makes the runs of a fixture once
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 pytest.importorskip("tqdm")

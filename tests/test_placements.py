@@ -11,7 +11,6 @@ from torch.optim import SGD, AdamW
 
 from cwd_wrap import PNormDecay
 
-pytestmark = pytest.mark.xdist_group("ranks")
 ALL, ONCE = ([case.values[0] for case in cases if not case.marks] for cases in (METHODS_ON_PATHS, METHODS_ONCE))
 CASES: dict[str, list[Method]] = {"rows": ALL, "columns": ONCE, "replicated": ONCE, "partial sums": ONCE}
 """Every method on every path on rows; each path with one method, and each method on one path, in other layouts."""

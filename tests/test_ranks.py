@@ -20,7 +20,6 @@ from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
 if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no fully_shard", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("ranks")  # all in one worker of pytest-xdist, which keeps the ranks
 
 ENGINES: dict[str, tuple[int, Any, Any]] = {
     "DDP": (2, engines.ddp, engines.net),

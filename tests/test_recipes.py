@@ -23,7 +23,6 @@ from cwd_wrap import CautiousDecay, CautiousUpdate
 if not dist.is_available() or not hasattr(importlib.import_module("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no fully_shard", allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("ranks")
 ROOT = Path(__file__).parents[1]
 OURS = "<class 'cwd_wrap.methods.cautious_decay.CautiousDecay'>"
 SMALL = ["--every", 2, "--width", 32, "--layers", 1, "--context", 16, "--batch", 2]

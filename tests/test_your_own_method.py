@@ -200,7 +200,6 @@ def sharded(rank: int, name: str) -> Any:
     return engines.flat(model.parameters()).numpy()
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 @pytest.mark.parametrize("name", ["PullToAverage", "Brake"])
 def test_fsdp2(name: str) -> None:
