@@ -17,7 +17,7 @@ _DTYPE, _SHAPE, _LAYOUT = attrgetter("dtype"), attrgetter("shape"), attrgetter("
 
 def local_real_view(t: Tensor) -> Tensor:
     """A view of ``t`` as real numbers, limited to this rank's shard."""
-    if _is_distributed(t):
+    if is_distributed(t):
         t = _arrived(t.to_local())  # type: ignore[attr-defined]
     return torch.view_as_real(t.detach()) if t.is_complex() else t
 
@@ -47,7 +47,7 @@ def companion(t: Tensor, parameter: Tensor) -> Tensor:
 
     It communicates if ``t`` has another layout: the gradient of a replicated weight can be a partial sum on each rank.
     """
-    if _is_distributed(t):
+    if is_distributed(t):
         if t.placements != parameter.placements:  # type: ignore[attr-defined]
             t = t.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
         t = t.to_local()  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def shard(parameter: Tensor) -> Shard:
     Raises ValueError if they are not evenly spaced runs (sharded along two dimensions besides the first).
     """
     numbers = 2 if parameter.is_complex() else 1
-    if not _is_distributed(parameter):
+    if not is_distributed(parameter):
         numel = parameter.numel() * numbers
         return Shard(0, numel, numel, numel)
     where = sys.modules[f"{_distributed().__name__}._utils"].compute_local_shape_and_global_offset
@@ -111,13 +111,13 @@ def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> se
     if _PLAIN.issuperset(map(type, ts)):
         return set()
     pairs = enumerate(zip(ts, parameters, strict=True))
-    return {i for i, (t, p) in pairs if _is_distributed(t) and t.placements != p.placements}  # type: ignore[attr-defined]
+    return {i for i, (t, p) in pairs if is_distributed(t) and t.placements != p.placements}  # type: ignore[attr-defined]
 
 
 def largest_shard(parameter: Tensor) -> int:
     """Bytes of the parameter on the rank with the largest shard: the same number on all ranks."""
     sizes = list(parameter.shape)
-    if _is_distributed(parameter):
+    if is_distributed(parameter):
         for i, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
             if (dim := getattr(placement, "dim", None)) is not None:
                 sizes[dim] = -(-sizes[dim] // parameter.device_mesh.size(i))  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def largest_shard(parameter: Tensor) -> int:
 
 def held_by(parameter: Tensor) -> int:
     """How many ranks hold the same places of the parameter, if it is a DTensor; else 1."""
-    if not _is_distributed(parameter):
+    if not is_distributed(parameter):
         return 1
     placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
     return math.prod(parameter.device_mesh.size(i) for i, each in placements if each.is_replicate())  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
     """
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(parameters):
-        if _is_distributed(p):
+        if is_distributed(p):
             sharded = tuple(not placement.is_replicate() for placement in p.placements)  # type: ignore[attr-defined]
             if any(sharded):
                 alike.setdefault((p.device_mesh, sharded), []).append(i)  # type: ignore[attr-defined]
@@ -162,10 +162,10 @@ def has_numbers(t: Tensor) -> bool:
 
 def made_of_others(t: Tensor) -> bool:
     """True for a subclass whose tensors are made of other tensors (torchao's quantized weights), except for DTensor."""
-    return hasattr(type(t), "__tensor_flatten__") and not _is_distributed(t)
+    return hasattr(type(t), "__tensor_flatten__") and not is_distributed(t)
 
 
-def _is_distributed(t: Tensor) -> bool:
+def is_distributed(t: Tensor) -> bool:
     if type(t) in _PLAIN:
         return False
     module = _distributed()

@@ -214,17 +214,20 @@ def test_other_memory_is_read(every_path: PathOptions, made: list[Plan]) -> None
     assert len(made) == 1
 
 
-def test_gradients_are_let_go(every_path: PathOptions) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_are_let_go(every_path: PathOptions, groups: int) -> None:
     """After a step nothing holds the gradients: the next backward pass needs their memory."""
-    w = weight(1.0, 2.0)
-    opt = sgd(every_path, w)
+    weights = [weight(1.0, 2.0) for _ in range(groups)]
+    of_groups = [{"params": [w], "lr": 0.1 * (i + 1)} for i, w in enumerate(weights)]
+    opt = CautiousDecay(SGD(of_groups, momentum=0.9, **every_path.base), lam=0.5, **every_path)
     for _ in range(3):
-        w.grad = torch.ones(2)
-        gradient = weakref.ref(w.grad)
+        for w in weights:
+            w.grad = torch.ones(2)
+        gradients = [weakref.ref(w.grad) for w in weights]
         opt.step()
         opt.zero_grad()
 
-        assert gradient() is None
+        assert [gradient() for gradient in gradients] == [None] * groups
 
 
 # ------------------------------------------------------------------------------------ what a plan does not outlive

@@ -3,6 +3,7 @@
 import importlib
 import math
 import time
+import warnings
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from ranks import LIMIT, Ranks, spawn
 from support import ALL_PATHS, METHODS, OF_SIBLINGS, PathOptions, in_turn, param
 from torch import distributed as dist
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from cwd_wrap import CautiousDecay, MaskMonitor, PNormDecay
 
@@ -182,6 +183,43 @@ def test_an_unfinished_gradient_is_waited_for(backend: str) -> None:
     for kind, *weights in spawn(2, step_along_unfinished_gradient, backend):
         assert "AsyncCollectiveTensor" == kind
         torch.testing.assert_close(weights, [0.85, 1.1, -1.1, -0.85])
+
+
+class SkipsOutliers(Optimizer):
+    """SGD that takes no step along gradients above 10. No table knows it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.5})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not (p.grad.abs() > 10).any():
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad)
+
+
+def step_of_one_rank(rank: int, name: str, gradient: list[float]) -> list[float]:
+    """Four weights of 1 on two ranks, after a step along ``gradient``."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    warnings.simplefilter("ignore")
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.tensor(gradient), mesh, [Shard(0)])
+    cls, _, options = METHODS[name]
+    cls(SkipsOutliers([p]), **options).step()
+    return p.full_tensor().tolist()
+
+
+@pytest.mark.parametrize(("name", "moved", "stayed"), [("decay", 0.85, 0.95), ("p-norm-2", 0.9 / 1.1, 1 / 1.1)])
+def test_a_shard_that_did_not_move_is_no_skipped_step(name: str, moved: float, stayed: float) -> None:
+    """A shard whose steps are lost in rounding decays if that of the other rank moved. No rank waits for another."""
+    for weights in spawn(2, step_of_one_rank, name, [1.0, 1.0, 1e-9, 1e-9]):
+        assert pytest.approx([moved, moved, stayed, stayed]) == weights
+    for weights in spawn(2, step_of_one_rank, name, [99.0] * 4):
+        assert [1.0] * 4 == weights
 
 
 # ---- flat pieces

@@ -125,6 +125,69 @@ def test_virtual_steps_decay_only_where_the_optimizer_inside_steps() -> None:
     assert pytest.approx(0.9025, abs=1e-5) == p.item()
 
 
+def replaces_its_groups(cls: type[Optimizer]) -> type[Optimizer]:
+    """A class whose step ends with copies of its param groups in their place."""
+
+    class Replaces(cls):  # type: ignore[misc, valid-type]
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            self.param_groups = [dict(group) for group in self.param_groups]
+            return loss
+
+    return Replaces
+
+
+@pytest.mark.parametrize("cls", [SkipsOutliers, AdamW])
+def test_groups_that_the_base_replaces_in_its_step_keep_their_decay(cls: Any, silent: None) -> None:
+    """Each of three steps takes 0.05 off: the copies of the groups have not kept the 0 of the step."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(replaces_its_groups(cls)([p], lr=0.1, weight_decay=0.5))
+    for _ in range(3):
+        opt.step()
+
+    assert pytest.approx(0.95**3) == p.item()
+    assert (0.5, [p]) == (opt.lam, opt.param_groups[0]["params"])
+
+
+class AddsAGroup(SGD):
+    """SGD that adds a group of one weight at the begin of its second step."""
+
+    later: Any = None
+    calls = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        if self.calls == 2:
+            self.add_param_group({"params": [self.later], "weight_decay": 0.5})
+        return super().step(closure)
+
+
+def test_a_group_that_the_base_adds_in_its_step_is_said() -> None:
+    """Its own decay is on in that step, also where the weight grows (1.05); from the next on the rule holds (1.15)."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[-1.0])
+    opt = CautiousDecay(base := AddsAGroup([p], lr=0.1, weight_decay=0.5))
+    base.later = q
+    opt.step()
+    with pytest.warns(UserWarning, match=r"^AddsAGroup replaced or added param groups during its step\."):
+        opt.step()
+    assert pytest.approx(1.05) == q.item()
+    opt.step()
+
+    assert pytest.approx(1.15) == q.item()
+
+
+def test_a_step_that_a_user_has_replaced_by_two_steps(silent: None) -> None:
+    """Each of the two is a step with the rule: 1 - 0.1 - 0.05 = 0.85, then 0.85 - 0.1 - 0.0425."""
+    p = weight(1.0, grad=[1.0])
+    base = SGD([p], lr=0.1, weight_decay=0.5)
+    opt, step = CautiousDecay(base), base.step
+    base.step = lambda closure=None: (step(closure), step(closure))[1]  # type: ignore[method-assign]
+    opt.step()
+
+    assert pytest.approx(0.7075) == p.item()
+    assert (0.5, 0) == (opt.lam, len(base._optimizer_step_pre_hooks))
+
+
 def test_zero_gradients_are_no_skipped_step(silent: None) -> None:
     """With gradients of 0 the update is 0, and the weight decays: 0.95**3."""
     p = weight(1.0, grad=[0.0])

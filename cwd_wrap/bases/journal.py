@@ -51,6 +51,13 @@ class Journal:
         del self._entries[since:]
         return overwritten
 
+    def follow(self, group: Group, copy: Group) -> bool:
+        """Restore in the ``copy`` of a group what was put in the group. Returns whether there was any."""
+        ours = [entry for entry in reversed(self._entries) if entry[0] is group and copy.get(entry[1]) is entry[3]]
+        for _, key, before, _ in ours:
+            copy[key] = before
+        return bool(ours)
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Inside this context the groups are as they are between steps, for whoever reads them during one."""

@@ -213,13 +213,13 @@ def watch(buckets: Sequence[Bucket]) -> Callable[[], bool] | None:
     job = buckets[0].kept = Job(columns, counters)
     if not can_find_again():
         return unchanged
-    for row, column in (*enumerate(columns), *enumerate(counters, COLUMNS)):
-        job.take(row, column)
     one, many = buckets[0], len(buckets) > 1
+    for row, column in (*enumerate(columns), *enumerate(counters, COLUMNS)):
+        job.take(row, column, lasts=not many)
 
     def found() -> bool:
         for row, column in enumerate(_columns(buckets) if many else one.columns):
-            job.take(row, column)
+            job.take(row, column, lasts=not many)
         return job.find_again()
 
     return found

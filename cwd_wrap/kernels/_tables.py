@@ -54,16 +54,18 @@ class _Tables:
 
     def spare(self, like: Tensor) -> None:
         """Keep pinned memory for a capture, during which older versions of torch cannot allocate any."""
-        alike = [spare for spare in self._spares if spare.nbytes == like.nbytes]
-        if len(alike) < SPARES and len(self._spares) < SEVERAL:
-            self._spares.append(torch.empty(like.nbytes, dtype=torch.uint8).pin_memory())
+        with self._lock:
+            alike = [spare for spare in self._spares if spare.nbytes == like.nbytes]
+            if len(alike) < SPARES and len(self._spares) < SEVERAL:
+                self._spares.append(torch.empty(like.nbytes, dtype=torch.uint8).pin_memory())
 
     def take_spare(self, like: Tensor) -> Tensor:
         """Pinned memory with the numbers of ``like``."""
-        for i, spare in enumerate(self._spares):
-            if spare.nbytes == like.nbytes:
-                del self._spares[i]
-                return spare.view(like.dtype).view(like.shape).copy_(like)
+        with self._lock:
+            i = next((i for i, spare in enumerate(self._spares) if spare.nbytes == like.nbytes), None)
+            spare = None if i is None else self._spares.pop(i)
+        if spare is not None:
+            return spare.view(like.dtype).view(like.shape).copy_(like)
         try:
             return like.pin_memory()
         except RuntimeError as error:

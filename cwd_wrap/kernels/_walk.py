@@ -614,11 +614,14 @@ class Job:
             raise ValueError(msg)
         self.found = True
 
-    def take(self, row: int, column: Sequence[Tensor]) -> None:
-        """Note which tensors are in a column; the first counters are in row `COLUMNS`. For `find_again`."""
+    def take(self, row: int, column: Sequence[Tensor], *, lasts: bool) -> None:
+        """Note which tensors are in a column; the first counters are in row `COLUMNS`. For `find_again`.
+
+        ``lasts``: the same list comes again in the next step, and its owner lets gradients go.
+        """
         if column is not self._of_ids[row]:
             self._ids[row, : len(column)] = list(map(id, column))
-            self._of_ids[row] = column
+            self._of_ids[row] = column if lasts else None
 
     def find_again(self) -> bool:
         """Note where the tensors are now. Returns False if they have other types, shapes or layouts than at first.

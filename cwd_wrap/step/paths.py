@@ -25,7 +25,16 @@ from cwd_wrap.kernels.buckets import Bucket, Members, Of, Stepped, Sums, coming,
 from cwd_wrap.report import Part
 from cwd_wrap.step.choice import PATHS, Method
 from cwd_wrap.step.snapshot import Buffers, Copy, Gradients, copying
-from cwd_wrap.tensors import Shard, has_numbers, largest_shard, local_real_view, local_real_views, sparse_indices
+from cwd_wrap.tensors import (
+    Shard,
+    has_numbers,
+    is_distributed,
+    largest_shard,
+    local_real_view,
+    local_real_views,
+    sparse_indices,
+    totals,
+)
 
 PIECE = 64 << 20  # bytes
 Counted: TypeAlias = tuple[Bucket, Tensor]
@@ -289,10 +298,10 @@ class Snapshot:
     def _was_skipped(self) -> bool:
         """True if no weight moved although a gradient is not 0. Then the base did not step: nothing decays.
 
-        It is asked on the CPU; `_mask_where_skipped` does without an answer.
+        `_mask_where_skipped` does without an answer, where one takes long or differs between ranks.
         """
         of_groups = list(zip(self._members, self._x, strict=True))
-        if not all(_on_cpu(p) for members in self._members for p in members.parameters):
+        if not all(_can_ask(p) for members in self._members for p in members.parameters):
             return False
         for members, x in reversed(of_groups):  # a head moves in nearly every step, an embedding may not
             rows = zip(members.parameters, members.gradients, x, strict=True)
@@ -302,18 +311,27 @@ class Snapshot:
         return _skipped(self._work, [g for members in self._members for g in members.gradients if g is not None])
 
     def _mask_where_skipped(self) -> None:
-        """On an accelerator, make eta*lam 0 if no weight moved although a gradient is not 0, without waiting for it."""
-        for call in self.calls:
-            w = [t for bucket in call.buckets for t in bucket.w]
-            if _on_cpu(w[0]):
-                continue
-            x = [t for bucket in call.buckets for t in cast("Stepped", bucket).x]
-            gradients = [g for members in self._members for g in members.gradients if g is not None]
-            moved = [(now != before).any() for now, before in zip(w, x, strict=True)]
-            pushed = [local_real_view(g).any() for g in gradients if g.device == w[0].device and not g.is_sparse]
-            steps = torch.stack(moved).any() | ~torch.stack(pushed).any()
-            for bucket in call.buckets:
-                bucket.eta_lam = steps * bucket.eta_lam
+        """Make eta*lam 0 on a device where no weight moved although a gradient is not 0, without waiting for the answer.
+
+        Ranks that share a weight find the same, and make the same calls, in which the method may count over them.
+        """
+        rows = [
+            (p, g, before)
+            for members, x in zip(self._members, self._x, strict=True)
+            for p, g, before in zip(members.parameters, members.gradients, x, strict=True)
+            if g is not None and not g.is_sparse
+        ]
+        if all(_can_ask(p) for p, *_ in rows):
+            return
+        steps = {}
+        for device in {p.device for p, *_ in rows}:
+            here = [row for row in rows if row[0].device == device]
+            moved = torch.stack([(local_real_view(p) != before).any() for p, _, before in here])
+            pushed = torch.stack([local_real_view(g).any() for _, g, _ in here])
+            found = totals([p for p, *_ in here], torch.stack([moved, pushed], dim=1).float()).any(0)
+            steps[device] = found[0] | ~found[1]
+        for bucket in [bucket for call in self.calls for bucket in call.buckets]:
+            bucket.eta_lam = steps[bucket.w[0].device] * bucket.eta_lam
 
     def _compare(self) -> list[Call]:
         work = self._work
@@ -388,7 +406,7 @@ class Rows:
         moved = zip(parameters, self._before, strict=True)
         if (
             _may_skip(self._work)
-            and all(map(_on_cpu, parameters))
+            and all(map(_can_ask, parameters))
             and all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved)
             and _skipped(self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before])
         ):
@@ -489,9 +507,12 @@ def _may_skip(work: Work) -> bool:
     return not probe.is_vouched(work.base)
 
 
-def _on_cpu(p: Tensor) -> bool:
-    """True if reading the tensor waits for no device. A tensor of a mode that computes no values cannot be read."""
-    return p.device.type == "cpu" and has_numbers(p)
+def _can_ask(p: Tensor) -> bool:
+    """True if reading the tensor waits for no device, and every rank reads the same.
+
+    A tensor of a mode that computes no values cannot be read.
+    """
+    return p.device.type == "cpu" and has_numbers(p) and not is_distributed(p)
 
 
 def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable
+from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from cwd_wrap import notices
 from cwd_wrap.bases import known, weight_decay
 from cwd_wrap.bases.journal import Journal
 from cwd_wrap.step.choice import steps_without_closure
@@ -62,6 +64,7 @@ class Step:
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._grad = True  # the gradient mode before the step
+        self._groups: list[dict[str, Any]] = []  # the base's, before its own code runs
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
 
     def run(self, closure: Closure | None) -> float | None:
@@ -87,7 +90,7 @@ class Step:
         """Restore all that the step has changed and not yet restored."""
         if not self._changes:
             return
-        weight_decay.on(self._base, self._journal)
+        self._restore()
         if self.done is None:
             torch._C._set_grad_enabled(self._grad)
         for hooks in self._hooks:
@@ -104,6 +107,7 @@ class Step:
         self._own_readers = {name: attributes[name] for name in _READERS if name in attributes}
         readers = [self._guarded(getattr(base, name)) for name in _READERS]
         self._changes = True
+        self._groups = list(base.param_groups)
         attributes.update(zip(_READERS, readers, strict=True))
         step: Callable[..., float | None] = base.step
         if is_unheard(base) and known.name(type(base)) is not None:
@@ -135,7 +139,7 @@ class Step:
 
     def _before_base(self, *_: object) -> None:
         self._depth += 1
-        if not self.begun:
+        if self._plan is None:  # also for a second step of the base within one: its `step` may be a user's function
             self._begin()
 
     def _after_base(self, *_: object) -> None:
@@ -145,6 +149,7 @@ class Step:
 
     def _begin(self) -> None:
         self.begun = True
+        self._groups = list(self._base.param_groups)
         self._plan = plan = self._make_plan(self._closure is not None)
         for group, key, value in plan.own_decay:
             self._journal.put(group, key, value)
@@ -152,13 +157,36 @@ class Step:
 
     def _end(self) -> None:
         plan, self._plan = cast("Plan", self._plan), None
-        weight_decay.on(self._base, self._journal)
+        self._restore()
         plan.end()
         self.done = plan
 
+    def _restore(self) -> None:
+        """Give the groups back what they had before the step, also in dicts that the base has copied meanwhile."""
+        base, before = self._base, self._groups
+        groups = base.param_groups
+        if len(groups) != len(before) or not all(map(is_, groups, before)):
+            known_ones = set(map(id, before))
+            new = [
+                group
+                for i, group in enumerate(groups)
+                if id(group) not in known_ones and not (i < len(before) and self._journal.follow(before[i], group))
+            ]
+            if any(group.get("weight_decay") for group in new):
+                name = type(base).__name__
+                notices.warn_once(
+                    base,
+                    "new groups",
+                    -1,
+                    f"{name} replaced or added param groups during its step. What they hold took the decay of {name} in "
+                    "this step, and takes the wrapper's from the next step on. Change param groups between steps",
+                )
+            self._groups = list(groups)
+        weight_decay.on(base, self._journal)
+
     def _call_closure(self) -> float:
         """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""
-        weight_decay.on(self._base, self._journal)
+        self._restore()
         with torch.enable_grad():
             loss = cast("Closure", self._closure)()
         plan = cast("Plan", self._plan)
@@ -168,6 +196,7 @@ class Step:
         plan.work.note(of_step)
         for members in of_step:
             check_layouts(plan.work, members.gradients)
+        self._groups = list(self._base.param_groups)
         for group, key, value in weight_decay.own_decay(self._base):
             self._journal.put(group, key, value)
         return loss
