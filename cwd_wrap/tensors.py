@@ -166,6 +166,7 @@ def made_of_others(t: Tensor) -> bool:
 
 
 def is_distributed(t: Tensor) -> bool:
+    """True for a DTensor: each rank holds a part of it."""
     if type(t) in _PLAIN:
         return False
     module = _distributed()

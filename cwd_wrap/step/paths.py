@@ -311,7 +311,7 @@ class Snapshot:
         return _skipped(self._work, [g for members in self._members for g in members.gradients if g is not None])
 
     def _mask_where_skipped(self) -> None:
-        """Make eta*lam 0 on a device where no weight moved although a gradient is not 0, without waiting for the answer.
+        """Make eta*lam 0 on a device where no weight moved although a gradient is not 0, without waiting to know.
 
         Ranks that share a weight find the same, and make the same calls, in which the method may count over them.
         """

@@ -178,8 +178,8 @@ class Step:
                     base,
                     "new groups",
                     -1,
-                    f"{name} replaced or added param groups during its step. What they hold took the decay of {name} in "
-                    "this step, and takes the wrapper's from the next step on. Change param groups between steps",
+                    f"{name} replaced or added param groups during its step. What they hold took the decay of {name} "
+                    "in this step, and takes the wrapper's from the next step on. Change param groups between steps",
                 )
             self._groups = list(groups)
         weight_decay.on(base, self._journal)
