@@ -3,6 +3,8 @@
 The random part compares the two, step by step, over sequences of events (events.py). `make fuzz` looks for new ones.
 """
 
+import copy
+import gc
 import importlib.util
 import re
 import weakref
@@ -361,6 +363,44 @@ def test_a_coefficient_that_opens_another_path_ends_the_plan(made: list[Plan]) -
         opt.step()
 
     assert [[type(path) for path in plan.paths] for plan in made[-2:]] == [[paths.Pieces], [paths.Direction]]
+
+
+# ------------------------------------------------------------------------------------ what a plan does not keep alive
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Python collects no cycles, so only what is in none goes at once."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_dropped_copies_are_freed_at_once() -> None:
+    """After drop_snapshot nothing holds the copies."""
+    for path in ("snapshot", "pieces"):
+        opt = sgd(PathOptions(path=path), weight(1.0, grad=[1.0]))
+        opt.step()
+        copies = [weakref.ref(t) for t in [*opt._buffers._whole.values(), *opt._buffers._piece.values()]]
+        opt.drop_snapshot()
+
+        assert [each() for each in copies] == [None]
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_state_is_freed_when_another_is_loaded(every_path: PathOptions) -> None:
+    """After load_state_dict nothing holds the old state."""
+    w = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(AdamW([w], weight_decay=0.5, **every_path.base), **every_path)
+    for _ in range(3):
+        opt.step()
+    old = weakref.ref(opt.state[w]["exp_avg"])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    assert old() is None
 
 
 # ------------------------------------------------------------------------------------ when a plan is kept
