@@ -23,7 +23,7 @@ from cwd_wrap.tensors import are_plain, laid_out_otherwise
 Taken = tuple[type[Path], Members]
 """A path, and members that take it."""
 
-_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
+_GRAD = attrgetter("grad")
 _NO_COEFFICIENT = frozenset(("lr", "weight_decay"))
 
 
