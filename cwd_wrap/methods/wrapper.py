@@ -341,7 +341,7 @@ class OptimizerWrapper(Contract):
         self._plan = None  # until the step is done: an interrupt may leave it half changed
         if last is not None and last.holds(arguments):
             return last
-        method = self._method()
+        method = self._method().apart_from(self)
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
         work = Work(self.base_optimizer, method, *of_wrapper, journal, count, self._groups)
         strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)
