@@ -144,12 +144,12 @@ class OptimizerWrapper(Contract):
         ValueError if a group's ``weight_decay`` or step size is negative, NaN, infinite or unknown, and TypeError if
         it is not a number. This is checked before the base steps.
         """
-        count = self._is_looked_at()
         if self._lock._is_owned():  # type: ignore[attr-defined]  # a step inside a step, in a hook or a closure
-            return self._run(self._new_step(Journal(), count), closure)
+            return self._run(self._new_step(Journal(), self._is_looked_at()), closure)
         with self._lock:
             if self._stepping is not None:  # a step was interrupted, and again while it restored the groups
                 self._stepping.undo()
+            count = self._is_looked_at()
             if closure is None and not count and self._stepped_alone():
                 return None
             self._stepping = step = self._new_step(self._journal, count)
