@@ -20,8 +20,9 @@ from typing import Any
 LIMIT = 300.0  # seconds that a function may take, the start of the processes included
 
 PRELOADED = [
-    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh", "torch.distributed.fsdp",
-    "torch.distributed.optim", "torch.distributed.tensor.parallel", "numba", "pytest", "cwd_wrap",
+    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh",
+    "torch.distributed.fsdp", "torch.distributed.optim", "torch.distributed.tensor.parallel",
+    "numba", "pytest", "cwd_wrap",
 ]  # fmt: skip
 """What takes seconds to import: a process imports it once, and each rank is forked from that process."""
 
