@@ -391,6 +391,20 @@ def test_a_state_dict_in_a_signal_handler(every_path: PathOptions, monkeypatch: 
         assert all(map(torch.equal, group["params"], same_group["params"]))
 
 
+def test_what_a_wrapper_says_of_itself_in_a_signal_handler(
+    every_path: PathOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """repr, paths and snapshot_bytes in the middle of a step are those from between steps."""
+    opt = stepped_adamw(every_path)
+    said = []
+    in_the_middle(monkeypatch, lambda: said.append((repr(opt), opt.paths(), opt.snapshot_bytes)))
+    between = repr(opt), opt.paths(), opt.snapshot_bytes
+    opt.step()
+
+    assert [between] == said
+    assert "lam=[0.1, 0.0]" in between[0]
+
+
 def test_a_state_dict_from_another_thread_waits_for_the_step(
     every_path: PathOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

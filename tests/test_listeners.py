@@ -1,6 +1,7 @@
 """The base's own step is left out where it would find nothing to do, but not where somebody would notice."""
 
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -197,6 +198,27 @@ def test_a_failed_step_alone_leaves_the_next_one_right(monkeypatch: pytest.Monke
     assert observer.failures == 1
     assert opt._plan is not None
     assert torch.equal(opt.param_groups[0]["params"][0], twin.param_groups[0]["params"][0])
+
+
+def test_a_step_that_waits_for_another_threads_leaves_that_ones_observer_alone() -> None:
+    """The observer is told that a step has failed, also if one of another thread waits that it is not asked about."""
+    opt = stepped(wrapped())
+    opt.observer = observer = Bored()
+    waiting = threading.Thread(target=opt.step)
+
+    def fail(*_: object) -> None:
+        hook.remove()
+        opt.param_groups[0]["lr"] = 0.0  # in such a step nothing is looked at
+        waiting.start()
+        waiting.join(0.2)
+        raise KeyboardInterrupt
+
+    hook = opt.base_optimizer.register_step_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    waiting.join()
+
+    assert observer.failures == 1
 
 
 def test_plain_sgd_is_stepped_alone() -> None:

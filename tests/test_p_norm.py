@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -224,6 +225,7 @@ WRONG_P: list[tuple[Any, type[Exception]]] = [
     ("0.8", TypeError),
     (None, TypeError),
     ([0.8], TypeError),
+    (True, TypeError),
 ]
 
 
@@ -234,9 +236,16 @@ def test_p_out_of_range(p: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="p of PNormDecay") as caught:
         PNormDecay(base, lam=0.25, p=p)
 
-    assert repr(p) in str(caught.value)
-    assert "above 0, up to 2" in str(caught.value)
+    assert f"p of PNormDecay is {p!r}: pass a number above 0, up to 2" == str(caught.value)
     assert LAM == base.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize("p", [1, Fraction(1, 2)], ids=repr)
+def test_p_is_kept_as_a_float(p: Any) -> None:
+    """An int or a fraction is read as the float of that size."""
+    opt = PNormDecay(SGD([weight(1.0)], lr=LR, weight_decay=LAM), p=p)
+
+    assert (p, float) == (opt.p, type(opt.p))
 
 
 def test_groups_without_decay_stay_out() -> None:

@@ -3,6 +3,8 @@
 The random part compares the two, step by step, over sequences of events (events.py). `make fuzz` looks for new ones.
 """
 
+import copy
+import gc
 import importlib.util
 import re
 import weakref
@@ -15,6 +17,7 @@ from unittest import mock
 
 import fuzz
 import pytest
+import support
 import torch
 from events import EVENTS, PLACES, Happening, World, history
 from hypothesis import strategies as st
@@ -26,6 +29,7 @@ from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 from cwd_wrap.kernels import buckets
 from cwd_wrap.methods import wrapper
 from cwd_wrap.step import paths
+from cwd_wrap.step.choice import Method
 from cwd_wrap.step.plan import Plan, _Group, compile_plan
 
 SHAPES = [(2, 3), (4,), (3, 2), (1, 2, 2)]
@@ -364,6 +368,82 @@ def test_a_coefficient_that_opens_another_path_ends_the_plan(made: list[Plan]) -
         opt.step()
 
     assert [[type(path) for path in plan.paths] for plan in made[-2:]] == [[paths.Pieces], [paths.Direction]]
+
+
+# ------------------------------------------------------------------------------------ what a plan does not keep alive
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Python collects no cycles, so only what is in none goes at once."""
+    SGD([weight(1.0)])  # the first optimizer of a process stays with what torch imports for it
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_dropped_copies_are_freed_at_once() -> None:
+    """After drop_snapshot nothing holds the copies."""
+    for path in ("snapshot", "pieces"):
+        opt = sgd(PathOptions(path=path), weight(1.0, grad=[1.0]))
+        opt.step()
+        copies = [weakref.ref(t) for t in [*opt._buffers._whole.values(), *opt._buffers._piece.values()]]
+        opt.drop_snapshot()
+
+        assert [each() for each in copies] == [None]
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_state_is_freed_when_another_is_loaded(every_path: PathOptions) -> None:
+    """After load_state_dict nothing holds the old state."""
+    w = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(AdamW([w], weight_decay=0.5, **every_path.base), **every_path)
+    for _ in range(3):
+        opt.step()
+    old = weakref.ref(opt.state[w]["exp_avg"])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+    assert old() is None
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_deleted_optimizer_is_freed_at_once(every_method: support.Method) -> None:
+    """When the last reference to a wrapper goes, it, its base, its state and the weights go, too."""
+    w = weight(1.0, grad=[1.0])
+    opt = every_method.wrap(AdamW([w], weight_decay=0.5, **every_method.base))
+    for _ in range(3):
+        opt.step()
+    held = [weakref.ref(each) for each in (opt, opt.base_optimizer, opt.state[w]["exp_avg"], w)]
+    del opt, w
+
+    assert [each() for each in held] == [None] * 4
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_method_of_ones_own_is_freed_at_once() -> None:
+    """A subclass that names its own functions need do nothing for that; what else it names is kept alive."""
+
+    class Halving:
+        def after(self, _: Any, buckets: Any, __: bool) -> None:
+            for w in buckets[0].w:
+                w.mul_(0.5)
+
+    class Halved(CautiousDecay):
+        def _method(self) -> Method:
+            return Method("Halved", Halving().after, needs_copy="it halves", whole=self._whole)
+
+    w = weight(1.0, grad=[0.0])
+    opt = Halved(SGD([w], lr=0.1, weight_decay=0.5), path="snapshot")
+    for _ in range(3):
+        opt.step()
+    held = weakref.ref(opt)
+    del opt
+
+    assert w.item() == 0.125
+    assert held() is None
 
 
 # ------------------------------------------------------------------------------------ when a plan is kept

@@ -76,10 +76,11 @@ class PNormDecay(OptimizerWrapper):
 
     @p.setter
     def p(self, value: float) -> None:
-        if not isinstance(value, Real) or not 0 < value <= 2:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not 0 < value <= 2:
             msg = f"p of {type(self).__name__} is {value!r}: pass a number above 0, up to 2"
-            raise ValueError(msg) if isinstance(value, Real) else TypeError(msg)
-        self._p = value
+            raise ValueError(msg) if number else TypeError(msg)
+        self._p = float(value)
 
     @torch.no_grad()
     def sparsity(self, threshold: float = 1e-13) -> list[float]:

@@ -144,12 +144,12 @@ class OptimizerWrapper(Contract):
         ValueError if a group's ``weight_decay`` or step size is negative, NaN, infinite or unknown, and TypeError if
         it is not a number. This is checked before the base steps.
         """
-        count = self._is_looked_at()
         if self._lock._is_owned():  # type: ignore[attr-defined]  # a step inside a step, in a hook or a closure
-            return self._run(self._new_step(Journal(), count), closure)
+            return self._run(self._new_step(Journal(), self._is_looked_at()), closure)
         with self._lock:
             if self._stepping is not None:  # a step was interrupted, and again while it restored the groups
                 self._stepping.undo()
+            count = self._is_looked_at()
             if closure is None and not count and self._stepped_alone():
                 return None
             self._stepping = step = self._new_step(self._journal, count)
@@ -209,8 +209,9 @@ class OptimizerWrapper(Contract):
 
     def paths(self) -> list[PathOfGroup]:
         """Which path each param group takes, and why; "plain" for a group that does not decay."""
-        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
-        return paths_of(self._method(), self.base_optimizer, lams, self.backend, self.path)
+        with self._between_steps("paths"):
+            lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+            return paths_of(self._method(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own."""
@@ -270,20 +271,22 @@ class OptimizerWrapper(Contract):
         with all their rows until the gradient exists. Not counted: for `CautiousUpdate` and `PNormDecay` on the path
         "one_pass" the first step of a parameter, in which the base makes its state, takes a path with a copy.
         """
-        of_path: dict[str, list[Tensor]] = {}
-        for i, path, _ in self.paths():
-            of_path.setdefault(path, []).extend(self.param_groups[i]["params"])
-        copies = 2 if self._method().reads_gradient and self._gradients.copied else 1
-        return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
+        with self._between_steps("snapshot_bytes"):
+            of_path: dict[str, list[Tensor]] = {}
+            for i, path, _ in self.paths():
+                of_path.setdefault(path, []).extend(self.param_groups[i]["params"])
+            copies = 2 if self._method().reads_gradient and self._gradients.copied else 1
+            return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
-        try:
-            taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
-            copied = f"{self.snapshot_bytes}"
-        except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
-            taken, copied = [str(self.path)], "?"
-        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        with self._between_steps("__repr__"):
+            lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+            try:
+                taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
+                copied = f"{self.snapshot_bytes}"
+            except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
+                taken, copied = [str(self.path)], "?"
+            device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
             f"{type(self).__name__}({self._owner}, lam={_summary(lams)}, path={_summary(taken or ['plain'])}, "
             f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
@@ -341,7 +344,7 @@ class OptimizerWrapper(Contract):
         self._plan = None  # until the step is done: an interrupt may leave it half changed
         if last is not None and last.holds(arguments):
             return last
-        method = self._method()
+        method = self._method().apart_from(self)
         of_wrapper = (self.backend, self._buffers, self._gradients, self._stream)
         work = Work(self.base_optimizer, method, *of_wrapper, journal, count, self._groups)
         strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)

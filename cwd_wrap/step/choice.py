@@ -5,8 +5,10 @@ device (`kernels`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from cwd_wrap.kernels import Backend
 from cwd_wrap.kernels.buckets import Coming, Stepped, Sums, Whole
 
 PATHS = ("one_pass", "direction", "pieces", "snapshot")
+Act = TypeVar("Act", bound=Callable[..., Sums] | None)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,26 @@ class Method:
     def has_work(self, eta_lam: float | Tensor) -> bool:
         """True if the method acts on a group with this eta*lam (or lam). A tensor counts as not 0: it is not read."""
         return self.every_group or isinstance(eta_lam, Tensor) or eta_lam != 0
+
+    def apart_from(self, owner: object) -> "Method":
+        """The same method, without references to ``owner``, for a plan that the owner keeps.
+
+        With them a deleted optimizer would hold its weights and state until Python collects cycles.
+        """
+        return replace(
+            self,
+            after=_weakly(self.after, owner),
+            before=_weakly(self.before, owner),
+            whole=_weakly(self.whole, owner),
+        )
+
+
+def _weakly(act: Act, owner: object) -> Act:
+    """``act``; if it is a method of ``owner``, without keeping that alive."""
+    if not isinstance(act, MethodType) or act.__self__ is not owner:
+        return act
+    function, alive = act.__func__, ref(owner)
+    return cast("Act", lambda *arguments: function(alive(), *arguments))
 
 
 class Choice(NamedTuple):

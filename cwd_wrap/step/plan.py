@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import replace
+from itertools import repeat
 from numbers import Real
 from operator import attrgetter, is_
 from typing import Any, cast
@@ -22,7 +23,7 @@ from cwd_wrap.tensors import are_plain, laid_out_otherwise
 Taken = tuple[type[Path], Members]
 """A path, and members that take it."""
 
-_GRAD, _LAYOUT = attrgetter("grad"), attrgetter("layout")
+_GRAD = attrgetter("grad")
 _NO_COEFFICIENT = frozenset(("lr", "weight_decay"))
 
 
@@ -136,7 +137,7 @@ class Plan:
             and _same(base.state, self._state[0])
             and all(map(is_, base.state.values(), self._state[1]))
             and len(base.param_groups) == len(groups)
-            and all(map(_Group.holds, groups, base.param_groups))
+            and all(map(_Group.holds, groups, repeat(self), base.param_groups))
         ):
             return False
         for path in self.paths:
@@ -147,11 +148,10 @@ class Plan:
 
 
 class _Group:
-    """What a plan was made from in one param group."""
+    """What a plan was made from in one param group. It does not hold the plan: both would stay until a collection."""
 
     def __init__(self, plan: Plan, index: int, group: dict[str, Any]) -> None:
         work = plan.work
-        self._plan = plan
         self._index = index
         self._group = group
         self._parameters = list(group["params"])
@@ -166,10 +166,10 @@ class _Group:
         self._members = [(some, i) for some, i in plan.members if some.group is group]
         self._worked = work.method.has_work(plan.strength.eta_lam(index))
         self._settled = plan.strength.is_settled(group)
-        self._path = self._chosen()
+        self._path = self._chosen(plan)
         self.is_plain = are_plain(self._parameters) and {Tensor, type(None)}.issuperset(self._types)
 
-    def holds(self, group: dict[str, Any]) -> bool:
+    def holds(self, plan: Plan, group: dict[str, Any]) -> bool:
         """True if the group is the same but for numbers, and each parameter has a gradient if it had one."""
         gradients = list(map(_GRAD, self._parameters))
         if not (
@@ -182,18 +182,18 @@ class _Group:
             return False
         values = list(group.values())
         same = all(map(is_, values, self._values))
-        if not (same and self._settled) and not self._takes(values):
+        if not (same and self._settled) and not self._takes(plan, values):
             return False
-        if self._plan.copies and any(g is not None and g.is_sparse for g in gradients):
+        if plan.copies and any(g is not None and g.is_sparse for g in gradients):
             return False
         for members, _ in self._members:
             whole = len(members.parameters) == len(gradients)
             members.gradients = gradients if whole else [gradients[n - members.first] for n in members.numbers]
         return True
 
-    def _takes(self, values: list[object]) -> bool:
+    def _takes(self, plan: Plan, values: list[object]) -> bool:
         """Take over new numbers. Returns False if more than numbers changed."""
-        plan, work = self._plan, self._plan.work
+        work = plan.work
         changed = {
             key: was
             for key, was, now in zip(self._keys, self._values, values, strict=True)
@@ -211,13 +211,13 @@ class _Group:
             plan.own_decay = weight_decay.own_decay(work.base)
         if _NO_COEFFICIENT.issuperset(changed):
             return True
-        return self._chosen() == self._path and all(
+        return self._chosen(plan) == self._path and all(
             bucket.take_coefficients(work.base) for path in plan.paths for call in path.calls for bucket in call.buckets
         )
 
-    def _chosen(self) -> str | None:
+    def _chosen(self, plan: Plan) -> str | None:
         """The path of the group's members; None if nothing acts on them."""
-        plan, work = self._plan, self._plan.work
+        work = plan.work
         return choose(work.method, work.base, self._group, work.backend, plan.forced).path if self._worked else None
 
 
