@@ -82,12 +82,12 @@ def test_the_constructor_takes_an_unhashable_option() -> None:
 
 
 def test_equal_options_of_different_types_are_different_classes() -> None:
-    """p=1 and p=1.0 are equal, but each class keeps the value it was given, whichever came first."""
-    whole, real = PNormDecay.over(SGD, p=1), PNormDecay.over(SGD, p=1.0)
-    kept = [cls([weight(1.0)], lr=0.1, weight_decay=0.1).p for cls in (whole, real)]
+    """lam=1 and lam=1.0 are equal, but each class keeps the value it was given, whichever came first."""
+    whole, real = PNormDecay.over(SGD, lam=1), PNormDecay.over(SGD, lam=1.0)
+    kept = [cls([weight(1.0)], lr=0.1, weight_decay=0.1).lam for cls in (whole, real)]
 
     assert [int, float] == list(map(type, kept))
-    assert (whole, real) == (PNormDecay.over(SGD, p=1), PNormDecay.over(SGD, p=1.0))
+    assert (whole, real) == (PNormDecay.over(SGD, lam=1), PNormDecay.over(SGD, lam=1.0))
 
 
 def test_a_refused_option_leaves_no_class_behind() -> None:
