@@ -780,6 +780,7 @@ def test_a_measurement_does_not_hook_a_patched_step(monkeypatch: pytest.MonkeyPa
     patched = clips(SGD.step)
     monkeypatch.setattr(SGD, "step", patched)
     CautiousDecay(base)
+    CautiousDecay(Around(base))
 
     assert patched is vars(SGD)["step"]
 
@@ -1026,6 +1027,110 @@ def test_parameters_on_a_manifold_are_refused_where_they_decay() -> None:
     opt.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(ValueError, match="manifold Sphere"):
         opt.step()
+
+
+# --------------------------------------------------------------------------- optimizers around others
+
+
+class Around(Optimizer):
+    """Has the optimizer inside step, on shared groups; subclasses do more."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], {})
+        self.param_groups, self.state, self.optimizer = optimizer.param_groups, optimizer.state, optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class WarmsUpAround(Around):
+    """Multiplies lr by a share of the steps taken, during the step only."""
+
+    def __init__(self, inner: Optimizer, steps: int = 10) -> None:
+        super().__init__(inner)
+        self.steps, self.count = steps, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] *= min(1, self.count / self.steps)
+        loss = super().step(closure)
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        return loss
+
+
+class NoamAround(Around):
+    """Sets the lr of the groups, and leaves it there."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.count = getattr(self, "count", 0) + 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 * self.count**-0.5
+        return super().step(closure)
+
+
+class RestoresAround(Around):
+    """Keeps the weights as the optimizer inside left them, and puts them back before its step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p, kept in zip(parameters, getattr(self, "kept", parameters), strict=True):
+            p.copy_(kept)
+        super().step()
+        self.kept = [p.clone() for p in parameters]
+
+
+class NormalizesAround(Around):
+    """Keeps each tensor at the norm 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.div_(p.norm())
+
+
+AROUND: dict[str, tuple[Callable[[Optimizer], Optimizer], str]] = {
+    "warms up": (WarmsUpAround, "no single step size .*by 0.005 at lr=0.05, 0.02 at lr=0.1"),
+    "warms up, under Lookahead": (lambda inner: Lookahead(WarmsUpAround(inner)), "no single step size .*by 0.005"),
+    "sets its lr": (NoamAround, "its step changes lr"),
+    "restores": (RestoresAround, "cannot be wrapped: .*a copy of its own"),
+    "restores, over CautiousUpdate": (lambda inner: RestoresAround(CautiousUpdate(inner)), "a copy of its own"),
+    "normalizes": (NormalizesAround, "cannot be wrapped: .*a constraint"),
+}
+
+
+@pytest.mark.parametrize(("around", "text"), AROUND.values(), ids=list(AROUND))
+@pytest.mark.parametrize("inner", [AdamW, SGD, Descends])
+def test_an_optimizer_around_a_known_one_is_measured(inner: Any, around: Any, text: str) -> None:
+    """What an optimizer of one's own does around a step of torch's counts as what it does in a step of its own."""
+    with pytest.raises(ValueError, match=text):
+        CautiousDecay(around(inner([weight(1.0)], lr=0.1, weight_decay=0.5)))
+
+
+@pytest.mark.parametrize("inner", [AdamW, SGD, Adam, Descends])
+@pytest.mark.parametrize("around", [Around, Lookahead, Sharing, lambda inner: Lookahead(Around(inner))])
+def test_an_optimizer_around_another_that_only_steps_it_is_accepted(inner: Any, around: Any, silent: None) -> None:
+    """It was measured without a word, and decays by lr: 0.95."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(around(inner([p], lr=0.1)), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+def test_an_optimizer_around_another_that_cannot_be_copied_warns() -> None:
+    """It is built from something else than the optimizer inside, so nothing is measured."""
+
+    class OfTwo(Around):
+        def __init__(self, name: str, inside: Optimizer) -> None:
+            super().__init__(inside)
+
+    with pytest.warns(UserWarning, match="the decay of OfTwo could not be measured"):
+        CautiousDecay(OfTwo("mine", AdamW([weight(1.0)], weight_decay=0.5)))
 
 
 # --------------------------------------------------------------------------- coupled decay

@@ -52,12 +52,8 @@ class Copies:
             if not _is_plain(value, option=True):
                 msg = f"its group holds a {type(value).__name__} as {key}"
                 raise TypeError(msg)
-        self.attributes = {
-            name: value
-            for name, value in vars(own).items()
-            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
-        }
-        rates = (group.get("lr"), group.get("initial_lr"), own.defaults.get("lr"), 1e-3)
+        self.group, inner = group, quirks.stepper(own, group)
+        rates = (group.get("lr"), group.get("initial_lr"), inner.defaults.get("lr"), 1e-3)
         self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)
         self.lam = 2.0**-10 / self.lr
         """A ``weight_decay`` that takes about 0.001 off the weights."""
@@ -70,7 +66,8 @@ class Copies:
 
         ``slope`` multiplies the gradients, and ``size`` the weights after the first step.
         """
-        own, parameters = self._build(decay)
+        parameters = self._parameters()
+        own = self._build(self.own, parameters, decay)
         taken = []
         for number, rate in enumerate(_RATES):
             generator = torch.Generator("cpu").manual_seed(number)
@@ -94,26 +91,37 @@ class Copies:
                 break
         return taken
 
-    def _build(self, decay: float) -> tuple[Optimizer, list[torch.nn.Parameter]]:
+    def _parameters(self) -> list[torch.nn.Parameter]:
         parameters = []
         for ndim, attributes in self.kinds:
             p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=torch.float32))
             vars(p).update(attributes)
             parameters.append(p)
-        options, attributes = copy.deepcopy(self.options), copy.deepcopy(self.attributes)
+        return parameters
+
+    def _build(self, original: Optimizer, parameters: list[torch.nn.Parameter], decay: float) -> Optimizer:
+        """A copy of ``original`` around a copy of the optimizer that it has step the group, if there is one."""
+        inner = next(iter(quirks.holders(original, self.group)), None)
+        plain = {
+            name: value
+            for name, value in vars(original).items()
+            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
+        }
+        options, attributes = copy.deepcopy(self.options), copy.deepcopy(plain)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
         options |= {"weight_decay": decay} if "weight_decay" in options else {}
-        cls = type(self.own)
+        cls: Any = type(original)
         takes = list(inspect.signature(cls).parameters)[1:]
         arguments = attributes | options
-        own = cls([{"params": parameters, **options}], **{name: arguments[name] for name in takes if name in arguments})
-        decays = {self.own.defaults.get("weight_decay"), self.options.get("weight_decay")} - {0, None}
+        first = self._build(inner, parameters, decay) if inner is not None else [{"params": parameters, **options}]
+        own: Optimizer = cls(first, **{name: arguments[name] for name in takes if name in arguments})
+        decays = {quirks.stepper(original, self.group).defaults.get("weight_decay"), self.options.get("weight_decay")}
         # An attribute that holds the decay keeps what the constructor made of ``decay``.
         vars(own).update(
-            {name: value for name, value in attributes.items() if not any(value == each for each in decays)}
+            {name: value for name, value in attributes.items() if not any(value == each for each in decays - {0, None})}
         )
         own.param_groups[0].update(options)
-        return own, parameters
+        return own
 
 
 def kinds(group: Mapping[str, Any]) -> list[tuple[int, tuple[tuple[str, float], ...]]]:
@@ -170,12 +178,13 @@ def _put_back(cls: type[Optimizer], step: Any) -> None:
 @contextlib.contextmanager
 def unnoticed(copies: Copies) -> Iterator[None]:
     """Inside this context steps of the copies are not noticed."""
-    cls, device = type(copies.own), copies.device
+    device = copies.device
     with contextlib.ExitStack() as stack:
         for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
             stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
             hooks.clear()
-        stack.callback(_put_back, cls, vars(cls).get("step"))
+        for cls in map(type, (copies.own, *quirks.holders(copies.own, copies.group))):
+            stack.callback(_put_back, cls, vars(cls).get("step"))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())

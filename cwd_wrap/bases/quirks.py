@@ -409,14 +409,19 @@ def _held(optimizer: Optimizer) -> Iterator[Optimizer]:
         yield from (each for each in inside if isinstance(each, Optimizer))
 
 
+def holders(optimizer: Optimizer, group: Group) -> list[Optimizer]:
+    """The optimizers inside ``optimizer`` that have parameters of ``group``, the outermost first."""
+    of_group = {id(p) for p in group["params"]}
+    return [
+        layer
+        for layer in all_layers(optimizer)[1:]
+        if any(id(p) in of_group for own in layer.param_groups for p in own["params"])
+    ]
+
+
 def stepper(optimizer: Optimizer, group: Group) -> Optimizer:
     """The innermost layer that has the parameters of ``group``: the one that decays them."""
-    found = all_layers(optimizer)
-    of_group = {id(p) for p in group["params"]}
-    for layer in reversed(found[1:]):
-        if any(id(p) in of_group for own in layer.param_groups for p in own["params"]):
-            return layer
-    return optimizer
+    return [optimizer, *holders(optimizer, group)][-1]
 
 
 def apart(optimizer: Optimizer) -> list[Optimizer]:
