@@ -774,6 +774,18 @@ def test_a_measurement_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> No
     assert "" == capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_another_default_dtype_does_not_disturb_a_measurement(dtype: torch.dtype, silent: None) -> None:
+    """The copies are float32 whatever torch's default is, and what is refused stays refused."""
+    torch.set_default_dtype(dtype)
+    try:
+        CautiousDecay(DecaysByRatio([weight(1.0)], weight_decay=0.5))
+        with pytest.raises(ValueError, match=r"by 0\.075 at lr"):
+            CautiousDecay(DecaysMore([weight(1.0)], weight_decay=0.5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_measurement_does_not_hook_a_patched_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch adds its hooks to a patched step when the next optimizer is built. A measurement takes them off again."""
     base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)

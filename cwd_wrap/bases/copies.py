@@ -73,10 +73,9 @@ class Copies:
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
-                p.data.copy_(
-                    sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1)
-                )
-                p.grad = (torch.randn(p.shape, generator=generator, device="cpu") * slope).to(self.device)
+                of_cpu: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+                p.data.copy_(sign * (1 + torch.rand(p.shape, **of_cpu)) * (size if number else 1))
+                p.grad = (torch.randn(p.shape, **of_cpu) * slope).to(p)
             for group in own.param_groups:
                 if "lr" in group:
                     group["lr"] = _like(self.options.get("lr"), self.lr * rate)
