@@ -1002,6 +1002,69 @@ def test_a_step_that_undoes_a_decay_is_refused(cls: Any, wrap: Any) -> None:
         wrap(cls([nn.Parameter(torch.ones(3, 2))]))
 
 
+class KeepsMasters(Descends):
+    """Steps 16-bit weights in float32 copies in its state, and float32 weights as they are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                w = p if p.dtype == torch.float32 else self.state[p].setdefault("master", p.float())
+                w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.float(), alpha=group["lr"])
+                p.copy_(w)
+
+
+class BuildsMasters(Descends):
+    """The same with copies that it makes at once, and gathers in a list."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.weights = [p for group in self.param_groups for p in group["params"]]
+        self.masters = [p.detach().float() for p in self.weights]  # float32 ones stay the same memory
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        group = self.param_groups[0]
+        for p, w in zip(self.weights, self.masters, strict=True):
+            w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.float(), alpha=group["lr"])
+            p.copy_(w)
+
+
+@pytest.mark.parametrize("cls", [KeepsMasters, BuildsMasters])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("around", [lambda base: base, Lookahead], ids=["alone", "inside another"])
+def test_float32_copies_of_16_bit_weights_are_refused(around: Any, dtype: torch.dtype, cls: Any, silent: None) -> None:
+    """The decay would be lost at the next step. A float32 weight in another group does not hide it."""
+    CautiousDecay(around(cls([weight(1.0)])), lam=0.5)
+    with pytest.raises(ValueError, match=r"param group 0 of .* cannot be wrapped: .*a copy of its own"):
+        CautiousDecay(around(cls([weight(1.0, dtype=dtype)])), lam=0.5)
+    base = cls([{"params": [weight(1.0)]}, {"params": [weight(1.0), weight(1.0, dtype=dtype)]}])
+    with pytest.raises(ValueError, match=r"param group 1 of .* cannot be wrapped: .*a copy of its own"):
+        CautiousDecay(around(base), lam=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cls", [Descends, DecaysByDividing])
+def test_16_bit_weights_without_copies_are_accepted(cls: Any, dtype: torch.dtype, silent: None) -> None:
+    """Three steps with gradients of 0 leave 0.95**3, but for roundings."""
+    p = weight(1.0, grad=[0.0], dtype=dtype)
+    opt = CautiousDecay(cls([p], lr=0.1), lam=0.5)
+    for _ in range(3):
+        opt.step()
+
+    assert pytest.approx(0.95**3, abs=0.01) == p.item()
+
+
+def test_weights_that_become_16_bit_are_measured_anew() -> None:
+    """``module.bfloat16()`` after wrapping keeps the parameters, with other data."""
+    p = weight(1.0)
+    opt = CautiousDecay(KeepsMasters([p]), lam=0.5)
+    p.data = p.data.bfloat16()
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="a copy of its own"):
+        opt.step()
+
+
 class Sphere:
     """Named as geoopt's."""
 

@@ -60,13 +60,22 @@ class Copies:
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds(group)[:100]]
+        self.narrow = narrow(group)
 
-    def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
+    def run(
+        self,
+        decay: float,
+        *,
+        off: bool = False,
+        size: float = 1.0,
+        slope: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
-        ``slope`` multiplies the gradients, and ``size`` the weights after the first step.
+        ``slope`` multiplies the gradients, and ``size`` the weights after the first step. ``dtype`` is that of both.
         """
-        parameters = self._parameters()
+        parameters = self._parameters(dtype)
         own = self._build(self.own, parameters, decay)
         taken = []
         for number, rate in enumerate(_RATES):
@@ -90,10 +99,10 @@ class Copies:
                 break
         return taken
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
+    def _parameters(self, dtype: torch.dtype) -> list[torch.nn.Parameter]:
         parameters = []
         for ndim, attributes in self.kinds:
-            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=torch.float32))
+            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=dtype))
             vars(p).update(attributes)
             parameters.append(p)
         return parameters
@@ -130,6 +139,12 @@ def kinds(group: Mapping[str, Any]) -> list[tuple[int, tuple[tuple[str, float], 
         for p in group["params"]
     )
     return list(found)
+
+
+def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:
+    """The 16-bit types of the group's parameters."""
+    types = dict.fromkeys(p.dtype for p in group["params"])
+    return [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in types]
 
 
 def _like(value: object, number: float) -> float | Tensor:

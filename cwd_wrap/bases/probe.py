@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap.bases import known, quirks
-from cwd_wrap.bases.copies import Copies, Taken, kinds, unnoticed
+from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]
@@ -77,7 +77,7 @@ def _is_vouched(layer: Optimizer) -> bool:
 def alike(group: Group) -> str:
     """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
     own = {"params", "param_names", "name", "lr", "lr_scale", "initial_lr", "max_lr", "weight_decay"}
-    return repr((kinds(group), {key: value for key, value in group.items() if key not in own}))
+    return repr((kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
@@ -96,7 +96,8 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
 
 def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
     off = copies.run(copies.lam, off=True)
-    if _is_lost(off, copies.run(copies.lam, off=True, size=7 / 8)):
+    in_16_bit = (copies.run(copies.lam, off=True, dtype=dtype) for dtype in copies.narrow)  # some copy only these
+    if any(_is_lost(copies, steps) for steps in (off, *in_16_bit)):
         return Found(fault=_LOST)
     before, after = off[-1].lr
     if before != after:
@@ -109,8 +110,9 @@ def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
     return _step_size(copies, off, etas)
 
 
-def _is_lost(steps: list[Taken], smaller: list[Taken]) -> bool:
+def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
     """True if a step undoes much of a change that was made to the weights before it."""
+    smaller = copies.run(copies.lam, off=True, size=7 / 8, dtype=steps[0].before[0].dtype)
     return any(
         bool(((w - smaller_w) / (x - smaller_x)).median() < 0.75)
         for a, b in zip(steps[1:], smaller[1:], strict=True)

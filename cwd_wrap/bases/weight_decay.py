@@ -218,7 +218,7 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     if of_base is None or not group.get("params"):
         return None
     switches = (item for item in group.items() if isinstance(item[1], bool | str))
-    key = (where, *switches)
+    key = (where, group["params"][0].dtype, *switches)
     if key not in of_base and (constraint := quirks.constraint(group)) is not None:
         of_base[key] = probe.Found(fault=constraint)
     elif key not in of_base:
