@@ -652,6 +652,107 @@ def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], si
     assert pytest.approx(0.95) == p.item()
 
 
+class DecaysByWd(Optimizer):
+    """Has another name for its decay."""
+
+    def __init__(self, params: Any, lr: float = 0.1, wd: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "wd": wd})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["wd"]).sub_(p.grad, alpha=group["lr"])
+
+
+class AddsL2(Optimizer):
+    """Has another name for a coupled decay, in an attribute."""
+
+    def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.l2 = l2
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad + self.l2 * p, alpha=group["lr"])
+
+
+class AddsL2ToAdam(Optimizer):
+    """Adam with such a decay in an option."""
+
+    def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "l2": l2})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                g = p.grad + group["l2"] * p
+                state["m"] = state.get("m", 0) * 0.9 + g * 0.1
+                state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
+                p.sub_(state["m"] / (state["v"].sqrt() + 1e-8), alpha=group["lr"])
+
+
+class Diffuses(Optimizer):
+    """Adds noise, as Langevin dynamics."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad + torch.randn(p.shape), alpha=group["lr"])
+
+
+class DecaysTwice(Descends):
+    """Has a second decay besides weight_decay."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.01 * group["lr"])
+
+
+BESIDE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "wd": DecaysByWd,
+    "a small wd": functools.partial(DecaysByWd, lr=1e-3, wd=1e-4),
+    "l2": AddsL2,
+    "l2 in Adam": AddsL2ToAdam,
+    "twice": DecaysTwice,
+    "around SGD": lambda params: DecaysAround(SGD(params, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("build", BESIDE.values(), ids=list(BESIDE))
+@pytest.mark.parametrize("step_size", [None, lambda group: group["lr"]], ids=["measured", "step_size"])
+def test_a_decay_under_another_name_is_told_once(build: Any, step_size: Any) -> None:
+    """It stays on beside that of the wrapper, and the warning says so."""
+    base = build([weight(1.0)])
+    with pytest.warns(UserWarning, match="its own decay is on beside that of the wrapper.*pass 0 for it") as caught:
+        opt = CautiousDecay(base, lam=0.5, step_size=step_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.lam = 0.25
+
+    assert 1 == len(caught)
+
+
+def test_without_it_nothing_is_told(silent: None) -> None:
+    """With 0 for the decay, and where the wrapper does not decay, there is nothing to say."""
+    CautiousDecay(DecaysByWd([weight(1.0)], wd=0.0), lam=0.5)
+    CautiousDecay(AddsL2([weight(1.0)], l2=0.0), lam=0.5)
+    CautiousDecay(AddsL2ToAdam([weight(1.0)], l2=0.0), lam=0.5)
+    CautiousDecay(Diffuses([nn.Parameter(torch.ones(2, 2))]), lam=0.5)
+    CautiousUpdate(DecaysByWd([weight(1.0)]))
+
+
 class AddsToTheGradient(Descends):
     """Adam with a coupled decay, written by hand."""
 
@@ -1156,6 +1257,17 @@ class RestoresAround(Around):
             p.copy_(kept)
         super().step()
         self.kept = [p.clone() for p in parameters]
+
+
+class DecaysAround(Around):
+    """Decays before the step, whatever weight_decay is."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.01 * group["lr"])
+        super().step()
 
 
 class NormalizesAround(Around):

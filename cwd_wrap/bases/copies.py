@@ -74,6 +74,7 @@ class Copies:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
         ``slope`` multiplies the gradients, and ``size`` the weights after the first step. ``dtype`` is that of both.
+        With the slope 0 the learning rate is 1 at least, since only a decay moves the weights, perhaps a small one.
         """
         parameters = self._parameters(dtype)
         own = self._build(self.own, parameters, decay)
@@ -87,7 +88,7 @@ class Copies:
                 p.grad = (torch.randn(p.shape, **of_cpu) * slope).to(p)
             for group in own.param_groups:
                 if "lr" in group:
-                    group["lr"] = _like(self.options.get("lr"), self.lr * rate)
+                    group["lr"] = _like(self.options.get("lr"), (self.lr if slope else max(self.lr, 1.0)) * rate)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
                     group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group) if off else {})

@@ -61,6 +61,8 @@ class Found(NamedTuple):
     """Why it cannot be wrapped."""
     coupled: bool = False
     """True if the decay is no multiple of the weights."""
+    beside: bool = False
+    """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
     unmeasured: str | None = None
     """Why nothing was measured."""
 
@@ -102,12 +104,15 @@ def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
     before, after = off[-1].lr
     if before != after:
         return Found(no_eta=f"its step changes lr, from {before:g} to {after:g}")
+    at_rest = copies.run(0.0, off=True, slope=0.0)[0]
+    moved = [(x, w) for x, w in zip(at_rest.before, at_rest.after, strict=True) if not torch.equal(x, w)]
+    beside = bool(moved) and all(bool(((x - w) * x.sign() > _noise(x, w)).all()) for x, w in moved)
     if "weight_decay" not in copies.options:
-        return Found()
-    at_rest = [copies.run(decay, off=True, slope=0.0)[0].after for decay in (copies.lam, 0.0)]
-    if any((w - v).abs().max() > _noise(w, v) for w, v in zip(*at_rest, strict=True)):
+        return Found(beside=beside)
+    built_with_decay = copies.run(copies.lam, off=True, slope=0.0)[0]
+    if any((w - v).abs().max() > _noise(w, v) for w, v in zip(built_with_decay.after, at_rest.after, strict=True)):
         return Found(fault=_STAYS_ON)
-    return _step_size(copies, off, etas)
+    return _step_size(copies, off, etas)._replace(beside=beside)
 
 
 def _is_lost(copies: Copies, steps: list[Taken]) -> bool:

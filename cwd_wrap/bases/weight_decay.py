@@ -74,8 +74,16 @@ def check_group(
         msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
-    if acts:
-        measured(group, where, base)
+    found = measured(group, where, base) if acts else None
+    if found is not None and found.beside and decays(group, fallback):
+        switched_off = ", though its weight_decay is 0" if "weight_decay" in group else ""
+        notices.warn_once(
+            base,
+            "beside",
+            -1,
+            f"{type(base).__name__} shrinks weights whose gradients are 0{switched_off}: its own decay is on beside "
+            "that of the wrapper. If an option sets it, pass 0 for it when you build the optimizer",
+        )
     if step_size is None and decays(group, fallback):
         eta(group, where, base, way_out)
 
