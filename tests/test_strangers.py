@@ -926,6 +926,120 @@ def test_a_group_is_measured_once_and_again_with_other_switches(monkeypatch: pyt
     assert 3 == len(made)
 
 
+class ReadsOption(Descends):
+    """Multiplies by an option of the group."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * group["mult"]
+
+
+class ReadsName(Descends):
+    """Decays a group with this name less."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (0.1 if group["name"] == "bias" else 1.0)
+
+
+class ReadsInitialLr(Descends):
+    """lr / initial_lr, once there is one."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] / group["initial_lr"] if "initial_lr" in group else group["lr"]
+
+
+class ReadsLrScale(Descends):
+    """As timm's param groups want it."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * group["lr_scale"]
+
+
+DIFFERING: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
+    "mult": (ReadsOption, "mult", (1.0, 0.1)),
+    "lr_scale": (ReadsLrScale, "lr_scale", (1.0, 0.1)),
+    "max_lr": (DecaysBySquare, "max_lr", (0.1, 1.0)),
+    "name": (ReadsName, "name", ("kernel", "bias")),
+}
+
+
+@pytest.mark.parametrize(("cls", "key", "values"), DIFFERING.values(), ids=list(DIFFERING))
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+def test_each_option_of_a_group_counts(cls: Any, key: str, values: tuple[Any, Any], order: int) -> None:
+    """A group with another value is measured for itself: each decays as its own would, or is refused, in any order."""
+    options = [{key: value} for value in values][::order]
+    p, q = ([weight(1.0, grad=[0.0]) for _ in options] for _ in range(2))
+    build = functools.partial(cls, lr=0.1, weight_decay=0.5)
+    plain = build([{"params": [w], **each} for w, each in zip(q, options, strict=True)])
+    plain.step()
+    try:
+        CautiousDecay(build([{"params": [w], **each} for w, each in zip(p, options, strict=True)])).step()
+    except ValueError as error:
+        assert "has no single step size" in str(error)
+    else:
+        assert pytest.approx([w.item() for w in q]) == [w.item() for w in p]
+
+
+def test_an_option_that_changes_is_measured_anew() -> None:
+    """A factor that an option changes after wrapping is refused; a key that a scheduler adds changes eta."""
+    opt = CautiousDecay(ReadsOption([weight(1.0, grad=[0.0])], weight_decay=0.5, mult=1.0))
+    opt.step()
+    opt.param_groups[0]["mult"] = 0.1
+    with pytest.raises(ValueError, match="has no single step size"):
+        opt.step()
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(ReadsInitialLr([p], weight_decay=0.5))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 0.1)
+    opt.step()
+
+    assert pytest.approx(1 - 0.1 * 0.5) == p.item()
+
+
+def test_what_changes_at_each_step_is_not_measured_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the step writes is not watched, and one that a schedule writes is taken for that at its fourth."""
+
+    class Counts(Descends):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+
+    made = []
+    measure = probe.measure
+    monkeypatch.setattr(probe, "measure", lambda *args: made.append(args[1]) or measure(*args))
+    opt = CautiousDecay(Counts([weight(1.0, grad=[1.0])], weight_decay=0.5))
+    for _ in range(10):
+        opt.step()
+
+    assert 1 == len(made)
+    for number in range(10):
+        opt.param_groups[0]["temperature"] = number / 10
+        opt.step()
+
+    assert 4 == len(made)
+
+
+def test_a_second_measurement_that_fails_leaves_the_first(silent: None) -> None:
+    """A stranger that only its first state lets step cannot be copied later: what was found counts."""
+
+    class StartsAtZero(DecaysFixed):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                if group["begin"]:
+                    self.state["begun"] = True
+                assert self.state["begun"]
+            super().step()
+
+    p = weight(1.0, grad=[0.0])
+    base = StartsAtZero([p], weight_decay=0.5, fixed=True)
+    base.param_groups[0]["begin"] = 1
+    opt = CautiousDecay(base)
+    for begin in (1, 0):
+        opt.param_groups[0]["begin"] = begin
+        opt.step()
+
+    assert pytest.approx(0.25) == p.item()
+
+
 def test_a_wrapped_stranger_can_be_freed() -> None:
     """What was measured does not keep the optimizer alive."""
     base = DecaysByRatio([weight(1.0, grad=[1.0])], weight_decay=0.5)

@@ -65,6 +65,8 @@ class Found(NamedTuple):
     """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
     unmeasured: str | None = None
     """Why nothing was measured."""
+    counts: frozenset[str] = frozenset()
+    """The options of the group that its steps write."""
 
 
 def is_vouched(base: Optimizer) -> bool:
@@ -78,7 +80,7 @@ def _is_vouched(layer: Optimizer) -> bool:
 
 def alike(group: Group) -> str:
     """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
-    own = {"params", "param_names", "name", "lr", "lr_scale", "initial_lr", "max_lr", "weight_decay"}
+    own = {"params", "param_names", "lr", "weight_decay"}
     return repr((kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
@@ -91,13 +93,19 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
     try:
         copies = Copies(own, group)
         with unnoticed(copies):
-            return _measure(copies, (by_options, *_FORMS))
+            off = copies.run(copies.lam, off=True)
+            return _measure(copies, off, (by_options, *_FORMS))._replace(counts=_written(off))
     except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
         return Found(unmeasured=f"{type(error).__name__}: {error!s:.100}")
 
 
-def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
-    off = copies.run(copies.lam, off=True)
+def _written(steps: list[Taken]) -> frozenset[str]:
+    before, after = steps[0].group, steps[-1].own.param_groups[0]
+    plain = {key: value for key, value in after.items() if isinstance(value, int | float | str)}
+    return frozenset(key for key, value in plain.items() if key not in before or before[key] != value)
+
+
+def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     in_16_bit = (copies.run(copies.lam, off=True, dtype=dtype) for dtype in copies.narrow)  # some copy only these
     if any(_is_lost(copies, steps) for steps in (off, *in_16_bit)):
         return Found(fault=_LOST)
