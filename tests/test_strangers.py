@@ -512,6 +512,59 @@ def test_eta_is_the_factor_of_the_strangers_own_decay(build: Any, etas: list[flo
         torch.testing.assert_close(q, p, rtol=2e-6, atol=0)
 
 
+class Adapts(Descends):
+    """Written by hand as D-Adaptation: grows a factor ``d`` of lr."""
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, d: float = 1e-6, **options: Any
+    ) -> None:
+        super().__init__(params, lr, weight_decay, d=d, k=0, **options)
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["d"] * group["lr"]
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] = max(group["d"], 0.5)
+
+
+class HasOptions(Optimizer):
+    """Descends, and has no decay."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("options", [{"growth_rate": 2.0}, {}, {"d": 1.0}], ids=str)
+def test_a_factor_d_of_lr_is_measured(options: dict[str, Any], silent: None) -> None:
+    """A D-Adaptation of one's own decays as the plain one, from its small first d on."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    plain, wrapped = Adapts([q], weight_decay=0.5, **options), CautiousDecay(Adapts([p], weight_decay=0.5, **options))
+    for _ in range(3):
+        plain.step()
+        wrapped.step()
+
+    assert pytest.approx(q.item(), rel=1e-6) == p.item() < 0.96
+
+
+@pytest.mark.parametrize("options", [{"d": 8, "k": 3}, {"d": 0.5, "step": 1}, {"d": 1e-3, "k": 0}], ids=str)
+@pytest.mark.parametrize("cls", [HasOptions, Descends])
+def test_an_option_named_d_may_be_something_else(options: dict[str, Any], cls: Any, silent: None) -> None:
+    """Where d does not multiply the decay, eta is lr: 0.95."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(cls([p], **options), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
 class DecaysMore(Descends):
     """1.5 * lr."""
 

@@ -24,6 +24,7 @@ from cwd_wrap.bases import quirks
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
+_SMALL_D = 2.0**-6
 _SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
 _OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
 
@@ -52,6 +53,8 @@ class Copies:
             if not _is_plain(value, option=True):
                 msg = f"its group holds a {type(value).__name__} as {key}"
                 raise TypeError(msg)
+        if quirks.has_d(group) and isinstance(d := group["d"], float) and (d < _SMALL_D or d == 1):
+            self.options["d"] = 0.5  # D-Adaptation begins with values too small to see in a decay; 1 shows in none
         self.group, inner = group, quirks.stepper(own, group)
         rates = (group.get("lr"), group.get("initial_lr"), inner.defaults.get("lr"), 1e-3)
         self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)

@@ -42,6 +42,8 @@ def _one(_: Optimizer, group: Group) -> float:
 # How optimizers multiply their own decay, if not as their options say.
 _FORMS: tuple[Eta, ...] = (
     _one,
+    lambda _, group: group["lr"],
+    lambda _, group: quirks.d_lr(group),
     lambda _, group: group["lr"] / group.get("initial_lr", group["lr"]),
     lambda _, group: group["lr"] / group.get("max_lr", group["lr"]),
     lambda _, group: group["lr"] ** 2 / group.get("initial_lr", group["lr"]),
@@ -72,6 +74,11 @@ class Found(NamedTuple):
 def is_vouched(base: Optimizer) -> bool:
     """True if tables vouch for ``base`` and all optimizers inside it."""
     return all(map(_is_vouched, quirks.all_layers(base)))
+
+
+def is_vouched_stepper(base: Optimizer, group: Group) -> bool:
+    """True if tables vouch for the innermost optimizer that steps ``group``."""
+    return _is_vouched(quirks.stepper(base, group))
 
 
 def _is_vouched(layer: Optimizer) -> bool:

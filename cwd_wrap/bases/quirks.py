@@ -192,6 +192,21 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
     return size if group.get("unscaled_wd") else None
 
 
+def has_d(group: Group) -> bool:
+    """True if the options are those of Prodigy and D-Adaptation: a factor ``d`` of lr, and a counter."""
+    return "d" in group and ("k" in group or "step" in group)  # not Adafactor, whose "d" differs
+
+
+def d_lr(group: Group) -> float | Tensor:
+    """The step size of these."""
+    size: float | Tensor = group["d"] * group["lr"]
+    if not group.get("use_bias_correction"):
+        return size
+    beta1, beta2 = group["betas"][:2]
+    t = group["k"] + 1
+    return size * float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
+
+
 def constraint(group: Group) -> str | None:
     """Why parameters on a manifold (geoopt) cannot decay; None if the group has none."""
     for p in group["params"]:

@@ -312,18 +312,9 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
             f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
-    if "d" in group and ("k" in group or "step" in group):  # not Adafactor, whose "d" differs
-        d: float | Tensor = group["d"]
-        return d * lr * _bias_correction(group)
+    if quirks.has_d(group) and ("growth_rate" in group or probe.is_vouched_stepper(base, group)):
+        return quirks.d_lr(group)
     return lr
-
-
-def _bias_correction(group: Group) -> float:
-    if not group.get("use_bias_correction"):
-        return 1.0
-    beta1, beta2 = group["betas"][:2]
-    t = group["k"] + 1
-    return float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
 
 
 def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
