@@ -614,6 +614,13 @@ class ReadsMultipliers(Descends):
         return group["lr"] * getattr(p, "lr_mul", 1.0) * getattr(p, "wd_mul", 1.0)
 
 
+class ReadsItems(Descends):
+    """Multiplies by a tensor ``p.wd_mul``."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (p.wd_mul.item() if hasattr(p, "wd_mul") else 1.0)
+
+
 class SkipsVectors(Descends):
     """Decays no vectors."""
 
@@ -621,7 +628,7 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
-def with_attributes(**attributes: float) -> list[nn.Parameter]:
+def with_attributes(**attributes: Any) -> list[nn.Parameter]:
     """Two parameters, one with attributes."""
     parameters = [weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])]
     vars(parameters[1]).update(attributes)
@@ -642,6 +649,18 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "shrinks its lr": (lambda: ShrinksItsLr([weight(1.0)], weight_decay=0.5), "changes lr, from 0.05 to 0.0495"),
     "p.wd_mul": (lambda: ReadsMultipliers(with_attributes(wd_mul=0.0), weight_decay=0.5), "differ in wd_mul"),
     "p.lr_mul": (lambda: ReadsMultipliers(with_attributes(lr_mul=5.0), weight_decay=0.5), "differ in lr_mul"),
+    "a tensor p.lr_mul": (
+        lambda: ReadsMultipliers(with_attributes(lr_mul=torch.tensor(5.0)), weight_decay=0.5),
+        "differ in lr_mul",
+    ),
+    "a numpy p.wd_mul": (
+        lambda: ReadsMultipliers(with_attributes(wd_mul=pytest.importorskip("numpy").float32(0.5)), weight_decay=0.5),
+        "differ in wd_mul",
+    ),
+    "an item of a parameter p.wd_mul": (
+        lambda: ReadsItems(with_attributes(wd_mul=nn.Parameter(torch.tensor(0.5))), weight_decay=0.5),
+        "differ in wd_mul",
+    ),
     "skips vectors": (
         lambda: SkipsVectors(a_vector_and_a_matrix(), weight_decay=0.5),
         "by 0 at lr=0.05, 0.05 at lr=0.05",

@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -62,7 +63,11 @@ class Copies:
         """A ``weight_decay`` that takes about 0.001 off the weights."""
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds(group)[:100]]
+        # One parameter for each kind, with its attributes as they are: an optimizer may call their methods.
+        examples = {_kind(p): p for p in group["params"]}
+        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in kind[1]}) for kind, p in examples.items()][
+            :100
+        ]
         self.narrow = narrow(group)
 
     def run(
@@ -107,7 +112,7 @@ class Copies:
         parameters = []
         for ndim, attributes in self.kinds:
             p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=dtype))
-            vars(p).update(attributes)
+            vars(p).update({name: _apart(value) for name, value in attributes.items()})
             parameters.append(p)
         return parameters
 
@@ -136,13 +141,29 @@ class Copies:
         return own
 
 
-def kinds(group: Mapping[str, Any]) -> list[tuple[int, tuple[tuple[str, float], ...]]]:
+Kind = tuple[int, tuple[tuple[str, float], ...]]
+
+
+def kinds(group: Mapping[str, Any]) -> list[Kind]:
     """What a step can tell parameters apart by: the number of dimensions, and attributes (``p.wd_mul``)."""
-    found = dict.fromkeys(
-        (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
-        for p in group["params"]
-    )
-    return list(found)
+    return list(dict.fromkeys(map(_kind, group["params"])))
+
+
+def _kind(p: Tensor) -> Kind:
+    numbers = ((name, _apart(value)) for name, value in vars(p).items() if _is_number(value))
+    return p.ndim, tuple((name, float(value)) for name, value in numbers)
+
+
+def _is_number(value: object) -> bool:
+    """True for real numbers, also for numpy's, and for tensors without dimensions."""
+    if isinstance(value, Tensor):
+        plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
+        return plain and value.ndim == 0 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def _apart(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:
