@@ -572,6 +572,13 @@ class DecaysMore(Descends):
         return 1.5 * group["lr"]
 
 
+class DecaysLittle(Descends):
+    """lr**2."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] ** 2
+
+
 class WarmsUp(Descends):
     """Multiplies lr by a share of the steps taken, in its own step, as BertAdam does."""
 
@@ -641,6 +648,10 @@ def a_vector_and_a_matrix() -> list[nn.Parameter]:
 
 REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "1.5 * lr": (lambda: DecaysMore([weight(1.0)], weight_decay=0.5), "by 0.075 at lr=0.05, 0.15 at lr=0.1"),
+    "a small factor": (
+        lambda: DecaysLittle([weight(1.0)], lr=1e-3, weight_decay=0.5),
+        "at lr=0.0005, 9.5",
+    ),
     "warm-up inside": (
         lambda: WarmsUp([weight(1.0)], weight_decay=0.5, warmup=10),
         "by 0.005 at lr=0.05, 0.02 at lr=0.1, 0.015 at lr=0.05",

@@ -127,7 +127,7 @@ def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     built_with_decay = copies.run(copies.lam, off=True, slope=0.0)[0]
     if any((w - v).abs().max() > _noise(w, v) for w, v in zip(built_with_decay.after, at_rest.after, strict=True)):
         return Found(fault=_STAYS_ON)
-    return _step_size(copies, off, etas)._replace(beside=beside)
+    return _step_size(copies, copies.lam, off, etas)._replace(beside=beside)
 
 
 def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
@@ -140,19 +140,20 @@ def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
     )
 
 
-def _step_size(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
-    on = copies.run(copies.lam)
-    if on[-1].own.param_groups[0]["weight_decay"] != copies.lam:
+def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
+    on = copies.run(lam)
+    if on[-1].own.param_groups[0]["weight_decay"] != lam:
         return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
     factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
     for x, w, v, step in _side_by_side(on, off):
-        if (factor := _factor(x, w, v, copies.lam)) is None:
+        if (factor := _factor(x, w, v, lam)) is None:
             return Found(coupled=True)
-        factors.append((factor, _noise(x, v) / copies.lam, step))
+        factors.append((factor, _noise(x, v) / lam, step))
     if not factors:
         return Found(unmeasured="its first steps do not move the weights")
     if not any(factor for factor, _, _ in factors):
-        return Found()  # no decay, or a coupled one that is too small to see
+        # No decay, or one that is too small to see.
+        return Found() if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
     for i, eta in enumerate(etas):
         if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
             return Found(eta=eta if i else None)
