@@ -827,6 +827,15 @@ def test_a_decay_under_another_name_is_told_once(build: Any, step_size: Any) -> 
     assert 1 == len(caught)
 
 
+def test_a_decay_under_another_name_that_is_switched_on_later_is_told(silent: None) -> None:
+    """It is 0 when the wrapper is built, and says nothing then."""
+    opt = CautiousDecay(DecaysByWd([weight(1.0, grad=[0.0])], wd=0.0), lam=0.5)
+    opt.step()
+    opt.param_groups[0]["wd"] = 0.1
+    with pytest.warns(UserWarning, match="its own decay is on beside"):
+        opt.step()
+
+
 def test_without_it_nothing_is_told(silent: None) -> None:
     """With 0 for the decay, and where the wrapper does not decay, there is nothing to say."""
     CautiousDecay(DecaysByWd([weight(1.0)], wd=0.0), lam=0.5)

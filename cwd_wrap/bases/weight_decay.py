@@ -91,17 +91,21 @@ def check_group(
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
     found = measured(group, where, base) if acts else None
-    if found is not None and found.beside and decays(group, fallback):
-        switched_off = ", though its weight_decay is 0" if "weight_decay" in group else ""
+    if found is not None and decays(group, fallback):
+        _warn_if_beside(found, base)
+    if step_size is None and decays(group, fallback):
+        eta(group, where, base, way_out)
+
+
+def _warn_if_beside(found: probe.Found, base: Optimizer) -> None:
+    if found.beside:
         notices.warn_once(
             base,
             "beside",
             -1,
-            f"{type(base).__name__} shrinks weights whose gradients are 0{switched_off}: its own decay is on beside "
-            "that of the wrapper. If an option sets it, pass 0 for it when you build the optimizer",
+            f"{type(base).__name__} shrinks weights whose gradients are 0, even at weight_decay=0: its own decay is on "
+            "beside that of the wrapper. If an option sets it, pass 0 for it when you build the optimizer",
         )
-    if step_size is None and decays(group, fallback):
-        eta(group, where, base, way_out)
 
 
 def _where(index: int, base: Optimizer) -> str:
@@ -212,6 +216,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     found = measured(group, where, base)
     if found is None:
         return by_options
+    _warn_if_beside(found, base)
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
@@ -291,7 +296,7 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
     ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
     ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected
     ``decouple_lr`` (optimi, FlashAdamW)                   lr / max_lr; lr / initial_lr
-    ``d`` (Prodigy, D-Adaptation)                          d * lr [* bias correction]
+    ``d`` of a known class (Prodigy, D-Adaptation)         d * lr [* bias correction]
     ``scale_parameter``, ``relative_step`` (Adafactor)     an error: it differs from tensor to tensor
     otherwise                                              lr
     =====================================================  ==========================================
