@@ -1515,6 +1515,15 @@ def test_an_optimizer_around_another_that_only_steps_it_is_accepted(inner: Any, 
     assert pytest.approx(0.95) == p.item()
 
 
+def test_an_optimizer_that_shards_another_is_not_measured(monkeypatch: pytest.MonkeyPatch, silent: None) -> None:
+    """fairscale's OSS communicates in its step, so it cannot be copied. The optimizer inside counts."""
+    oss = of_library(WarmsUpAround, "fairscale.optim.oss", "OSS")
+    with pytest.raises(ValueError, match=r"by 0\.075"):
+        CautiousDecay(oss(DecaysMore([weight(1.0)], weight_decay=0.5)))
+    monkeypatch.setattr(probe, "Copies", lambda *_: pytest.fail("measured"))
+    CautiousDecay(oss(AdamW([weight(1.0)], weight_decay=0.5)))
+
+
 def test_an_optimizer_around_another_that_cannot_be_copied_warns() -> None:
     """It is built from something else than the optimizer inside, so nothing is measured."""
 

@@ -94,7 +94,7 @@ def alike(group: Group) -> str:
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
     """Measure the decay of ``group``. ``by_options`` is its step size as the options say."""
     layers = [base, *quirks.holders(base, group)]
-    own = next((layer for layer in layers if not _is_vouched(layer)), None)
+    own = next((layer for layer in layers if not _is_vouched(layer) and not quirks.shards(layer)), None)
     if own is None:
         return Found()
     try:

@@ -439,9 +439,14 @@ def stepper(optimizer: Optimizer, group: Group) -> Optimizer:
     return [optimizer, *holders(optimizer, group)][-1]
 
 
+def shards(optimizer: Optimizer) -> bool:
+    """True if it has the optimizer inside step this rank's share of the weights, and does no more to them."""
+    return bool({"torch.ZeroRedundancyOptimizer", "fairscale.OSS"} & {*_names(optimizer)})
+
+
 def apart(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers inside ``optimizer`` that step its parameters with groups of their own, which it does not see."""
-    if {"torch.ZeroRedundancyOptimizer", "fairscale.OSS"} & {*_names(optimizer)}:
+    if shards(optimizer):
         return []  # they copy the values of their groups into those of the optimizer inside, before each step
     own = {id(group) for group in optimizer.param_groups}
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
