@@ -575,11 +575,71 @@ def test_eta_is_the_factor_of_the_strangers_own_decay(build: Any, etas: list[flo
         torch.testing.assert_close(q, p, rtol=2e-6, atol=0)
 
 
+class Adapts(Descends):
+    """Written by hand as D-Adaptation: grows a factor ``d`` of lr."""
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, d: float = 1e-6, **options: Any
+    ) -> None:
+        super().__init__(params, lr, weight_decay, d=d, k=0, **options)
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["d"] * group["lr"]
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] = max(group["d"], 0.5)
+
+
+class HasOptions(Optimizer):
+    """Descends, and has no decay."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {"lr": 0.1, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("options", [{"growth_rate": 2.0}, {}, {"d": 1.0}], ids=str)
+def test_a_factor_d_of_lr_is_measured(options: dict[str, Any], silent: None) -> None:
+    """A D-Adaptation of one's own decays as the plain one, from its small first d on."""
+    p, q = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    plain, wrapped = Adapts([q], weight_decay=0.5, **options), CautiousDecay(Adapts([p], weight_decay=0.5, **options))
+    for _ in range(3):
+        plain.step()
+        wrapped.step()
+
+    assert pytest.approx(q.item(), rel=1e-6) == p.item() < 0.96
+
+
+@pytest.mark.parametrize("options", [{"d": 8, "k": 3}, {"d": 0.5, "step": 1}, {"d": 1e-3, "k": 0}], ids=str)
+@pytest.mark.parametrize("cls", [HasOptions, Descends])
+def test_an_option_named_d_may_be_something_else(options: dict[str, Any], cls: Any, silent: None) -> None:
+    """Where d does not multiply the decay, eta is lr: 0.95."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(cls([p], **options), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
 class DecaysMore(Descends):
     """1.5 * lr."""
 
     def factor(self, group: dict[str, Any], p: Tensor) -> Any:
         return 1.5 * group["lr"]
+
+
+class DecaysLittle(Descends):
+    """lr**2."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] ** 2
 
 
 class WarmsUp(Descends):
@@ -624,6 +684,13 @@ class ReadsMultipliers(Descends):
         return group["lr"] * getattr(p, "lr_mul", 1.0) * getattr(p, "wd_mul", 1.0)
 
 
+class ReadsItems(Descends):
+    """Multiplies by a tensor ``p.wd_mul``."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (p.wd_mul.item() if hasattr(p, "wd_mul") else 1.0)
+
+
 class SkipsVectors(Descends):
     """Decays no vectors."""
 
@@ -631,7 +698,7 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
-def with_attributes(**attributes: float) -> list[nn.Parameter]:
+def with_attributes(**attributes: Any) -> list[nn.Parameter]:
     """Two parameters, one with attributes."""
     parameters = [weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])]
     vars(parameters[1]).update(attributes)
@@ -644,6 +711,10 @@ def a_vector_and_a_matrix() -> list[nn.Parameter]:
 
 REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "1.5 * lr": (lambda: DecaysMore([weight(1.0)], weight_decay=0.5), "by 0.075 at lr=0.05, 0.15 at lr=0.1"),
+    "a small factor": (
+        lambda: DecaysLittle([weight(1.0)], lr=1e-3, weight_decay=0.5),
+        "at lr=0.0005, 9.5",
+    ),
     "warm-up inside": (
         lambda: WarmsUp([weight(1.0)], weight_decay=0.5, warmup=10),
         "by 0.005 at lr=0.05, 0.02 at lr=0.1, 0.015 at lr=0.05",
@@ -652,6 +723,18 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "shrinks its lr": (lambda: ShrinksItsLr([weight(1.0)], weight_decay=0.5), "changes lr, from 0.05 to 0.0495"),
     "p.wd_mul": (lambda: ReadsMultipliers(with_attributes(wd_mul=0.0), weight_decay=0.5), "differ in wd_mul"),
     "p.lr_mul": (lambda: ReadsMultipliers(with_attributes(lr_mul=5.0), weight_decay=0.5), "differ in lr_mul"),
+    "a tensor p.lr_mul": (
+        lambda: ReadsMultipliers(with_attributes(lr_mul=torch.tensor(5.0)), weight_decay=0.5),
+        "differ in lr_mul",
+    ),
+    "a numpy p.wd_mul": (
+        lambda: ReadsMultipliers(with_attributes(wd_mul=pytest.importorskip("numpy").float32(0.5)), weight_decay=0.5),
+        "differ in wd_mul",
+    ),
+    "an item of a parameter p.wd_mul": (
+        lambda: ReadsItems(with_attributes(wd_mul=nn.Parameter(torch.tensor(0.5))), weight_decay=0.5),
+        "differ in wd_mul",
+    ),
     "skips vectors": (
         lambda: SkipsVectors(a_vector_and_a_matrix(), weight_decay=0.5),
         "by 0 at lr=0.05, 0.05 at lr=0.05",
@@ -713,6 +796,116 @@ def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], si
     CautiousDecay(DecaysAnyway([p]), lam=0.5).step()
 
     assert pytest.approx(0.95) == p.item()
+
+
+class DecaysByWd(Optimizer):
+    """Has another name for its decay."""
+
+    def __init__(self, params: Any, lr: float = 0.1, wd: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "wd": wd})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["wd"]).sub_(p.grad, alpha=group["lr"])
+
+
+class AddsL2(Optimizer):
+    """Has another name for a coupled decay, in an attribute."""
+
+    def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.l2 = l2
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad + self.l2 * p, alpha=group["lr"])
+
+
+class AddsL2ToAdam(Optimizer):
+    """Adam with such a decay in an option."""
+
+    def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "l2": l2})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                g = p.grad + group["l2"] * p
+                state["m"] = state.get("m", 0) * 0.9 + g * 0.1
+                state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
+                p.sub_(state["m"] / (state["v"].sqrt() + 1e-8), alpha=group["lr"])
+
+
+class Diffuses(Optimizer):
+    """Adds noise, as Langevin dynamics."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad + torch.randn(p.shape), alpha=group["lr"])
+
+
+class DecaysTwice(Descends):
+    """Has a second decay besides weight_decay."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.01 * group["lr"])
+
+
+BESIDE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "wd": DecaysByWd,
+    "a small wd": functools.partial(DecaysByWd, lr=1e-3, wd=1e-4),
+    "l2": AddsL2,
+    "l2 in Adam": AddsL2ToAdam,
+    "twice": DecaysTwice,
+    "around SGD": lambda params: DecaysAround(SGD(params, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("build", BESIDE.values(), ids=list(BESIDE))
+@pytest.mark.parametrize("step_size", [None, lambda group: group["lr"]], ids=["measured", "step_size"])
+def test_a_decay_under_another_name_is_told_once(build: Any, step_size: Any) -> None:
+    """It stays on beside that of the wrapper, and the warning says so."""
+    base = build([weight(1.0)])
+    with pytest.warns(UserWarning, match="its own decay is on beside that of the wrapper.*pass 0 for it") as caught:
+        opt = CautiousDecay(base, lam=0.5, step_size=step_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.lam = 0.25
+
+    assert 1 == len(caught)
+
+
+def test_a_decay_under_another_name_that_is_switched_on_later_is_told(silent: None) -> None:
+    """It is 0 when the wrapper is built, and says nothing then."""
+    opt = CautiousDecay(DecaysByWd([weight(1.0, grad=[0.0])], wd=0.0), lam=0.5)
+    opt.step()
+    opt.param_groups[0]["wd"] = 0.1
+    with pytest.warns(UserWarning, match="its own decay is on beside"):
+        opt.step()
+
+
+def test_without_it_nothing_is_told(silent: None) -> None:
+    """With 0 for the decay, and where the wrapper does not decay, there is nothing to say."""
+    CautiousDecay(DecaysByWd([weight(1.0)], wd=0.0), lam=0.5)
+    CautiousDecay(AddsL2([weight(1.0)], l2=0.0), lam=0.5)
+    CautiousDecay(AddsL2ToAdam([weight(1.0)], l2=0.0), lam=0.5)
+    CautiousDecay(Diffuses([nn.Parameter(torch.ones(2, 2))]), lam=0.5)
+    CautiousUpdate(DecaysByWd([weight(1.0)]))
 
 
 class AddsToTheGradient(Descends):
@@ -837,12 +1030,25 @@ def test_a_measurement_leaves_no_trace(capsys: pytest.CaptureFixture[str]) -> No
     assert "" == capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_another_default_dtype_does_not_disturb_a_measurement(dtype: torch.dtype, silent: None) -> None:
+    """The copies are float32 whatever torch's default is, and what is refused stays refused."""
+    torch.set_default_dtype(dtype)
+    try:
+        CautiousDecay(DecaysByRatio([weight(1.0)], weight_decay=0.5))
+        with pytest.raises(ValueError, match=r"by 0\.075 at lr"):
+            CautiousDecay(DecaysMore([weight(1.0)], weight_decay=0.5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_measurement_does_not_hook_a_patched_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch adds its hooks to a patched step when the next optimizer is built. A measurement takes them off again."""
     base = SGD([weight(1.0)], lr=0.1, weight_decay=0.5)
     patched = clips(SGD.step)
     monkeypatch.setattr(SGD, "step", patched)
     CautiousDecay(base)
+    CautiousDecay(Around(base))
 
     assert patched is vars(SGD)["step"]
 
@@ -873,6 +1079,120 @@ def test_a_group_is_measured_once_and_again_with_other_switches(monkeypatch: pyt
     opt.step()
 
     assert 3 == len(made)
+
+
+class ReadsOption(Descends):
+    """Multiplies by an option of the group."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * group["mult"]
+
+
+class ReadsName(Descends):
+    """Decays a group with this name less."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (0.1 if group["name"] == "bias" else 1.0)
+
+
+class ReadsInitialLr(Descends):
+    """lr / initial_lr, once there is one."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] / group["initial_lr"] if "initial_lr" in group else group["lr"]
+
+
+class ReadsLrScale(Descends):
+    """As timm's param groups want it."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * group["lr_scale"]
+
+
+DIFFERING: dict[str, tuple[Any, str, tuple[Any, Any]]] = {
+    "mult": (ReadsOption, "mult", (1.0, 0.1)),
+    "lr_scale": (ReadsLrScale, "lr_scale", (1.0, 0.1)),
+    "max_lr": (DecaysBySquare, "max_lr", (0.1, 1.0)),
+    "name": (ReadsName, "name", ("kernel", "bias")),
+}
+
+
+@pytest.mark.parametrize(("cls", "key", "values"), DIFFERING.values(), ids=list(DIFFERING))
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+def test_each_option_of_a_group_counts(cls: Any, key: str, values: tuple[Any, Any], order: int) -> None:
+    """A group with another value is measured for itself: each decays as its own would, or is refused, in any order."""
+    options = [{key: value} for value in values][::order]
+    p, q = ([weight(1.0, grad=[0.0]) for _ in options] for _ in range(2))
+    build = functools.partial(cls, lr=0.1, weight_decay=0.5)
+    plain = build([{"params": [w], **each} for w, each in zip(q, options, strict=True)])
+    plain.step()
+    try:
+        CautiousDecay(build([{"params": [w], **each} for w, each in zip(p, options, strict=True)])).step()
+    except ValueError as error:
+        assert "has no single step size" in str(error)
+    else:
+        assert pytest.approx([w.item() for w in q]) == [w.item() for w in p]
+
+
+def test_an_option_that_changes_is_measured_anew() -> None:
+    """A factor that an option changes after wrapping is refused; a key that a scheduler adds changes eta."""
+    opt = CautiousDecay(ReadsOption([weight(1.0, grad=[0.0])], weight_decay=0.5, mult=1.0))
+    opt.step()
+    opt.param_groups[0]["mult"] = 0.1
+    with pytest.raises(ValueError, match="has no single step size"):
+        opt.step()
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(ReadsInitialLr([p], weight_decay=0.5))
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda _: 0.1)
+    opt.step()
+
+    assert pytest.approx(1 - 0.1 * 0.5) == p.item()
+
+
+def test_what_changes_at_each_step_is_not_measured_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the step writes is not watched, and one that a schedule writes is taken for that at its fourth."""
+
+    class Counts(Descends):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                group["count"] = group.get("count", 0) + 1
+
+    made = []
+    measure = probe.measure
+    monkeypatch.setattr(probe, "measure", lambda *args: made.append(args[1]) or measure(*args))
+    opt = CautiousDecay(Counts([weight(1.0, grad=[1.0])], weight_decay=0.5))
+    for _ in range(10):
+        opt.step()
+
+    assert 1 == len(made)
+    for number in range(10):
+        opt.param_groups[0]["temperature"] = number / 10
+        opt.step()
+
+    assert 4 == len(made)
+
+
+def test_a_second_measurement_that_fails_leaves_the_first(silent: None) -> None:
+    """A stranger that only its first state lets step cannot be copied later: what was found counts."""
+
+    class StartsAtZero(DecaysFixed):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                if group["begin"]:
+                    self.state["begun"] = True
+                assert self.state["begun"]
+            super().step()
+
+    p = weight(1.0, grad=[0.0])
+    base = StartsAtZero([p], weight_decay=0.5, fixed=True)
+    base.param_groups[0]["begin"] = 1
+    opt = CautiousDecay(base)
+    for begin in (1, 0):
+        opt.param_groups[0]["begin"] = begin
+        opt.step()
+
+    assert pytest.approx(0.25) == p.item()
 
 
 def test_a_wrapped_stranger_can_be_freed() -> None:
@@ -1052,6 +1372,69 @@ def test_a_step_that_undoes_a_decay_is_refused(cls: Any, wrap: Any) -> None:
         wrap(cls([nn.Parameter(torch.ones(3, 2))]))
 
 
+class KeepsMasters(Descends):
+    """Steps 16-bit weights in float32 copies in its state, and float32 weights as they are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                w = p if p.dtype == torch.float32 else self.state[p].setdefault("master", p.float())
+                w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.float(), alpha=group["lr"])
+                p.copy_(w)
+
+
+class BuildsMasters(Descends):
+    """The same with copies that it makes at once, and gathers in a list."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.weights = [p for group in self.param_groups for p in group["params"]]
+        self.masters = [p.detach().float() for p in self.weights]  # float32 ones stay the same memory
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        group = self.param_groups[0]
+        for p, w in zip(self.weights, self.masters, strict=True):
+            w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.float(), alpha=group["lr"])
+            p.copy_(w)
+
+
+@pytest.mark.parametrize("cls", [KeepsMasters, BuildsMasters])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("around", [lambda base: base, Lookahead], ids=["alone", "inside another"])
+def test_float32_copies_of_16_bit_weights_are_refused(around: Any, dtype: torch.dtype, cls: Any, silent: None) -> None:
+    """The decay would be lost at the next step. A float32 weight in another group does not hide it."""
+    CautiousDecay(around(cls([weight(1.0)])), lam=0.5)
+    with pytest.raises(ValueError, match=r"param group 0 of .* cannot be wrapped: .*a copy of its own"):
+        CautiousDecay(around(cls([weight(1.0, dtype=dtype)])), lam=0.5)
+    base = cls([{"params": [weight(1.0)]}, {"params": [weight(1.0), weight(1.0, dtype=dtype)]}])
+    with pytest.raises(ValueError, match=r"param group 1 of .* cannot be wrapped: .*a copy of its own"):
+        CautiousDecay(around(base), lam=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cls", [Descends, DecaysByDividing])
+def test_16_bit_weights_without_copies_are_accepted(cls: Any, dtype: torch.dtype, silent: None) -> None:
+    """Three steps with gradients of 0 leave 0.95**3, but for roundings."""
+    p = weight(1.0, grad=[0.0], dtype=dtype)
+    opt = CautiousDecay(cls([p], lr=0.1), lam=0.5)
+    for _ in range(3):
+        opt.step()
+
+    assert pytest.approx(0.95**3, abs=0.01) == p.item()
+
+
+def test_weights_that_become_16_bit_are_measured_anew() -> None:
+    """``module.bfloat16()`` after wrapping keeps the parameters, with other data."""
+    p = weight(1.0)
+    opt = CautiousDecay(KeepsMasters([p]), lam=0.5)
+    p.data = p.data.bfloat16()
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="a copy of its own"):
+        opt.step()
+
+
 class Sphere:
     """Named as geoopt's."""
 
@@ -1089,6 +1472,130 @@ def test_parameters_on_a_manifold_are_refused_where_they_decay() -> None:
     opt.param_groups[0]["weight_decay"] = 0.5
     with pytest.raises(ValueError, match="manifold Sphere"):
         opt.step()
+
+
+# --------------------------------------------------------------------------- optimizers around others
+
+
+class Around(Optimizer):
+    """Has the optimizer inside step, on shared groups; subclasses do more."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__([nn.Parameter(torch.zeros(1))], {})
+        self.param_groups, self.state, self.optimizer = optimizer.param_groups, optimizer.state, optimizer
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class WarmsUpAround(Around):
+    """Multiplies lr by a share of the steps taken, during the step only."""
+
+    def __init__(self, inner: Optimizer, steps: int = 10) -> None:
+        super().__init__(inner)
+        self.steps, self.count = steps, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] *= min(1, self.count / self.steps)
+        loss = super().step(closure)
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        return loss
+
+
+class NoamAround(Around):
+    """Sets the lr of the groups, and leaves it there."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.count = getattr(self, "count", 0) + 1
+        for group in self.param_groups:
+            group["lr"] = 0.1 * self.count**-0.5
+        return super().step(closure)
+
+
+class RestoresAround(Around):
+    """Keeps the weights as the optimizer inside left them, and puts them back before its step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p, kept in zip(parameters, getattr(self, "kept", parameters), strict=True):
+            p.copy_(kept)
+        super().step()
+        self.kept = [p.clone() for p in parameters]
+
+
+class DecaysAround(Around):
+    """Decays before the step, whatever weight_decay is."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - 0.01 * group["lr"])
+        super().step()
+
+
+class NormalizesAround(Around):
+    """Keeps each tensor at the norm 1."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.div_(p.norm())
+
+
+AROUND: dict[str, tuple[Callable[[Optimizer], Optimizer], str]] = {
+    "warms up": (WarmsUpAround, "no single step size .*by 0.005 at lr=0.05, 0.02 at lr=0.1"),
+    "warms up, under Lookahead": (lambda inner: Lookahead(WarmsUpAround(inner)), "no single step size .*by 0.005"),
+    "sets its lr": (NoamAround, "its step changes lr"),
+    "restores": (RestoresAround, "cannot be wrapped: .*a copy of its own"),
+    "restores, over CautiousUpdate": (lambda inner: RestoresAround(CautiousUpdate(inner)), "a copy of its own"),
+    "normalizes": (NormalizesAround, "cannot be wrapped: .*a constraint"),
+}
+
+
+@pytest.mark.parametrize(("around", "text"), AROUND.values(), ids=list(AROUND))
+@pytest.mark.parametrize("inner", [AdamW, SGD, Descends])
+def test_an_optimizer_around_a_known_one_is_measured(inner: Any, around: Any, text: str) -> None:
+    """What an optimizer of one's own does around a step of torch's counts as what it does in a step of its own."""
+    with pytest.raises(ValueError, match=text):
+        CautiousDecay(around(inner([weight(1.0)], lr=0.1, weight_decay=0.5)))
+
+
+@pytest.mark.parametrize("inner", [AdamW, SGD, Adam, Descends])
+@pytest.mark.parametrize("around", [Around, Lookahead, Sharing, lambda inner: Lookahead(Around(inner))])
+def test_an_optimizer_around_another_that_only_steps_it_is_accepted(inner: Any, around: Any, silent: None) -> None:
+    """It was measured without a word, and decays by lr: 0.95."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(around(inner([p], lr=0.1)), lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+def test_an_optimizer_that_shards_another_is_not_measured(monkeypatch: pytest.MonkeyPatch, silent: None) -> None:
+    """fairscale's OSS communicates in its step, so it cannot be copied. The optimizer inside counts."""
+    oss = of_library(WarmsUpAround, "fairscale.optim.oss", "OSS")
+    with pytest.raises(ValueError, match=r"by 0\.075"):
+        CautiousDecay(oss(DecaysMore([weight(1.0)], weight_decay=0.5)))
+    monkeypatch.setattr(probe, "Copies", lambda *_: pytest.fail("measured"))
+    CautiousDecay(oss(AdamW([weight(1.0)], weight_decay=0.5)))
+
+
+def test_an_optimizer_around_another_that_cannot_be_copied_warns() -> None:
+    """It is built from something else than the optimizer inside, so nothing is measured."""
+
+    class OfTwo(Around):
+        def __init__(self, name: str, inside: Optimizer) -> None:
+            super().__init__(inside)
+
+    with pytest.warns(UserWarning, match="the decay of OfTwo could not be measured"):
+        CautiousDecay(OfTwo("mine", AdamW([weight(1.0)], weight_decay=0.5)))
 
 
 # --------------------------------------------------------------------------- coupled decay

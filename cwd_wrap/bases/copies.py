@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from cwd_wrap.bases import quirks
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
+_SMALL_D = 2.0**-6
 _SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
 _OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
 
@@ -52,37 +54,49 @@ class Copies:
             if not _is_plain(value, option=True):
                 msg = f"its group holds a {type(value).__name__} as {key}"
                 raise TypeError(msg)
-        self.attributes = {
-            name: value
-            for name, value in vars(own).items()
-            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
-        }
-        rates = (group.get("lr"), group.get("initial_lr"), own.defaults.get("lr"), 1e-3)
+        if quirks.has_d(group) and isinstance(d := group["d"], float) and (d < _SMALL_D or d == 1):
+            self.options["d"] = 0.5  # D-Adaptation begins with values too small to see in a decay; 1 shows in none
+        self.group, inner = group, quirks.stepper(own, group)
+        rates = (group.get("lr"), group.get("initial_lr"), inner.defaults.get("lr"), 1e-3)
         self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)
         self.lam = 2.0**-10 / self.lr
         """A ``weight_decay`` that takes about 0.001 off the weights."""
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        self.kinds = [(ndim, dict(attributes)) for ndim, attributes in kinds(group)[:100]]
+        # One parameter for each kind, with its attributes as they are: an optimizer may call their methods.
+        examples = {_kind(p): p for p in group["params"]}
+        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in kind[1]}) for kind, p in examples.items()][
+            :100
+        ]
+        self.narrow = narrow(group)
 
-    def run(self, decay: float, *, off: bool = False, size: float = 1.0, slope: float = 1.0) -> list[Taken]:
+    def run(
+        self,
+        decay: float,
+        *,
+        off: bool = False,
+        size: float = 1.0,
+        slope: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
-        ``slope`` multiplies the gradients, and ``size`` the weights after the first step.
+        ``slope`` multiplies the gradients, and ``size`` the weights after the first step. ``dtype`` is that of both.
+        With the slope 0 the learning rate is 1 at least, since only a decay moves the weights, perhaps a small one.
         """
-        own, parameters = self._build(decay)
+        parameters = self._parameters(dtype)
+        own = self._build(self.own, parameters, decay)
         taken = []
         for number, rate in enumerate(_RATES):
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
-                p.data.copy_(
-                    sign * (1 + torch.rand(p.shape, generator=generator, device="cpu")) * (size if number else 1)
-                )
-                p.grad = (torch.randn(p.shape, generator=generator, device="cpu") * slope).to(self.device)
+                of_cpu: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+                p.data.copy_(sign * (1 + torch.rand(p.shape, **of_cpu)) * (size if number else 1))
+                p.grad = (torch.randn(p.shape, **of_cpu) * slope).to(p)
             for group in own.param_groups:
                 if "lr" in group:
-                    group["lr"] = _like(self.options.get("lr"), self.lr * rate)
+                    group["lr"] = _like(self.options.get("lr"), (self.lr if slope else max(self.lr, 1.0)) * rate)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
                     group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group) if off else {})
@@ -94,35 +108,68 @@ class Copies:
                 break
         return taken
 
-    def _build(self, decay: float) -> tuple[Optimizer, list[torch.nn.Parameter]]:
+    def _parameters(self, dtype: torch.dtype) -> list[torch.nn.Parameter]:
         parameters = []
         for ndim, attributes in self.kinds:
-            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=torch.float32))
-            vars(p).update(attributes)
+            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=dtype))
+            vars(p).update({name: _apart(value) for name, value in attributes.items()})
             parameters.append(p)
-        options, attributes = copy.deepcopy(self.options), copy.deepcopy(self.attributes)
+        return parameters
+
+    def _build(self, original: Optimizer, parameters: list[torch.nn.Parameter], decay: float) -> Optimizer:
+        """A copy of ``original`` around a copy of the optimizer that it has step the group, if there is one."""
+        inner = next(iter(quirks.holders(original, self.group)), None)
+        plain = {
+            name: value
+            for name, value in vars(original).items()
+            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
+        }
+        options, attributes = copy.deepcopy(self.options), copy.deepcopy(plain)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
         options |= {"weight_decay": decay} if "weight_decay" in options else {}
-        cls = type(self.own)
+        cls: Any = type(original)
         takes = list(inspect.signature(cls).parameters)[1:]
         arguments = attributes | options
-        own = cls([{"params": parameters, **options}], **{name: arguments[name] for name in takes if name in arguments})
-        decays = {self.own.defaults.get("weight_decay"), self.options.get("weight_decay")} - {0, None}
+        first = self._build(inner, parameters, decay) if inner is not None else [{"params": parameters, **options}]
+        own: Optimizer = cls(first, **{name: arguments[name] for name in takes if name in arguments})
+        decays = {quirks.stepper(original, self.group).defaults.get("weight_decay"), self.options.get("weight_decay")}
         # An attribute that holds the decay keeps what the constructor made of ``decay``.
         vars(own).update(
-            {name: value for name, value in attributes.items() if not any(value == each for each in decays)}
+            {name: value for name, value in attributes.items() if not any(value == each for each in decays - {0, None})}
         )
         own.param_groups[0].update(options)
-        return own, parameters
+        return own
 
 
-def kinds(group: Mapping[str, Any]) -> list[tuple[int, tuple[tuple[str, float], ...]]]:
+Kind = tuple[int, tuple[tuple[str, float], ...]]
+
+
+def kinds(group: Mapping[str, Any]) -> list[Kind]:
     """What a step can tell parameters apart by: the number of dimensions, and attributes (``p.wd_mul``)."""
-    found = dict.fromkeys(
-        (p.ndim, tuple((name, value) for name, value in vars(p).items() if isinstance(value, int | float)))
-        for p in group["params"]
-    )
-    return list(found)
+    return list(dict.fromkeys(map(_kind, group["params"])))
+
+
+def _kind(p: Tensor) -> Kind:
+    numbers = ((name, _apart(value)) for name, value in vars(p).items() if _is_number(value))
+    return p.ndim, tuple((name, float(value)) for name, value in numbers)
+
+
+def _is_number(value: object) -> bool:
+    """True for real numbers, also for numpy's, and for tensors without dimensions."""
+    if isinstance(value, Tensor):
+        plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
+        return plain and value.ndim == 0 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def _apart(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:
+    """The 16-bit types of the group's parameters."""
+    types = dict.fromkeys(p.dtype for p in group["params"])
+    return [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in types]
 
 
 def _like(value: object, number: float) -> float | Tensor:
@@ -170,12 +217,13 @@ def _put_back(cls: type[Optimizer], step: Any) -> None:
 @contextlib.contextmanager
 def unnoticed(copies: Copies) -> Iterator[None]:
     """Inside this context steps of the copies are not noticed."""
-    cls, device = type(copies.own), copies.device
+    device = copies.device
     with contextlib.ExitStack() as stack:
         for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
             stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
             hooks.clear()
-        stack.callback(_put_back, cls, vars(cls).get("step"))
+        for cls in map(type, (copies.own, *quirks.holders(copies.own, copies.group))):
+            stack.callback(_put_back, cls, vars(cls).get("step"))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap.bases import known, quirks
-from cwd_wrap.bases.copies import Copies, Taken, kinds, unnoticed
+from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]
@@ -42,6 +42,8 @@ def _one(_: Optimizer, group: Group) -> float:
 # How optimizers multiply their own decay, if not as their options say.
 _FORMS: tuple[Eta, ...] = (
     _one,
+    lambda _, group: group["lr"],
+    lambda _, group: quirks.d_lr(group),
     lambda _, group: group["lr"] / group.get("initial_lr", group["lr"]),
     lambda _, group: group["lr"] / group.get("max_lr", group["lr"]),
     lambda _, group: group["lr"] ** 2 / group.get("initial_lr", group["lr"]),
@@ -61,51 +63,76 @@ class Found(NamedTuple):
     """Why it cannot be wrapped."""
     coupled: bool = False
     """True if the decay is no multiple of the weights."""
+    beside: bool = False
+    """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
     unmeasured: str | None = None
     """Why nothing was measured."""
+    counts: frozenset[str] = frozenset()
+    """The options of the group that its steps write."""
 
 
 def is_vouched(base: Optimizer) -> bool:
     """True if tables vouch for ``base`` and all optimizers inside it."""
-    return {known.library(type(layer)) for layer in quirks.all_layers(base)} <= VOUCHED
+    return all(map(_is_vouched, quirks.all_layers(base)))
+
+
+def is_vouched_stepper(base: Optimizer, group: Group) -> bool:
+    """True if tables vouch for the innermost optimizer that steps ``group``."""
+    return _is_vouched(quirks.stepper(base, group))
+
+
+def _is_vouched(layer: Optimizer) -> bool:
+    return known.library(type(layer)) in VOUCHED
 
 
 def alike(group: Group) -> str:
     """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
-    own = {"params", "param_names", "name", "lr", "lr_scale", "initial_lr", "max_lr", "weight_decay"}
-    return repr((kinds(group), {key: value for key, value in group.items() if key not in own}))
+    own = {"params", "param_names", "lr", "weight_decay"}
+    return repr((kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
     """Measure the decay of ``group``. ``by_options`` is its step size as the options say."""
-    own = quirks.stepper(base, group)
-    if known.library(type(own)) in VOUCHED:
+    layers = [base, *quirks.holders(base, group)]
+    own = next((layer for layer in layers if not _is_vouched(layer) and not quirks.shards(layer)), None)
+    if own is None:
         return Found()
     try:
         copies = Copies(own, group)
         with unnoticed(copies):
-            return _measure(copies, (by_options, *_FORMS))
+            off = copies.run(copies.lam, off=True)
+            return _measure(copies, off, (by_options, *_FORMS))._replace(counts=_written(off))
     except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
         return Found(unmeasured=f"{type(error).__name__}: {error!s:.100}")
 
 
-def _measure(copies: Copies, etas: tuple[Eta, ...]) -> Found:
-    off = copies.run(copies.lam, off=True)
-    if _is_lost(off, copies.run(copies.lam, off=True, size=7 / 8)):
+def _written(steps: list[Taken]) -> frozenset[str]:
+    before, after = steps[0].group, steps[-1].own.param_groups[0]
+    plain = {key: value for key, value in after.items() if isinstance(value, int | float | str)}
+    return frozenset(key for key, value in plain.items() if key not in before or before[key] != value)
+
+
+def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
+    in_16_bit = (copies.run(copies.lam, off=True, dtype=dtype) for dtype in copies.narrow)  # some copy only these
+    if any(_is_lost(copies, steps) for steps in (off, *in_16_bit)):
         return Found(fault=_LOST)
     before, after = off[-1].lr
     if before != after:
         return Found(no_eta=f"its step changes lr, from {before:g} to {after:g}")
+    at_rest = copies.run(0.0, off=True, slope=0.0)[0]
+    moved = [(x, w) for x, w in zip(at_rest.before, at_rest.after, strict=True) if not torch.equal(x, w)]
+    beside = bool(moved) and all(bool(((x - w) * x.sign() > _noise(x, w)).all()) for x, w in moved)
     if "weight_decay" not in copies.options:
-        return Found()
-    at_rest = [copies.run(decay, off=True, slope=0.0)[0].after for decay in (copies.lam, 0.0)]
-    if any((w - v).abs().max() > _noise(w, v) for w, v in zip(*at_rest, strict=True)):
+        return Found(beside=beside)
+    built_with_decay = copies.run(copies.lam, off=True, slope=0.0)[0]
+    if any((w - v).abs().max() > _noise(w, v) for w, v in zip(built_with_decay.after, at_rest.after, strict=True)):
         return Found(fault=_STAYS_ON)
-    return _step_size(copies, off, etas)
+    return _step_size(copies, copies.lam, off, etas)._replace(beside=beside)
 
 
-def _is_lost(steps: list[Taken], smaller: list[Taken]) -> bool:
+def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
     """True if a step undoes much of a change that was made to the weights before it."""
+    smaller = copies.run(copies.lam, off=True, size=7 / 8, dtype=steps[0].before[0].dtype)
     return any(
         bool(((w - smaller_w) / (x - smaller_x)).median() < 0.75)
         for a, b in zip(steps[1:], smaller[1:], strict=True)
@@ -113,19 +140,20 @@ def _is_lost(steps: list[Taken], smaller: list[Taken]) -> bool:
     )
 
 
-def _step_size(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
-    on = copies.run(copies.lam)
-    if on[-1].own.param_groups[0]["weight_decay"] != copies.lam:
+def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
+    on = copies.run(lam)
+    if on[-1].own.param_groups[0]["weight_decay"] != lam:
         return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
     factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
     for x, w, v, step in _side_by_side(on, off):
-        if (factor := _factor(x, w, v, copies.lam)) is None:
+        if (factor := _factor(x, w, v, lam)) is None:
             return Found(coupled=True)
-        factors.append((factor, _noise(x, v) / copies.lam, step))
+        factors.append((factor, _noise(x, v) / lam, step))
     if not factors:
         return Found(unmeasured="its first steps do not move the weights")
     if not any(factor for factor, _, _ in factors):
-        return Found()  # no decay, or a coupled one that is too small to see
+        # No decay, or one that is too small to see.
+        return Found() if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
     for i, eta in enumerate(etas):
         if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
             return Found(eta=eta if i else None)

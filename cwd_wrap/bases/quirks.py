@@ -192,6 +192,21 @@ def eta(optimizer: Optimizer, group: Group) -> Eta:
     return size if group.get("unscaled_wd") else None
 
 
+def has_d(group: Group) -> bool:
+    """True if the options are those of Prodigy and D-Adaptation: a factor ``d`` of lr, and a counter."""
+    return "d" in group and ("k" in group or "step" in group)  # not Adafactor, whose "d" differs
+
+
+def d_lr(group: Group) -> float | Tensor:
+    """The step size of these."""
+    size: float | Tensor = group["d"] * group["lr"]
+    if not group.get("use_bias_correction"):
+        return size
+    beta1, beta2 = group["betas"][:2]
+    t = group["k"] + 1
+    return size * float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
+
+
 def constraint(group: Group) -> str | None:
     """Why parameters on a manifold (geoopt) cannot decay; None if the group has none."""
     for p in group["params"]:
@@ -409,19 +424,29 @@ def _held(optimizer: Optimizer) -> Iterator[Optimizer]:
         yield from (each for each in inside if isinstance(each, Optimizer))
 
 
+def holders(optimizer: Optimizer, group: Group) -> list[Optimizer]:
+    """The optimizers inside ``optimizer`` that have parameters of ``group``, the outermost first."""
+    of_group = {id(p) for p in group["params"]}
+    return [
+        layer
+        for layer in all_layers(optimizer)[1:]
+        if any(id(p) in of_group for own in layer.param_groups for p in own["params"])
+    ]
+
+
 def stepper(optimizer: Optimizer, group: Group) -> Optimizer:
     """The innermost layer that has the parameters of ``group``: the one that decays them."""
-    found = all_layers(optimizer)
-    of_group = {id(p) for p in group["params"]}
-    for layer in reversed(found[1:]):
-        if any(id(p) in of_group for own in layer.param_groups for p in own["params"]):
-            return layer
-    return optimizer
+    return [optimizer, *holders(optimizer, group)][-1]
+
+
+def shards(optimizer: Optimizer) -> bool:
+    """True if it has the optimizer inside step this rank's share of the weights, and does no more to them."""
+    return bool({"torch.ZeroRedundancyOptimizer", "fairscale.OSS"} & {*_names(optimizer)})
 
 
 def apart(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers inside ``optimizer`` that step its parameters with groups of their own, which it does not see."""
-    if {"torch.ZeroRedundancyOptimizer", "fairscale.OSS"} & {*_names(optimizer)}:
+    if shards(optimizer):
         return []  # they copy the values of their groups into those of the optimizer inside, before each step
     own = {id(group) for group in optimizer.param_groups}
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}

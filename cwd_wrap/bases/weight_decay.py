@@ -4,8 +4,9 @@ lam is the group's own ``weight_decay``; eta is the step size by which the optim
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -23,8 +24,23 @@ WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # An object of its own: `is` tells this 0.0 from one that a hook wrote.
 _NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
-# What was measured of the groups of optimizers that no table vouches for; None for other optimizers.
-_measured: WeakKeyDictionary[Optimizer, dict[Hashable, probe.Found] | None] = WeakKeyDictionary()
+_SCHEDULED = {"lr", "weight_decay", "momentum"}
+_OFTEN = 3  # An option that changed more often is on a schedule.
+
+
+@dataclass
+class _Measured:
+    """What was measured of the groups of an optimizer."""
+
+    found: dict[str, probe.Found] = field(default_factory=dict)
+    last: dict[str, tuple[dict[str, object], probe.Found]] = field(default_factory=dict)
+    """The options of each group at the last look, and what was found."""
+    changes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often an option of a group changed."""
+
+
+# None for optimizers that tables vouch for.
+_measured: WeakKeyDictionary[Optimizer, _Measured | None] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -74,10 +90,22 @@ def check_group(
         msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
-    if acts:
-        measured(group, where, base)
+    found = measured(group, where, base) if acts else None
+    if found is not None and decays(group, fallback):
+        _warn_if_beside(found, base)
     if step_size is None and decays(group, fallback):
         eta(group, where, base, way_out)
+
+
+def _warn_if_beside(found: probe.Found, base: Optimizer) -> None:
+    if found.beside:
+        notices.warn_once(
+            base,
+            "beside",
+            -1,
+            f"{type(base).__name__} shrinks weights whose gradients are 0, even at weight_decay=0: its own decay is on "
+            "beside that of the wrapper. If an option sets it, pass 0 for it when you build the optimizer",
+        )
 
 
 def _where(index: int, base: Optimizer) -> str:
@@ -188,6 +216,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     found = measured(group, where, base)
     if found is None:
         return by_options
+    _warn_if_beside(found, base)
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
@@ -210,27 +239,41 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
 def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     """What `probe` finds out about the group at its first use; None if tables vouch for its optimizer.
 
+    It is measured again when an option changes that neither its own steps nor a schedule writes.
+
     Raises ValueError if the group cannot be wrapped.
     """
     if base not in _measured:
-        _measured[base] = None if probe.is_vouched(base) else {}
+        _measured[base] = None if probe.is_vouched(base) else _Measured()
     of_base = _measured[base]
     if of_base is None or not group.get("params"):
         return None
-    switches = (item for item in group.items() if isinstance(item[1], bool | str))
-    key = (where, *switches)
-    if key not in of_base and (constraint := quirks.constraint(group)) is not None:
-        of_base[key] = probe.Found(fault=constraint)
-    elif key not in of_base:
-        alike = probe.alike(group)
-        if alike not in of_base:
-            of_base[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
-        of_base[key] = of_base[alike]
-    found = of_base[key]
+    plain = ((key, value) for key, value in group.items() if isinstance(value, int | float | str))
+    options: dict[str, object] = {key: value for key, value in plain if key not in _SCHEDULED}
+    options["dtype of params"] = group["params"][0].dtype
+    before, found = of_base.last.get(where, (None, None))
+    if before is None or found is None:
+        found = _anew(group, where, base, of_base)
+    elif options != before:
+        changed = {key for key in before.keys() | options.keys() if before.get(key) != options.get(key)} - found.counts
+        of_base.changes.update((where, key) for key in changed)
+        if any(of_base.changes[where, key] <= _OFTEN for key in changed):
+            now = _anew(group, where, base, of_base)
+            found = found if now.unmeasured else now
+    of_base.last[where] = options, found
     if found.fault is not None:
         msg = f"{where} cannot be wrapped: {found.fault}"
         raise ValueError(msg)
     return found
+
+
+def _anew(group: Group, where: str, base: Optimizer, of_base: _Measured) -> probe.Found:
+    if (constraint := quirks.constraint(group)) is not None:
+        return probe.Found(fault=constraint)
+    alike = probe.alike(group)
+    if alike not in of_base.found:
+        of_base.found[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
+    return of_base.found[alike]
 
 
 def coupling(group: Group, index: int, base: Optimizer) -> str | None:
@@ -253,7 +296,7 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
     ``corrected_weight_decay`` (timm)                      lr**2 / max_lr
     ``unscaled_wd`` (timm's AdafactorBigVision)            1; lr / max_lr if corrected
     ``decouple_lr`` (optimi, FlashAdamW)                   lr / max_lr; lr / initial_lr
-    ``d`` (Prodigy, D-Adaptation)                          d * lr [* bias correction]
+    ``d`` of a known class (Prodigy, D-Adaptation)         d * lr [* bias correction]
     ``scale_parameter``, ``relative_step`` (Adafactor)     an error: it differs from tensor to tensor
     otherwise                                              lr
     =====================================================  ==========================================
@@ -274,18 +317,9 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
             f"give the group a learning rate{way_out}"
         )
         raise ValueError(msg)
-    if "d" in group and ("k" in group or "step" in group):  # not Adafactor, whose "d" differs
-        d: float | Tensor = group["d"]
-        return d * lr * _bias_correction(group)
+    if quirks.has_d(group) and ("growth_rate" in group or probe.is_vouched_stepper(base, group)):
+        return quirks.d_lr(group)
     return lr
-
-
-def _bias_correction(group: Group) -> float:
-    if not group.get("use_bias_correction"):
-        return 1.0
-    beta1, beta2 = group["betas"][:2]
-    t = group["k"] + 1
-    return float((1 - beta2**t) ** 0.5 / (1 - beta1**t))
 
 
 def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
