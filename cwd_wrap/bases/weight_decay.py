@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from operator import is_
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -333,14 +334,35 @@ def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
     return entries
 
 
-def on(base: Optimizer, journal: Journal) -> None:
-    """Undo the journal. Warn where a value that was written during the step is lost, see `Journal.undo`."""
-    for group, key, before, now in journal.undo():
+def on(base: Optimizer, journal: Journal, groups: list[dict[str, Any]]) -> None:
+    """Undo the journal, also in copies that the base has made of the ``groups`` that it had; these are then its own.
+
+    Warn where a value that was written during the step is lost, see `Journal.undo`, and of groups that are new.
+    """
+    now = base.param_groups
+    if len(now) != len(groups) or not all(map(is_, now, groups)):
+        before = set(map(id, groups))
+        new = [
+            group
+            for i, group in enumerate(now)
+            if id(group) not in before and not (i < len(groups) and journal.follow(groups[i], group))
+        ]
+        groups[:] = now
+        if any(group.get("weight_decay") for group in new):
+            name = type(base).__name__
+            notices.warn_once(
+                base,
+                "new groups",
+                -1,
+                f"{name} replaced or added param groups during its step. What they hold took the decay of {name} in "
+                "this step, and takes the wrapper's from the next step on. Change param groups between steps",
+            )
+    for group, key, value, written in journal.undo():
         index = next((i for i, g in enumerate(base.param_groups) if g is group), 0)
         notices.warn_once(
             base,
             key,
             index,
-            f"{key} of {_where(index, base)} was set to {now!r} during the step, while the wrapper had the decay off. "
-            f"It is {before!r} again. To change it, set it between steps, or in a hook of the wrapper",
+            f"{key} of {_where(index, base)} was set to {written!r} during the step, while the wrapper had the decay "
+            f"off. It is {value!r} again. To change it, set it between steps, or in a hook of the wrapper",
         )

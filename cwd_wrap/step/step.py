@@ -1,7 +1,6 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable
-from operator import is_
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,7 +8,6 @@ from torch.autograd import _profiler_enabled  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from cwd_wrap import notices
 from cwd_wrap.bases import known, weight_decay
 from cwd_wrap.bases.journal import Journal
 from cwd_wrap.step.choice import steps_without_closure
@@ -90,7 +88,7 @@ class Step:
         """Restore all that the step has changed and not yet restored."""
         if not self._changes:
             return
-        self._restore()
+        weight_decay.on(self._base, self._journal, self._groups)
         if self.done is None:
             torch._C._set_grad_enabled(self._grad)
         for hooks in self._hooks:
@@ -157,36 +155,13 @@ class Step:
 
     def _end(self) -> None:
         plan, self._plan = cast("Plan", self._plan), None
-        self._restore()
+        weight_decay.on(self._base, self._journal, self._groups)
         plan.end()
         self.done = plan
 
-    def _restore(self) -> None:
-        """Give the groups back what they had before the step, also in dicts that the base has copied meanwhile."""
-        base, before = self._base, self._groups
-        groups = base.param_groups
-        if len(groups) != len(before) or not all(map(is_, groups, before)):
-            known_ones = set(map(id, before))
-            new = [
-                group
-                for i, group in enumerate(groups)
-                if id(group) not in known_ones and not (i < len(before) and self._journal.follow(before[i], group))
-            ]
-            if any(group.get("weight_decay") for group in new):
-                name = type(base).__name__
-                notices.warn_once(
-                    base,
-                    "new groups",
-                    -1,
-                    f"{name} replaced or added param groups during its step. What they hold took the decay of {name} "
-                    "in this step, and takes the wrapper's from the next step on. Change param groups between steps",
-                )
-            self._groups = list(groups)
-        weight_decay.on(base, self._journal)
-
     def _call_closure(self) -> float:
         """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""
-        self._restore()
+        weight_decay.on(self._base, self._journal, self._groups)
         with torch.enable_grad():
             loss = cast("Closure", self._closure)()
         plan = cast("Plan", self._plan)
