@@ -201,7 +201,7 @@ def test_a_failed_step_alone_leaves_the_next_one_right(monkeypatch: pytest.Monke
 
 
 def test_a_step_that_waits_for_another_threads_leaves_that_ones_observer_alone() -> None:
-    """The observer is told that a step has failed, also if one of another thread waits that it is not asked about."""
+    """The observer learns that a step has failed, even if a step of another thread waits that it does not look at."""
     opt = stepped(wrapped())
     opt.observer = observer = Bored()
     waiting = threading.Thread(target=opt.step)

@@ -798,61 +798,65 @@ def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], si
     assert pytest.approx(0.95) == p.item()
 
 
-class DecaysByWd(Optimizer):
-    """Has another name for its decay."""
+class Moves(Optimizer):
+    """Has no weight_decay; subclasses say how a step moves a parameter."""
 
-    def __init__(self, params: Any, lr: float = 0.1, wd: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr, "wd": wd})
+    def move(self, group: dict[str, Any], p: Tensor) -> None:
+        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                p.mul_(1 - group["lr"] * group["wd"]).sub_(p.grad, alpha=group["lr"])
+                self.move(group, p)
 
 
-class AddsL2(Optimizer):
+def in_adam(state: dict[str, Any], g: Tensor) -> Tensor:
+    """Adam's update for the gradient ``g``, without bias correction."""
+    state["m"] = state.get("m", 0) * 0.9 + g * 0.1
+    state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
+    return state["m"] / (state["v"].sqrt() + 1e-8)
+
+
+class DecaysByWd(Moves):
+    """Has another name for its decay."""
+
+    def __init__(self, params: Any, lr: float = 0.1, wd: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "wd": wd})
+
+    def move(self, group: dict[str, Any], p: Tensor) -> None:
+        p.mul_(1 - group["lr"] * group["wd"]).sub_(p.grad, alpha=group["lr"])
+
+
+class AddsL2(Moves):
     """Has another name for a coupled decay, in an attribute."""
 
     def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
         self.l2 = l2
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad + self.l2 * p, alpha=group["lr"])
+    def move(self, group: dict[str, Any], p: Tensor) -> None:
+        p.sub_(p.grad + self.l2 * p, alpha=group["lr"])
 
 
-class AddsL2ToAdam(Optimizer):
+class AddsL2ToAdam(Moves):
     """Adam with such a decay in an option."""
 
     def __init__(self, params: Any, lr: float = 0.1, l2: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "l2": l2})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                g = p.grad + group["l2"] * p
-                state["m"] = state.get("m", 0) * 0.9 + g * 0.1
-                state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
-                p.sub_(state["m"] / (state["v"].sqrt() + 1e-8), alpha=group["lr"])
+    def move(self, group: dict[str, Any], p: Tensor) -> None:
+        p.sub_(in_adam(self.state[p], p.grad + group["l2"] * p), alpha=group["lr"])
 
 
-class Diffuses(Optimizer):
+class Diffuses(Moves):
     """Adds noise, as Langevin dynamics."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(p.grad + torch.randn(p.shape), alpha=group["lr"])
+    def move(self, group: dict[str, Any], p: Tensor) -> None:
+        p.sub_(p.grad + torch.randn(p.shape), alpha=group["lr"])
 
 
 class DecaysTwice(Descends):
@@ -878,7 +882,7 @@ BESIDE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 @pytest.mark.parametrize("build", BESIDE.values(), ids=list(BESIDE))
 @pytest.mark.parametrize("step_size", [None, lambda group: group["lr"]], ids=["measured", "step_size"])
-def test_a_decay_under_another_name_is_told_once(build: Any, step_size: Any) -> None:
+def test_a_decay_under_another_name_warns_once(build: Any, step_size: Any) -> None:
     """It stays on beside that of the wrapper, and the warning says so."""
     base = build([weight(1.0)])
     with pytest.warns(UserWarning, match="its own decay is on beside that of the wrapper.*pass 0 for it") as caught:
@@ -890,7 +894,7 @@ def test_a_decay_under_another_name_is_told_once(build: Any, step_size: Any) -> 
     assert 1 == len(caught)
 
 
-def test_a_decay_under_another_name_that_is_switched_on_later_is_told(silent: None) -> None:
+def test_a_decay_under_another_name_that_is_switched_on_later_warns(silent: None) -> None:
     """It is 0 when the wrapper is built, and says nothing then."""
     opt = CautiousDecay(DecaysByWd([weight(1.0, grad=[0.0])], wd=0.0), lam=0.5)
     opt.step()
@@ -899,7 +903,7 @@ def test_a_decay_under_another_name_that_is_switched_on_later_is_told(silent: No
         opt.step()
 
 
-def test_without_it_nothing_is_told(silent: None) -> None:
+def test_without_it_nothing_warns(silent: None) -> None:
     """With 0 for the decay, and where the wrapper does not decay, there is nothing to say."""
     CautiousDecay(DecaysByWd([weight(1.0)], wd=0.0), lam=0.5)
     CautiousDecay(AddsL2([weight(1.0)], l2=0.0), lam=0.5)
@@ -915,11 +919,7 @@ class AddsToTheGradient(Descends):
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                g = p.grad + group["weight_decay"] * p
-                state["m"] = state.get("m", 0) * 0.9 + g * 0.1
-                state["v"] = state.get("v", 0) * 0.99 + g * g * 0.01
-                p.sub_(state["m"] / (state["v"].sqrt() + 1e-8), alpha=group["lr"])
+                p.sub_(in_adam(self.state[p], p.grad + group["weight_decay"] * p), alpha=group["lr"])
 
 
 def test_a_stranger_with_coupled_decay_is_accepted(silent: None) -> None:
@@ -1103,7 +1103,7 @@ class ReadsInitialLr(Descends):
 
 
 class ReadsLrScale(Descends):
-    """As timm's param groups want it."""
+    """lr * lr_scale, as timm's layer decay has it."""
 
     def factor(self, group: dict[str, Any], p: Tensor) -> Any:
         return group["lr"] * group["lr_scale"]

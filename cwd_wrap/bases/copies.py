@@ -64,10 +64,8 @@ class Copies:
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
         # One parameter for each kind, with its attributes as they are: an optimizer may call their methods.
-        examples = {_kind(p): p for p in group["params"]}
-        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in kind[1]}) for kind, p in examples.items()][
-            :100
-        ]
+        examples = list({_kind(p): p for p in group["params"]}.items())[:100]
+        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in kind[1]}) for kind, p in examples]
         self.narrow = narrow(group)
 
     def run(

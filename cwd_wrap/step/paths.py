@@ -324,7 +324,7 @@ class Snapshot:
         if all(_can_ask(p) for p, *_ in rows):
             return
         steps = {}
-        for device in {p.device for p, *_ in rows}:
+        for device in dict.fromkeys(p.device for p, *_ in rows):  # in one order on all ranks: `totals` communicates
             here = [row for row in rows if row[0].device == device]
             moved = torch.stack([(local_real_view(p) != before).any() for p, _, before in here])
             pushed = torch.stack([local_real_view(g).any() for _, g, _ in here])
