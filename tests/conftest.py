@@ -1,5 +1,6 @@
 """Sets the seed and the threads (OMP_NUM_THREADS, or 1), makes the cases of tests over paths, prints the versions."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -31,6 +32,12 @@ def _version(name: str) -> str:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:
         return f"no {name}"
+
+
+def pytest_collection_finish() -> None:
+    """Take the libraries' own objects out of every later collection of garbage, which would look at all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -105,19 +105,6 @@ def test_a_card_without_triton_gives_no_warning(monkeypatch: pytest.MonkeyPatch)
     assert kernels.obstacle("triton", cuda) == "Triton is not installed (pip install cwd-wrap[triton])"
 
 
-def test_a_step_on_the_cpu_does_not_import_the_triton_kernels() -> None:
-    """Neither the import nor a step loads the module that imports triton."""
-    lines = [
-        "import sys, torch, cwd_wrap",
-        "p = torch.nn.Parameter(torch.ones(1)); p.grad = torch.ones(1)",
-        "cwd_wrap.CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.1).step()",
-        "print('cwd_wrap.kernels._triton' in sys.modules)",
-    ]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
 def test_numba_without_a_folder_for_its_cache() -> None:
     """Where numba finds no folder that it may write to (a container without a home), it compiles without a cache."""

@@ -160,10 +160,3 @@ def test_numba_can_run_where_there_is_no_fork() -> None:
     told = python("-c", program).stdout
 
     assert "  numba: can run" in told
-
-
-def test_import_does_not_load_the_report() -> None:
-    """`import cwd_wrap` loads neither the report nor the commands."""
-    loaded = python("-c", "import sys, cwd_wrap; print({'cwd_wrap.env', 'cwd_wrap.__main__'} & {*sys.modules})").stdout
-
-    assert loaded.strip() == "set()"

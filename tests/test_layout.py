@@ -1,9 +1,11 @@
 """Which module may import which, and what `import cwd_wrap` may load."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,40 +191,69 @@ def test_only_torch_is_needed() -> None:
             assert name in OUTSIDE.get(imported, set()), (name, imported)
 
 
-LOADED = "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+# What is loaded when, in one new process: the first `now` is of the import, the next of a wrapper, the last of a step.
+LOADS = """
+import json, sys
+import torch
+
+before = set(sys.modules)
+
+def now():
+    loaded = set(sys.modules) - before
+    before.update(loaded)
+    return sorted(loaded)
+
+import cwd_wrap
+stages = [now()]
+from cwd_wrap import params_first
+classes = len(params_first._made)
+p = torch.nn.Parameter(torch.ones(2))
+p.grad = torch.ones(2)
+base = torch.optim.AdamW([p], fused=True)
+before.update(sys.modules)
+opt = cwd_wrap.CautiousDecay(base, lam=0.1)
+repr(opt), opt.paths(), opt.snapshot_bytes
+stages.append(now())
+opt.step()
+stages.append(now())
+print(json.dumps([classes, *stages]))
+"""
 
 
-def loaded(*program: str) -> str:
-    """The packages that the lines load beyond torch's own, in a separate process."""
-    lines = ["import sys, torch; before = set(sys.modules)", *program, LOADED]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], check=True, capture_output=True, text=True, cwd=ROOT.parent
-    )
-    return done.stdout.strip()
+def packages(modules: list[str]) -> set[str]:
+    """The packages that modules are of, other than the standard library."""
+    return {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
+
+
+@pytest.fixture(scope="module")
+def loads() -> list[Any]:
+    """How many classes the import makes, and which modules import, wrapper and first step load."""
+    done = subprocess.run([sys.executable, "-c", LOADS], check=True, capture_output=True, text=True, cwd=ROOT.parent)
+    found: list[Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.process
-def test_import_loads_torch_and_nothing_else() -> None:
-    """`import cwd_wrap` loads no numba, triton, timm or matplotlib beyond what torch loads."""
-    assert loaded("import cwd_wrap") == "['cwd_wrap']"
+def test_import_loads_torch_and_nothing_else(loads: list[Any]) -> None:
+    """`import cwd_wrap` loads no numba, triton, timm or matplotlib beyond what torch loads, and makes no class."""
+    classes, imported, _, _ = loads
 
-
-WRAPPED = (
-    "import cwd_wrap; p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)",
-    "base = torch.optim.AdamW([p], fused=True); before = set(sys.modules)",
-    "opt = cwd_wrap.CautiousDecay(base, lam=0.1); repr(opt), opt.paths(), opt.snapshot_bytes",
-)
+    assert packages(imported) == {"cwd_wrap"}
+    assert {"cwd_wrap.env", "cwd_wrap.__main__"}.isdisjoint(imported)
+    assert classes == 0
 
 
 @pytest.mark.process
-def test_a_wrapper_loads_nothing_before_its_first_step() -> None:
+def test_a_wrapper_loads_nothing_before_its_first_step(loads: list[Any]) -> None:
     """Building a wrapper and calling paths() do not import numba, which takes half a second."""
-    assert loaded(*WRAPPED) == "[]"
+    assert packages(loads[2]) == set()
 
 
 @pytest.mark.process
-def test_the_first_step_loads_numba() -> None:
-    """The first step imports numba, where it is installed."""
+def test_the_first_step_loads_the_kernels_of_its_backend(loads: list[Any]) -> None:
+    """The first step on the CPU imports numba, where it is installed, and never the kernels of Triton."""
     pytest.importorskip("numba")
 
-    assert "numba" in loaded(*WRAPPED, "opt.step()")
+    assert "numba" in packages(loads[3])
+    assert "cwd_wrap.kernels._numba" in loads[3]
+    assert "cwd_wrap.kernels._triton" not in {*loads[1], *loads[2], *loads[3]}

@@ -6,8 +6,6 @@ import functools
 import importlib
 import inspect
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +77,6 @@ def test_type_checkers_see_each_class() -> None:
     tree = ast.parse(Path(optim.__file__).read_text())
 
     assert set(TORCHS) <= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-
-
-def test_the_first_import_makes_no_class() -> None:
-    """Classes are made when they are asked for."""
-    lines = ["import cwd_wrap", "from cwd_wrap import params_first", "print(len(params_first._made))"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-
-    assert "0" == done.stdout.strip()
 
 
 @duplicates
