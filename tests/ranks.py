@@ -1,30 +1,21 @@
 """Starts real processes, one rank each, that gloo joins over a file. They stay for the next test and end cleanly."""
 
 import atexit
-import functools
+import importlib
 import multiprocessing
 import os
-import runpy
 import socket
-import sys
+import subprocess
 import tempfile
 import time
 import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-LIMIT = 300.0  # seconds that a function may take, the start of the processes included
-
-PRELOADED = [
-    "torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.device_mesh",
-    "torch.distributed.fsdp", "torch.distributed.optim", "torch.distributed.tensor.parallel", "numba", "pytest",
-    "cwd_wrap",
-]  # fmt: skip
-"""What takes seconds to import: a process imports it once, and each rank is forked from that process."""
+from processes import LIMIT, ROOT, call, context, finished, started
 
 _kept: dict[int, "Ranks"] = {}
 
@@ -49,12 +40,11 @@ class Ranks:
     def __init__(self, ranks: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
-        context = _context()
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(ranks):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, store, there), daemon=True)
+            here, there = context().Pipe()
+            process = context().Process(target=_serve, args=(rank, ranks, store, there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -107,54 +97,30 @@ class Ranks:
         self._folder.cleanup()
 
 
-@functools.cache
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+def launch(*words: object, imports: Sequence[str] = ()) -> list[subprocess.CompletedProcess[str]]:
+    """What ``python *words`` returns and prints in two new processes, with the environment that torchrun gives.
 
-
-def launch(script: Path, *words: object) -> str:
-    """What a script prints in two new processes that have the arguments and the environment that torchrun gives.
-
-    torchrun itself is a third process, and each imports torch anew. Raises if a process fails.
+    torchrun itself is a third process, and each imports torch anew. These share what ``imports`` names, too.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port, outputs = free.getsockname()[1], [Path(folder) / str(rank) for rank in range(2)]
-        free.close()
-        processes = [
-            _context().Process(target=_as_torchrun, args=(rank, port, script, list(map(str, words)), output))
-            for rank, output in enumerate(outputs)
-        ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + LIMIT
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-            process.kill()
-        printed = "".join(output.read_text() for output in outputs)
-        if any(process.exitcode != 0 for process in processes):
-            raise AssertionError(printed)
-        return printed
+    done: list[subprocess.CompletedProcess[str]] = call(_launch, words, imports)
+    return done
 
 
-def _as_torchrun(rank: int, port: int, script: Path, words: list[str], output: Path) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
-    os.environ |= {name: str(number) for name, number in numbers.items()}
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    warnings.simplefilter("ignore")
-    sys.argv = [str(script), *words]
-    sys.path.insert(0, str(script.parent))
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:
-        sys.stdout.flush()
+def _launch(words: tuple[object, ...], imports: Sequence[str]) -> list[subprocess.CompletedProcess[str]]:
+    for module in imports:
+        importlib.import_module(module)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    of_ranks = []
+    for rank in range(2):
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = {name: str(number) for name, number in numbers.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+        of_ranks.append(started(context, words, ROOT, environment))
+    return finished(of_ranks)
 
 
 @atexit.register

@@ -1,9 +1,12 @@
 """What several test files share: every path, every method, a table of bases, and a small net to train."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -259,3 +262,24 @@ def same(a: object, b: object, roundings: float = 0) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(same(x, y, roundings) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and a == b
+
+
+@contextlib.contextmanager
+def stopped_in_a_step(step: Callable[[], Any]) -> Iterator[None]:
+    """A thread runs the ``step`` of an AdamW, and waits in the middle of it until the block ends."""
+    inside, done = threading.Event(), threading.Event()
+    init_group: Any = AdamW._init_group
+
+    def waits(self: AdamW, *args: Any) -> Any:
+        if threading.current_thread() is thread:
+            inside.set()
+            done.wait()
+        return init_group(self, *args)
+
+    thread = threading.Thread(target=step)
+    with mock.patch.object(AdamW, "_init_group", waits):
+        thread.start()
+        inside.wait()
+        yield
+        done.set()
+        thread.join()

@@ -4,8 +4,6 @@ import copy
 import os
 import pickle
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -14,7 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from support import ALL_PATHS, BASES, BASES_ON_PATHS, Base, PathOptions, can_run, net, same, train, values, weight
+from processes import call
+from support import (
+    ALL_PATHS,
+    BASES,
+    BASES_ON_PATHS,
+    Base,
+    PathOptions,
+    can_run,
+    net,
+    same,
+    stopped_in_a_step,
+    train,
+    values,
+    weight,
+)  # fmt: skip
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,23 +39,20 @@ from cwd_wrap.methods import wrapper
 
 HERE = Path(__file__).parent
 
-GO_ON = """
-import sys, torch
-torch.set_num_threads(1)
-from support import ALL_PATHS, BASES, net, train, values
-from cwd_wrap import CautiousDecay
-file = sys.argv[1]
-paths = {str(path): path for path in ALL_PATHS}
-results = {}
-for (name, path), (weights, state) in torch.load(file, weights_only=True).items():
-    model = net()
-    model.load_state_dict(weights)
-    opt = CautiousDecay(BASES[name].on(paths[path])(model.parameters()), **paths[path])
-    opt.load_state_dict(state)
-    train(model, opt, range(3, 6))
-    results[name, path] = values(model)
-torch.save(results, file)
-"""
+
+def go_on(file: Path) -> None:
+    """Take three more steps from the checkpoints of a file, and write the weights there."""
+    torch.set_num_threads(1)
+    paths = {str(path): path for path in ALL_PATHS}
+    results = {}
+    for (name, path), (weights, state) in torch.load(file, weights_only=True).items():
+        model = net()
+        model.load_state_dict(weights)
+        opt = CautiousDecay(BASES[name].on(paths[path])(model.parameters()), **paths[path])
+        opt.load_state_dict(state)
+        train(model, opt, range(3, 6))
+        results[name, path] = values(model)
+    torch.save(results, file)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +66,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], t
         train(model, opt, range(3))
         checkpoints[str(build), str(path)] = (model.state_dict(), opt.state_dict())
     torch.save(checkpoints, file)
-    found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
-    subprocess.run(
-        [sys.executable, "-c", GO_ON, str(file)], check=True, env={**os.environ, "PYTHONPATH": found_in}, cwd=HERE
-    )
+    call(go_on, file)
     results: dict[tuple[str, str], torch.Tensor] = torch.load(file, weights_only=True)
     return results
 
@@ -451,57 +457,29 @@ def test_a_step_that_waits_for_a_state_dict_ends(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-FORKED = """
-import os, threading
-import torch
-from support import ALL_PATHS, can_run
-from test_checkpoint import stepped_adamw
-from cwd_wrap.methods import wrapper
-
-torch.set_num_threads(1)
-wrapper._PATIENCE = 3.0
-init_group = torch.optim.AdamW._init_group
+def in_children_of_a_step() -> list[tuple[str, bool, bool]]:
+    """For each path, in a child that is forked while a thread steps: is the state dict right; and in the parent."""
+    torch.set_num_threads(1)
+    wrapper._PATIENCE = 3.0
+    return [(str(path), *in_a_child_of_a_step(path)) for path in ALL_PATHS if can_run(path)]
 
 
-def in_a_child_of_a_step(path):
+def in_a_child_of_a_step(path: PathOptions) -> tuple[bool, bool]:
     opt, other = stepped_adamw(path), stepped_adamw(path)
     between = opt.state_dict()["param_groups"]
-    inside, done = threading.Event(), threading.Event()
-
-    def waits(self, *args):
-        if threading.current_thread() is thread:
-            inside.set()
-            done.wait()
-        return init_group(self, *args)
-
-    torch.optim.AdamW._init_group = waits
-    thread = threading.Thread(target=opt.step)
-    thread.start()
-    inside.wait()
-    child = os.fork()
-    if child == 0:
-        right = opt.state_dict()["param_groups"] == between and opt.lam == 0.1
-        other.step()
-        os._exit(not right)
-    _, status = os.waitpid(child, 0)
-    done.set()
-    thread.join()
-    return status, opt.state_dict()["param_groups"] == between
-
-
-print({str(path): in_a_child_of_a_step(path) for path in ALL_PATHS if can_run(path)})
-"""
+    with stopped_in_a_step(opt.step):
+        child = os.fork()
+        if child == 0:
+            right = opt.state_dict()["param_groups"] == between and opt.lam == 0.1
+            other.step()
+            os._exit(not right)
+        _, status = os.waitpid(child, 0)
+    return status == 0, opt.state_dict()["param_groups"] == between
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_that_is_forked_while_another_thread_steps() -> None:
     """In the child, where that thread is gone, a state dict is made at once, and it is that of between steps."""
-    found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED],
-        env={**os.environ, "PYTHONPATH": found_in}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    expected = [(str(path), True, True) for path in ALL_PATHS if can_run(path)]
 
-    assert str({str(path): (0, True) for path in ALL_PATHS if can_run(path)}) == done.stdout.strip(), done.stderr[
-        -2000:
-    ]
+    assert expected == call(in_children_of_a_step)

@@ -14,13 +14,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support import ALL_PATHS, PathOptions, can_run, same, weight
+from processes import call
+from support import ALL_PATHS, PathOptions, can_run, same, stopped_in_a_step, weight
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -459,55 +460,29 @@ def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads:
 
 # ------------------------------------------------------------------------------------ a child of a process in a step
 
-FORKED = """
-import os, sys, threading
-import torch
-from cwd_wrap.step import paths
-from test_interrupts import PATHS, between, alike, stepped
 
-torch.set_num_threads(1)
-paths.PIECE = 16
-init_group = torch.optim.AdamW._init_group
+def go_on_in_children() -> dict[str, bool]:
+    """For each path: is a child right that is forked while a thread steps, and does it train on?"""
+    torch.set_num_threads(1)
+    paths.PIECE = 16
+    return {name: goes_on_in_a_child(case) for name, case in PATHS.items()}
 
 
-def goes_on_in_a_child(case):
+def goes_on_in_a_child(case: Case) -> bool:
     opt = case.build()
     before = between(opt)
-    inside, done = threading.Event(), threading.Event()
-
-    def waits(self, *args):
-        if threading.current_thread() is thread:
-            inside.set()
-            done.wait()
-        return init_group(self, *args)
-
-    torch.optim.AdamW._init_group = waits
-    thread = threading.Thread(target=case.step, args=[opt])
-    thread.start()
-    inside.wait()
-    child = os.fork()
-    if child == 0:
-        right = between(opt) == before
-        twin = stepped(opt, case)
-        case.step(opt)
-        os._exit(not (right and alike(opt, twin) and between(opt) == before))
-    _, status = os.waitpid(child, 0)
-    done.set()
-    thread.join()
+    with stopped_in_a_step(partial(case.step, opt)):
+        child = os.fork()
+        if child == 0:
+            right = between(opt) == before
+            twin = stepped(opt, case)
+            case.step(opt)
+            os._exit(not (right and alike(opt, twin) and between(opt) == before))
+        _, status = os.waitpid(child, 0)
     return status == 0
-
-
-print({name: goes_on_in_a_child(case) for name, case in PATHS.items()})
-"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_that_is_forked_while_another_thread_steps_can_train() -> None:
     """In the child, where that thread is gone, groups and hooks are as between steps, and the next step is right."""
-    found_in = os.pathsep.join([str(HERE), str(HERE.parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED], env={**os.environ, "PYTHONPATH": found_in}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-
-    assert str(dict.fromkeys(PATHS, True)) == done.stdout.strip(), done.stderr[-2000:]
+    assert dict.fromkeys(PATHS, True) == call(go_on_in_children)

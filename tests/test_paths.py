@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import call
 from support import ALL_PATHS, Base, PathOptions, can_run, net, param, same, train, values, weight
 from test_directions import make
 from torch import Tensor, nn
@@ -510,27 +511,28 @@ threading.Thread(target=late).start()
     assert in_a_process(program) == "True"
 
 
+def fork_after_a_step(folder: Path) -> None:
+    """Step on two threads, then fork; parent and child take the same step and write their weights."""
+    torch.set_num_threads(2)
+    big_step(0)
+    p = nn.Parameter(torch.randn(1 << 19))
+    opt = CautiousDecay(AdamW([p], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="numba")
+    p.grad = torch.randn(1 << 19)
+    opt.step()
+    child = os.fork()
+    opt.step()
+    torch.save(p.detach(), folder / ("parent" if child else "child"))
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_after_a_step_can_step(tmp_path: Path) -> None:
     """A child process forked after a multi-threaded step takes the same step as its parent."""
     pytest.importorskip("numba")
-    program = f"""
-from cwd_wrap import CautiousDecay
-torch.set_num_threads(2)
-big_step(0)
-p = torch.nn.Parameter(torch.randn(1 << 19))
-opt = CautiousDecay(torch.optim.AdamW([p], lr=0.1, weight_decay=0.5, fused=True), path="one_pass", backend="numba")
-p.grad = torch.randn(1 << 19)
-opt.step()
-child = os.fork()
-opt.step()
-torch.save(p.detach(), "{tmp_path}/" + ("parent" if child else "child"))
-if child == 0:
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-"""
-    in_a_process(program)
+    call(fork_after_a_step, tmp_path)
 
     assert torch.equal(*(torch.load(tmp_path / process) for process in ("parent", "child")))
 

@@ -1,7 +1,6 @@
 """The examples for engines run on two ranks, as under torchrun (one is), and print their optimizer."""
 
 import importlib
-import importlib.util
 import os
 import re
 import shutil
@@ -31,9 +30,9 @@ RECIPES = {
         "accelerate",
         f"AcceleratedOptimizer'> around {OURS}, DistributedType.MULTI_CPU",
     ),
-    "with_lightning.py": ("lightning", OURS.removeprefix("<class '")),
+    "with_lightning.py": ("lightning.pytorch.cli", OURS.removeprefix("<class '")),
     "with_trainer.py": (
-        "transformers",
+        "transformers.trainer",
         f"AcceleratedOptimizer'> around {OURS}",
     ),
     "with_deepspeed.py": (
@@ -44,30 +43,36 @@ RECIPES = {
 }
 
 
-def torchrun(script: str) -> str:
+def printed(done: list[subprocess.CompletedProcess[str]]) -> str:
+    """The output of processes that returned 0."""
+    for process in done:
+        assert process.returncode == 0, process.stderr
+    return "".join(process.stdout + process.stderr for process in done)
+
+
+def torchrun(script: Path) -> str:
     """The output of an example on two ranks."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(ROOT / "examples" / script)],
+        [*command, str(script)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=environment,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return printed([done])
 
 
 def test_fsdp_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     """The last four of six steps, repeated from a checkpoint, have the same losses and shares of decayed weights."""
     pytest.importorskip("tqdm")
     script, words = ROOT / "examples" / "with_fsdp.py", ["--steps", 6, "--folder", tmp_path, *SMALL]
-    text = launch(script, *words)
+    text = printed(launch(script, *words))
     for step in (4, 6):
         shutil.rmtree(tmp_path / str(step))
-    again = launch(script, *words)
+    again = printed(launch(script, *words))
     lines, lines_again = (re.findall(r"step \d+: loss [\d.]+, mask [\d.]+", each) for each in (text, again))
 
     assert f"type(optimizer): {OURS}" in text
@@ -78,12 +83,12 @@ def test_fsdp_resumes_from_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", RECIPES)
 def test_recipes_run(script: str) -> None:
     """The example trains on two ranks and prints the class of its optimizer, which is the wrapper."""
-    library, kind = RECIPES[script]
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
-    printed = torchrun(script) if script == "with_accelerate.py" else launch(ROOT / "examples" / script)
+    module, kind = RECIPES[script]
+    pytest.importorskip(module.split(".")[0])
+    path = ROOT / "examples" / script
+    text = torchrun(path) if script == "with_accelerate.py" else printed(launch(path, imports=[module]))
 
-    assert re.search(rf"type\(optimizer\): <class '[\w.]*{re.escape(kind)}", printed)
+    assert re.search(rf"type\(optimizer\): <class '[\w.]*{re.escape(kind)}", text)
 
 
 def accelerated(rank: int) -> Any:

@@ -2,14 +2,12 @@
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import call
 from support import ALL_PATHS, PathOptions, can_run, net, param, same, train, values, weight
 from torch import Tensor
 from torch.optim import SGD, AdamW
@@ -307,21 +305,18 @@ def test_the_mean_over_steps_of_a_weight_that_stays() -> None:
     assert (lost > expected / 2).all()
 
 
-RESUME = """
-import sys, torch
-from support import ALL_PATHS, train, values
-from test_stochastic_rounding import narrow_net
-torch.set_num_threads(1)
-saved, resumed, paths = torch.load(sys.argv[1]), [], {str(path): path for path in ALL_PATHS}
-for path, states in saved.items():
-    torch.manual_seed(99)
-    model, opt = narrow_net(paths[path])
-    model.load_state_dict(states["model"])
-    opt.load_state_dict(states["optimizer"])
-    train(model.float_in, opt, range(4, 8))
-    resumed.append(values(model))
-torch.save(resumed, sys.argv[1])
-"""
+def resume(file: Path) -> None:
+    """Take four more steps from the checkpoints of a file, at another torch seed, and write the weights there."""
+    torch.set_num_threads(1)
+    saved, resumed, paths = torch.load(file), [], {str(path): path for path in ALL_PATHS}
+    for path, states in saved.items():
+        torch.manual_seed(99)
+        model, opt = narrow_net(paths[path])
+        model.load_state_dict(states["model"])
+        opt.load_state_dict(states["optimizer"])
+        train(model.float_in, opt, range(4, 8))
+        resumed.append(values(model))
+    torch.save(resumed, file)
 
 
 def narrow_net(path: PathOptions) -> tuple[torch.nn.Module, CautiousDecay]:
@@ -343,8 +338,7 @@ def test_resume_is_exact(tmp_path: Path) -> None:
         train(model.float_in, opt, range(4, 8))
         expected.append(values(model))
     torch.save(saved, file)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    subprocess.run([sys.executable, "-c", RESUME, str(file)], check=True, env=environment)
+    call(resume, file)
 
     assert all(map(torch.equal, torch.load(file), expected))
 

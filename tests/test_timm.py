@@ -5,7 +5,6 @@ import copy
 import importlib
 import inspect
 import math
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
+from ranks import launch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from zoo import NOTES
@@ -620,8 +621,7 @@ def test_a_script_is_run_as_python_runs_it(tmp_path: Path, exits: bool, ends_ali
     ends_alike("folder/probe.py", "--lr", "1", exits=exits)
 
 
-@pytest.mark.parametrize("module", ["package.probe", "package"])
-@pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.parametrize(("module", "exits"), [("package.probe", True), ("package", True), ("package", False)])
 def test_a_module_is_run_as_python_runs_it(tmp_path: Path, module: str, exits: bool, ends_alike: Any) -> None:
     """The same holds for `-m` and a module, or a package with a `__main__`."""
     (tmp_path / "package").mkdir()
@@ -705,14 +705,8 @@ def test_child_processes_have_the_names(
 ) -> None:
     """Child processes of every start method have the names, and so do the workers of their data loaders."""
     (tmp_path / "script.py").write_text(CHILDREN)
-    done = subprocess.run(
-        [sys.executable, *launcher, "script" if launcher[-1:] == ["-m"] else "script.py", *argv],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-        timeout=600,
-    )
+    script = "script" if launcher[-1:] == ["-m"] else tmp_path / "script.py"
+    done = python(*launcher, script, *argv, cwd=tmp_path)
 
     assert done.stdout.splitlines() == expected, done.stderr
 
@@ -746,17 +740,11 @@ def test_the_launcher_prints_its_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.startswith("usage: python -m cwd_wrap.timm SCRIPT")
 
 
-def test_under_torchrun(tmp_path: Path) -> None:
+def test_on_two_ranks() -> None:
     """`torchrun -m cwd_wrap.timm train.py` trains in two processes and logs from one."""
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cwd_wrap.timm"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, SCRIPT, "--opt", "cautious_adamw", "--weight-decay", "0.1"],
-        capture_output=True,
-        text=True,
-        cwd=HERE.parent,
-        timeout=600,
-    )
+    one, two = launch("-m", "cwd_wrap.timm", SCRIPT, "--opt", "cautious_adamw", "--weight-decay", "0.1")
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("Created CautiousDecayAdamW (cautious_adamw) optimizer: ")
-    assert len(done.stdout.splitlines()) == 3
+    assert (0, 0) == (one.returncode, two.returncode), one.stderr + two.stderr
+    assert one.stdout.splitlines()[0].startswith("Created CautiousDecayAdamW (cautious_adamw) optimizer: ")
+    assert len(one.stdout.splitlines()) == 3
+    assert two.stdout == ""
