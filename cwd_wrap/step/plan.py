@@ -393,7 +393,7 @@ def _members_of(
 
 def _exempt_apart(work: Work, members: Members, i: int) -> Iterator[tuple[Members, int | None]]:
     """The members with the index ``i`` of their decay; those that the base's own decay skips apart, or left out."""
-    skips = quirks.exempt(work.base, members.group)
+    skips = quirks.exempt(work.base)
     if skips is not None:
         exempt = {j for j, p in enumerate(members.parameters) if skips(p)}
         if exempt and work.method.every_group:
