@@ -40,7 +40,8 @@ KINDS: dict[torch.dtype, type[np.generic]] = ByType(
 Row = tuple[int, tuple[float, ...]]
 """How many tensors share a row of numbers ``n``, and the row."""
 
-# The places of a `_threads.Control`: three numbers, the addresses of the tables, and the number of tensors.
+# The places of a `_threads.Control`: three numbers, the addresses of the tables, and the number of tensors. The first
+# three are not imported: numba compiles them in, and its cache on disk notices changes of this file only.
 _TAKEN, _DONE, _CHUNKS, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(10)
 # For `_reader`: two C functions, its tables, and how many columns there are. How many counters each tensor has, and a
 # table of their values.
