@@ -37,7 +37,7 @@ from torch import Tensor
 from cwd_wrap.bases.updates import Numbers, Update
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
-from cwd_wrap.kernels._eager import ByType, _order, _write_back
+from cwd_wrap.kernels._eager import NO_MEMORY, ByType, _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
 from cwd_wrap.kernels.bind import NUMBERS, bind
 from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole, joined
@@ -728,11 +728,7 @@ def _pointers(lines: Sequence[Sequence[Tensor]]) -> list[int]:
     """The addresses, one column after the other. Raises ValueError if one that is read is 0."""
     pointers = list(map(Tensor.data_ptr, chain.from_iterable(lines)))
     if 0 in pointers and any(t.numel() and not t.data_ptr() for t in chain.from_iterable(lines)):
-        msg = (
-            "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
-            "give it memory before the step"
-        )
-        raise ValueError(msg)
+        raise ValueError(NO_MEMORY)
     return pointers
 
 

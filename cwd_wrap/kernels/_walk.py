@@ -23,7 +23,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from cwd_wrap.kernels import _threads
-from cwd_wrap.kernels._eager import ByType
+from cwd_wrap.kernels._eager import NO_MEMORY, ByType
 from cwd_wrap.tensors import Shard
 
 CHUNK = 1 << 16  # elements
@@ -608,11 +608,7 @@ class Job:
         for row, column in (*zip(self._addresses, columns, strict=False), *zip(of_counters, counters, strict=True)):
             row[:] = list(map(Tensor.data_ptr, column))
         if not (self._addresses[: len(columns), self._sizes > 0].all() and of_counters.all()):
-            msg = (
-                "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
-                "give it memory before the step"
-            )
-            raise ValueError(msg)
+            raise ValueError(NO_MEMORY)
         self.found = True
 
     def take(self, row: int, column: Sequence[Tensor], *, lasts: bool) -> None:
