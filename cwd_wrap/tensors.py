@@ -66,6 +66,11 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
     return [companion(t, p) for t, p in zip(ts, parameters, strict=True)]
 
 
+def real_numel(parameter: Tensor) -> int:
+    """How many real numbers the whole parameter has, over all ranks: two for each complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
 class Shard(NamedTuple):
     """The places of a whole parameter that a tensor of ``numel`` numbers holds, in its flat order.
 
