@@ -67,8 +67,8 @@ ARROWS: dict[str, set[str]] = {
         "step.choice", "step.snapshot", "tensors",
     },
     "step.plan": {
-        "bases.directions", "bases.quirks", "bases.schedule_free", "bases.weight_decay", "graphs", "kernels.buckets",
-        "step.choice", "step.paths", "tensors",
+        "bases.directions", "bases.quirks", "bases.schedule_free", "bases.updates", "bases.weight_decay", "graphs",
+        "kernels.buckets", "step.choice", "step.paths", "tensors",
     },
     "step.step": {
         "bases.journal", "bases.known", "bases.weight_decay", "step.choice", "step.paths", "step.plan",

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from cwd_wrap.bases import directions, quirks, schedule_free, weight_decay
+from cwd_wrap.bases.updates import is_scaled
 from cwd_wrap.bases.weight_decay import Strength
 from cwd_wrap.graphs import capturing
 from cwd_wrap.kernels.buckets import Members, have_state
@@ -91,7 +91,7 @@ class Plan:
             or self.work.method.draws
             or self.work.count
             or capturing()
-            or _is_scaled(base)
+            or is_scaled(base)
         )
         if of_this_step or not self.lasts or not isinstance(base.state, dict):
             return
@@ -113,7 +113,7 @@ class Plan:
         The plan takes over the current gradients and numbers.
         """
         base, groups = self.work.base, self._groups
-        if groups is None or capturing() or _is_scaled(base):
+        if groups is None or capturing() or is_scaled(base):
             return False
         if not (
             _same(arguments, self._arguments)
@@ -217,11 +217,6 @@ def _without_grad(acts: Sequence[Callable[[], None]]) -> None:
             torch._C._set_grad_enabled(grad)
     finally:
         torch._C._set_grad_enabled(grad)
-
-
-def _is_scaled(base: Optimizer) -> bool:
-    """True in a step of GradScaler that leaves it to the fused optimizer to unscale the gradients."""
-    return getattr(base, "grad_scale", None) is not None or getattr(base, "found_inf", None) is not None
 
 
 def _class_of(base: Any) -> tuple[object, ...]:
