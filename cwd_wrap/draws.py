@@ -26,10 +26,6 @@ class Draws(NamedTuple):
     shards: Sequence[Shard]
     """Which places of the whole parameter each tensor holds."""
 
-    def at(self, chosen: Sequence[int]) -> "Draws":
-        """The draws of some of the tensors."""
-        return Draws(self.stream, [self.numbers[i] for i in chosen], [self.shards[i] for i in chosen])
-
     def words(self, i: int) -> Tensor:
         """64 random bits for each place of tensor ``i``: a flat int64 tensor."""
         offset, run, jump, numel = self.shards[i]

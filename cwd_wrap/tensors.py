@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _DISTRIBUTED = ("torch.distributed.tensor", "torch.distributed._tensor")  # the second up to torch 2.4
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -18,7 +21,7 @@ _DTYPE, _SHAPE, _LAYOUT = attrgetter("dtype"), attrgetter("shape"), attrgetter("
 def local_real_view(t: Tensor) -> Tensor:
     """A view of ``t`` as real numbers, limited to this rank's shard."""
     if is_distributed(t):
-        t = _arrived(t.to_local())  # type: ignore[attr-defined]
+        t = _arrived(t.to_local())
     return torch.view_as_real(t.detach()) if t.is_complex() else t
 
 
@@ -48,9 +51,10 @@ def companion(t: Tensor, parameter: Tensor) -> Tensor:
     It communicates if ``t`` has another layout: the gradient of a replicated weight can be a partial sum on each rank.
     """
     if is_distributed(t):
-        if t.placements != parameter.placements:  # type: ignore[attr-defined]
-            t = t.redistribute(parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-        t = t.to_local()  # type: ignore[attr-defined]
+        whole = cast("DTensor", parameter)
+        if t.placements != whole.placements:
+            t = t.redistribute(whole.device_mesh, whole.placements)
+        t = t.to_local()
     t = _arrived(t).resolve_conj().resolve_neg()
     return torch.view_as_real(t.detach()) if t.is_complex() else t
 
@@ -60,6 +64,11 @@ def companions(ts: Sequence[Tensor], parameters: Sequence[Tensor], views: Sequen
     if views is parameters and _PLAIN.issuperset(map(type, ts)) and not any(map(Tensor.is_neg, ts)):
         return ts
     return [companion(t, p) for t, p in zip(ts, parameters, strict=True)]
+
+
+def real_numel(parameter: Tensor) -> int:
+    """How many real numbers the whole parameter has, over all ranks: two for each complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 class Shard(NamedTuple):
@@ -84,7 +93,7 @@ def shard(parameter: Tensor) -> Shard:
         numel = parameter.numel() * numbers
         return Shard(0, numel, numel, numel)
     where = sys.modules[f"{_distributed().__name__}._utils"].compute_local_shape_and_global_offset
-    shape, offset = where(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    shape, offset = where(parameter.shape, parameter.device_mesh, parameter.placements)
     numel = math.prod(shape) * numbers
     inner = [math.prod(parameter.shape[d + 1 :]) * numbers for d in range(parameter.dim())]
     split = [d for d in range(1, parameter.dim()) if shape[d] != parameter.shape[d]]
@@ -111,16 +120,16 @@ def laid_out_otherwise(ts: Sequence[Tensor], parameters: Sequence[Tensor]) -> se
     if _PLAIN.issuperset(map(type, ts)):
         return set()
     pairs = enumerate(zip(ts, parameters, strict=True))
-    return {i for i, (t, p) in pairs if is_distributed(t) and t.placements != p.placements}  # type: ignore[attr-defined]
+    return {i for i, (t, p) in pairs if is_distributed(t) and t.placements != cast("DTensor", p).placements}
 
 
 def largest_shard(parameter: Tensor) -> int:
     """Bytes of the parameter on the rank with the largest shard: the same number on all ranks."""
     sizes = list(parameter.shape)
     if is_distributed(parameter):
-        for i, placement in enumerate(parameter.placements):  # type: ignore[attr-defined]
+        for i, placement in enumerate(parameter.placements):
             if (dim := getattr(placement, "dim", None)) is not None:
-                sizes[dim] = -(-sizes[dim] // parameter.device_mesh.size(i))  # type: ignore[attr-defined]
+                sizes[dim] = -(-sizes[dim] // parameter.device_mesh.size(i))
     return math.prod(sizes) * parameter.element_size()
 
 
@@ -128,8 +137,8 @@ def held_by(parameter: Tensor) -> int:
     """How many ranks hold the same places of the parameter, if it is a DTensor; else 1."""
     if not is_distributed(parameter):
         return 1
-    placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
-    return math.prod(parameter.device_mesh.size(i) for i, each in placements if each.is_replicate())  # type: ignore[attr-defined]
+    placements = enumerate(parameter.placements)
+    return math.prod(parameter.device_mesh.size(i) for i, each in placements if each.is_replicate())
 
 
 def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
@@ -141,9 +150,9 @@ def totals(parameters: Sequence[Tensor], local: Tensor) -> Tensor:
     alike: dict[Any, list[int]] = {}
     for i, p in enumerate(parameters):
         if is_distributed(p):
-            sharded = tuple(not placement.is_replicate() for placement in p.placements)  # type: ignore[attr-defined]
+            sharded = tuple(not placement.is_replicate() for placement in p.placements)
             if any(sharded):
-                alike.setdefault((p.device_mesh, sharded), []).append(i)  # type: ignore[attr-defined]
+                alike.setdefault((p.device_mesh, sharded), []).append(i)
     if not alike:
         return local
     module, whole = _distributed(), local.clone()
@@ -165,7 +174,7 @@ def made_of_others(t: Tensor) -> bool:
     return hasattr(type(t), "__tensor_flatten__") and not is_distributed(t)
 
 
-def is_distributed(t: Tensor) -> bool:
+def is_distributed(t: Tensor) -> "TypeGuard[DTensor]":
     """True for a DTensor: each rank holds a part of it."""
     if type(t) in _PLAIN:
         return False

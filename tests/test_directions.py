@@ -1,6 +1,7 @@
 """For every row of the table of directions, the predicted sign is the sign of the step."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,15 @@ def gradient(generator: torch.Generator) -> torch.Tensor:
     return torch.randn(SIZE, generator=generator) * size * (torch.rand(SIZE, generator=generator) < 0.9)
 
 
+def terms_of(direction: Direction, state: dict[str, Any], g: torch.Tensor) -> list[torch.Tensor]:
+    """b*g, and a*m where the state has m: the sign of their sum is that of the coming update."""
+    m = state.get(direction.state_key)
+    if m is None:
+        return [direction.first * g.double()]
+    a, b = direction.numbers(state)
+    return [b * g.double(), a * m.double()]
+
+
 @pytest.mark.parametrize(("cls", "flags"), ROWS, ids=IDS)
 def test_predicted_sign_is_the_sign_of_the_step(cls: type[Optimizer] | str, flags: dict[str, object]) -> None:
     """After a step from w = 0, -w is the update: it has the sign of a*m + b*g, except where rounding cancels it."""
@@ -83,8 +93,7 @@ def test_predicted_sign_is_the_sign_of_the_step(cls: type[Optimizer] | str, flag
         p.grad = gradient(generator)
         direction = directions.find(opt, opt.param_groups[0])
         assert isinstance(direction, Direction)
-        m, a, b = direction.of(opt.state.get(p, {}))
-        terms = [b * p.grad.double()] + ([] if m is None else [a * m.double()])
+        terms = terms_of(direction, opt.state.get(p, {}), p.grad)
         predicted, size = sum(terms), sum(t.abs() for t in terms)
         torch.nn.init.zeros_(p)
         opt.step()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "cwd_wrap"
 ROOMS: dict[str, set[str]] = {
     "": {"rules", "tensors", "notices", "graphs", "report", "plot", "params_first", "draws"},
     "bases": {
-        "known", "directions", "schedule_free", "updates", "pieces", "quirks", "copies", "probe", "journal",
+        "known", "directions", "schedule_free", "updates", "pieces", "quirks", "copies", "probe", "measured", "journal",
         "weight_decay",
     },
     "kernels": {"bind", "buckets", "_eager", "_threads", "_walk", "_numba", "_tables", "_triton"},
@@ -42,8 +42,11 @@ ARROWS: dict[str, set[str]] = {
     "bases.quirks": {"bases.known", "bases.schedule_free"},
     "bases.copies": {"bases.quirks"},
     "bases.probe": {"bases.copies", "bases.known", "bases.quirks"},
+    "bases.measured": {"bases.probe", "bases.quirks"},
     "bases.journal": {"bases.quirks"},
-    "bases.weight_decay": {"bases.journal", "bases.known", "bases.probe", "bases.quirks", "notices"},
+    "bases.weight_decay": {
+        "bases.journal", "bases.known", "bases.measured", "bases.probe", "bases.quirks", "notices",
+    },
     "kernels": {"kernels.buckets", "kernels._eager", "kernels._numba", "kernels._triton", "notices"},
     "kernels.bind": {"rules"},
     "kernels.buckets": {"bases.directions", "bases.updates", "draws", "graphs", "report", "tensors"},
@@ -66,8 +69,8 @@ ARROWS: dict[str, set[str]] = {
         "step.choice", "step.snapshot", "tensors",
     },
     "step.plan": {
-        "bases.directions", "bases.quirks", "bases.schedule_free", "bases.weight_decay", "graphs", "kernels.buckets",
-        "step.choice", "step.paths", "tensors",
+        "bases.directions", "bases.quirks", "bases.schedule_free", "bases.updates", "bases.weight_decay", "graphs",
+        "kernels.buckets", "step.choice", "step.paths", "tensors",
     },
     "step.step": {
         "bases.journal", "bases.known", "bases.weight_decay", "step.choice", "step.paths", "step.plan",

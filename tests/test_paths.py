@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import call
 from support import ALL_PATHS, Base, PathOptions, can_run, net, param, same, train, values, weight
-from test_directions import make
+from test_directions import make, terms_of
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -375,8 +375,7 @@ def test_paths_may_change_from_step_to_step(name: str, variant: str, dtype: torc
     for step in range(6):
         p.grad = torch.randn(500, dtype=F64).to(dtype)
         direction = directions.find(opt.base_optimizer, opt.param_groups[0])
-        m, a, b = direction.of(opt.state.get(p, {}))
-        terms = [b * p.grad.double()] + ([] if m is None else [a * m.double()])
+        terms = terms_of(direction, opt.state.get(p, {}), p.grad)
         clear = sum(terms).abs() > 0.02 * sum(t.abs() for t in terms)
         x = p.detach().double()
         q = nn.Parameter(p.detach().clone())

@@ -149,6 +149,18 @@ def test_groups_that_the_base_replaces_in_its_step_keep_their_decay(cls: Any, si
     assert (0.5, [p]) == (opt.lam, opt.param_groups[0]["params"])
 
 
+def test_a_hook_and_the_step_may_both_replace_the_groups(silent: None) -> None:
+    """The copies that the step makes of the hook's copies have not kept the 0 of the step either: 0.95**3."""
+    p = weight(1.0, grad=[0.0])
+    base = replaces_its_groups(AdamW)([p], lr=0.1, weight_decay=0.5)
+    opt = CautiousDecay(base)
+    base.register_step_pre_hook(lambda *_: setattr(base, "param_groups", [dict(group) for group in base.param_groups]))
+    for _ in range(3):
+        opt.step()
+
+    assert (pytest.approx(0.95**3), 0.5) == (p.item(), opt.lam)
+
+
 class AddsAGroup(SGD):
     """SGD that adds a group of one weight at the begin of its second step."""
 

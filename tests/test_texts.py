@@ -425,7 +425,7 @@ def test_a_leak_that_is_lost() -> None:
 
 
 def test_a_step_without_hooks() -> None:
-    """If the base's step did not fire its hooks, the warning says what happened and what to do."""
+    """If the base's step did not fire its hooks, the warning says what happened and what to do; it is the only one."""
     base = SGD([weight(1.0, grad=[1.0])], lr=0.1, weight_decay=0.1)
     opt = CautiousDecay(base)
     base.step = lambda closure=None: None  # type: ignore[method-assign]
@@ -433,5 +433,7 @@ def test_a_step_without_hooks() -> None:
         "SGD.step did not fire its hooks, so CautiousDecay had no effect and SGD used its own weight decay. If you "
         "replaced SGD.step, call the original from the replacement"
     )
-    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$"):
+    with pytest.warns(UserWarning, match=f"^{re.escape(text)}$") as caught:
         opt.step()
+
+    assert 1 == len(caught)

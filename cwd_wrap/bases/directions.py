@@ -38,11 +38,6 @@ class Direction(NamedTuple):
         """(a, b) for a parameter with this state."""
         return self.pair if self.varying is None else self.varying(state)
 
-    def of(self, state: State) -> tuple[Tensor | None, float, float]:
-        """``(m, a, b)`` for a parameter with this state (empty before its first step)."""
-        m = None if self.state_key is None else state.get(self.state_key)
-        return (None, 0.0, self.first) if m is None else (m, *self.numbers(state))
-
 
 def find(optimizer: Optimizer, group: Group) -> Direction | str:
     """The direction of ``optimizer``'s coming step on ``group``, or the reason why it is unknown."""

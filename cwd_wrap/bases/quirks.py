@@ -242,9 +242,8 @@ def coupling(optimizer: Optimizer, group: Group, *, measured: bool) -> str | Non
     return None if factor == 1 else f"its momentum makes the decay {factor:.3g} times as strong"
 
 
-def exempt(optimizer: Optimizer, group: Group) -> Callable[[Tensor], bool] | None:
+def exempt(optimizer: Optimizer) -> Callable[[Tensor], bool] | None:
     """A test for parameters that the optimizer's own decay skips; None if it decays them all."""
-    del group
     vectors_are = any(
         {"pytorch_optimizer.Kron", "pytorch_optimizer.LARS"} & {*_names(each)} for each in layers(optimizer)
     )

@@ -88,10 +88,15 @@ def find(optimizer: Optimizer, group: Group) -> Update | str:
     return replace(update, options=tuple(map(float, update.options)), maximize=bool(group.get("maximize")))
 
 
+def is_scaled(optimizer: Optimizer) -> bool:
+    """True in a step of GradScaler that leaves it to the fused optimizer to unscale the gradients."""
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+
+
 def _obstacle(optimizer: Optimizer, group: Group) -> str | None:
     """What in the options of a group rules out every kernel; None if nothing does."""
     name = type(optimizer).__name__
-    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+    if is_scaled(optimizer):
         return "GradScaler has not unscaled its gradients yet"
     if schedule_free.is_known(optimizer):  # it has no other path, and foreach=True by default: that asks for nothing
         return f"the lr of {name} is a tensor: pass a number" if isinstance(group["lr"], Tensor) else None

@@ -4,20 +4,18 @@ lam is the group's own ``weight_decay``; eta is the step size by which the optim
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from operator import is_
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap import notices
-from cwd_wrap.bases import known, probe, quirks
+from cwd_wrap.bases import known, measured, probe, quirks
 from cwd_wrap.bases.journal import Journal
 
 Group = Mapping[str, Any]
@@ -25,23 +23,6 @@ WAY_OUT = ", or pass step_size=, a function of the group that returns it"
 StepSize = Callable[[dict[str, Any]], float | Tensor]
 _OFF = float("0")  # An object of its own: `is` tells this 0.0 from one that a hook wrote.
 _NO_STEP = 1e-12  # Learning rates up to this size, of either sign, count as 0: schedules miss 0 by a rounding.
-_SCHEDULED = {"lr", "weight_decay", "momentum"}
-_OFTEN = 3  # An option that changed more often is on a schedule.
-
-
-@dataclass
-class _Measured:
-    """What was measured of the groups of an optimizer."""
-
-    found: dict[str, probe.Found] = field(default_factory=dict)
-    last: dict[str, tuple[dict[str, object], probe.Found]] = field(default_factory=dict)
-    """The options of each group at the last look, and what was found."""
-    changes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How often an option of a group changed."""
-
-
-# None for optimizers that tables vouch for.
-_measured: WeakKeyDictionary[Optimizer, _Measured | None] = WeakKeyDictionary()
 
 
 def check(value: object, what: str, where: str) -> None:
@@ -91,7 +72,7 @@ def check_group(
         msg = f"{where} has differentiable=True, but autograd does not record the decay: leave differentiable off"
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
-    found = measured(group, where, base) if acts else None
+    found = _measured(group, where, base) if acts else None
     if found is not None and decays(group, fallback):
         _warn_if_beside(found, base)
     if step_size is None and decays(group, fallback):
@@ -214,7 +195,7 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     It is what the group's options say. For an optimizer that no table vouches for, it is also measured once (`probe`).
     """
     by_options = _by_options(group, where, base, way_out)
-    found = measured(group, where, base)
+    found = _measured(group, where, base)
     if found is None:
         return by_options
     _warn_if_beside(found, base)
@@ -237,51 +218,15 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     return by_options if found.eta is None else found.eta(base, group)
 
 
-def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
-    """What `probe` finds out about the group at its first use; None if tables vouch for its optimizer.
-
-    It is measured again when an option changes that neither its own steps nor a schedule writes.
-
-    Raises ValueError if the group cannot be wrapped.
-    """
-    if base not in _measured:
-        _measured[base] = None if probe.is_vouched(base) else _Measured()
-    of_base = _measured[base]
-    if of_base is None or not group.get("params"):
-        return None
-    plain = ((key, value) for key, value in group.items() if isinstance(value, int | float | str))
-    options: dict[str, object] = {key: value for key, value in plain if key not in _SCHEDULED}
-    options["dtype of params"] = group["params"][0].dtype
-    before, found = of_base.last.get(where, (None, None))
-    if before is None or found is None:
-        found = _anew(group, where, base, of_base)
-    elif options != before:
-        changed = {key for key in before.keys() | options.keys() if before.get(key) != options.get(key)} - found.counts
-        of_base.changes.update((where, key) for key in changed)
-        if any(of_base.changes[where, key] <= _OFTEN for key in changed):
-            now = _anew(group, where, base, of_base)
-            found = found if now.unmeasured else now
-    of_base.last[where] = options, found
-    if found.fault is not None:
-        msg = f"{where} cannot be wrapped: {found.fault}"
-        raise ValueError(msg)
-    return found
-
-
-def _anew(group: Group, where: str, base: Optimizer, of_base: _Measured) -> probe.Found:
-    if (constraint := quirks.constraint(group)) is not None:
-        return probe.Found(fault=constraint)
-    alike = probe.alike(group)
-    if alike not in of_base.found:
-        of_base.found[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
-    return of_base.found[alike]
+def _measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
+    return measured.find(base, group, where, lambda own, group: _by_options(group, where, own, ""))
 
 
 def coupling(group: Group, index: int, base: Optimizer) -> str | None:
     """Why the group's ``weight_decay`` is another strength in the base's own, coupled decay; None if it is not."""
     if not decays(group, None):
         return None
-    found = measured(group, _where(index, base), base)
+    found = _measured(group, _where(index, base), base)
     return quirks.coupling(quirks.stepper(base, group), group, measured=found is not None and found.coupled)
 
 

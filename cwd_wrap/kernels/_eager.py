@@ -31,6 +31,12 @@ class ByType(dict[torch.dtype, _V]):
         raise ValueError(msg)
 
 
+NO_MEMORY = (
+    "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
+    "give it memory before the step"
+)
+"""The error of the compiled kernels for a tensor without an address."""
+
 BLOCK_ON_CPU = 1 << 20  # elements: few enough for the last-level cache, enough to hide the cost of five calls
 BLOCK_ELSEWHERE = 1 << 24
 SMALL = 1 << 14  # tensors below this are laid side by side, up to PACK elements in one piece

@@ -28,7 +28,7 @@ from cwd_wrap.kernels._walk import fma as _fma
 from cwd_wrap.kernels._walk import number as _number
 from cwd_wrap.kernels._walk import where as _where
 from cwd_wrap.kernels.bind import bind
-from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole, joined
 from cwd_wrap.tensors import Shard
 
 __all__ = [
@@ -328,11 +328,7 @@ def _before_and_after(buckets: Sequence[Whole], job: Job) -> tuple[list[Row], li
 
 def _counters(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
     of_buckets = [bucket.counters for bucket in buckets if isinstance(bucket, Whole)]
-    return [_joined(columns) for columns in zip(*of_buckets, strict=True)]
-
-
-def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
+    return [joined(columns) for columns in zip(*of_buckets, strict=True)]
 
 
 def _per_bucket(buckets: Sequence[Bucket], rows: Sequence[tuple[float, ...]]) -> list[Row]:
@@ -347,9 +343,7 @@ def _counted(rule: str, columns: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _columns(buckets: Sequence[Bucket]) -> list[Sequence[Tensor]]:
-    if len(buckets) == 1:
-        return list(buckets[0].columns)
-    return [list(chain.from_iterable(parts)) for parts in zip(*(b.columns for b in buckets), strict=True)]
+    return [joined(columns) for columns in zip(*(bucket.columns for bucket in buckets), strict=True)]
 
 
 def _launch(

@@ -37,10 +37,10 @@ from torch import Tensor
 from cwd_wrap.bases.updates import Numbers, Update
 from cwd_wrap.draws import Draws
 from cwd_wrap.kernels import _eager
-from cwd_wrap.kernels._eager import ByType, _order, _write_back
+from cwd_wrap.kernels._eager import NO_MEMORY, ByType, _order, _write_back
 from cwd_wrap.kernels._tables import plain, table
 from cwd_wrap.kernels.bind import NUMBERS, bind
-from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
+from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole, joined
 
 BLOCK = 1024  # elements that a program handles at once: 8 a thread, so that 16-bit types too move 128 bits at a time
 THREADS = 128
@@ -539,7 +539,7 @@ def _launch_updates(
         row_of += [len(rows) + k for k in taken]
         rows += [(bucket.eta_lam, eta, _coefficients(bucket.update, numbers, number)) for numbers, _ in distinct]
         after.append([distinct[k][1] for k in taken])
-    steps = _joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
+    steps = joined([bucket.counters[0] for bucket in buckets]) if in_kernel else ()
     rule = _BOUND[buckets[0].update.formula]
     options |= {"update": True, "method": None if buckets[0].update.averages else method}
     return _launch(rule, _columns(buckets), rows, row_of=row_of, steps=steps, **options), steps, after
@@ -626,10 +626,6 @@ def _drawn(buckets: Sequence[Bucket]) -> list[Draws]:
     return [bucket.draws for bucket in buckets if bucket.draws is not None]
 
 
-def _joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
-    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
-
-
 def _counts(rule: Any, of_buckets: Sequence[tuple[Sequence[Tensor], ...]]) -> Tensor:
     """For each tensor, in how many places ``rule`` says to count; nothing is written."""
     counts = _launch(rule, of_buckets, [_row(0.0)] * len(of_buckets), count=True, write=False)
@@ -660,7 +656,7 @@ def _launch(
     factor of the method, or in place of the first coefficient of a decay. ``own``: do the
     rows have the method's own number?
     """
-    columns = [_joined(column) for column in zip(*of_buckets, strict=True)]
+    columns = [joined(column) for column in zip(*of_buckets, strict=True)]
     sizes = list(map(Tensor.numel, columns[0])) if columns else []
     if not sizes:
         return None
@@ -732,11 +728,7 @@ def _pointers(lines: Sequence[Sequence[Tensor]]) -> list[int]:
     """The addresses, one column after the other. Raises ValueError if one that is read is 0."""
     pointers = list(map(Tensor.data_ptr, chain.from_iterable(lines)))
     if 0 in pointers and any(t.numel() and not t.data_ptr() for t in chain.from_iterable(lines)):
-        msg = (
-            "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
-            "give it memory before the step"
-        )
-        raise ValueError(msg)
+        raise ValueError(NO_MEMORY)
     return pointers
 
 

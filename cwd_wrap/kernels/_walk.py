@@ -23,7 +23,7 @@ from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from cwd_wrap.kernels import _threads
-from cwd_wrap.kernels._eager import ByType
+from cwd_wrap.kernels._eager import NO_MEMORY, ByType
 from cwd_wrap.tensors import Shard
 
 CHUNK = 1 << 16  # elements
@@ -40,7 +40,8 @@ KINDS: dict[torch.dtype, type[np.generic]] = ByType(
 Row = tuple[int, tuple[float, ...]]
 """How many tensors share a row of numbers ``n``, and the row."""
 
-# The places of a `_threads.Control`: three numbers, the addresses of the tables, and the number of tensors.
+# The places of a `_threads.Control`: three numbers, the addresses of the tables, and the number of tensors. The first
+# three are not imported: numba compiles them in, and its cache on disk notices changes of this file only.
 _TAKEN, _DONE, _CHUNKS, _AT, _TABLE, _NUMBERS, _COUNTS, _KEYS, _SUMS, _TENSORS = range(10)
 # For `_reader`: two C functions, its tables, and how many columns there are. How many counters each tensor has, and a
 # table of their values.
@@ -607,11 +608,7 @@ class Job:
         for row, column in (*zip(self._addresses, columns, strict=False), *zip(of_counters, counters, strict=True)):
             row[:] = list(map(Tensor.data_ptr, column))
         if not (self._addresses[: len(columns), self._sizes > 0].all() and of_counters.all()):
-            msg = (
-                "a weight, gradient or state has no memory (a fake or meta tensor, or one whose storage was freed): "
-                "give it memory before the step"
-            )
-            raise ValueError(msg)
+            raise ValueError(NO_MEMORY)
         self.found = True
 
     def take(self, row: int, column: Sequence[Tensor], *, lasts: bool) -> None:

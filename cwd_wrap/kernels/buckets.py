@@ -10,6 +10,7 @@ A plan uses its buckets for many steps: `renew` takes over the gradients and num
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -392,6 +393,11 @@ def _split(columns: Sequence[Sequence[Tensor] | None], numbers: Sequence[object]
     keys = list(zip(*parts, strict=True))
     kinds = dict.fromkeys(keys)
     return [[i for i, key in enumerate(keys) if key == one] for one in kinds]
+
+
+def joined(columns: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The columns one after the other; a single one is returned itself."""
+    return columns[0] if len(columns) == 1 else list(chain.from_iterable(columns))
 
 
 def _at(column: Sequence[Tensor], chosen: Sequence[int]) -> Sequence[Tensor]:

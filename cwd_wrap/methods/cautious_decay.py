@@ -15,7 +15,7 @@ from cwd_wrap.kernels.buckets import Bucket, Coming, Stepped, Sums, Whole
 from cwd_wrap.methods.shared import FULLY_SHARD, check_known, step_between
 from cwd_wrap.methods.wrapper import OptimizerWrapper
 from cwd_wrap.step.choice import Method
-from cwd_wrap.tensors import local_real_view, totals
+from cwd_wrap.tensors import local_real_view, real_numel, totals
 
 MASKS = ("update", "gradient", "random", "all")
 ROUNDINGS = ("nearest", "stochastic")
@@ -216,11 +216,7 @@ class CautiousDecay(OptimizerWrapper):
 
 def _numel(parameter: Tensor, local: Tensor) -> int:
     """Elements of the whole parameter, or of the rows in its sparse gradient if ``local`` holds only those."""
-    return (
-        local.numel()
-        if local.shape != local_real_view(parameter).shape
-        else parameter.numel() * (2 if parameter.is_complex() else 1)
-    )
+    return local.numel() if local.shape != local_real_view(parameter).shape else real_numel(parameter)
 
 
 def _check_seed(seed: object) -> None:

@@ -12,7 +12,7 @@ from cwd_wrap.kernels.buckets import Stepped, Sums, Whole
 from cwd_wrap.methods.shared import FULLY_SHARD, check_known, step_between, sums_of, wide, without_decay
 from cwd_wrap.methods.wrapper import OptimizerWrapper
 from cwd_wrap.step.choice import Method
-from cwd_wrap.tensors import totals
+from cwd_wrap.tensors import real_numel, totals
 
 SCALES = ("mean", "numel", None)
 
@@ -106,5 +106,5 @@ class CautiousUpdate(OptimizerWrapper):
         """The factor of each tensor, ``here`` of whose updates are kept on this rank."""
         p = [each for bucket in buckets for each in bucket.p]
         kept = totals(p, here).to(wide(buckets))
-        numel = backend.vector([each.numel() * (2 if each.is_complex() else 1) for each in p], here.device)
+        numel = backend.vector(list(map(real_numel, p)), here.device)
         return rules.alpha(kept, numel, self.scale)

@@ -15,7 +15,7 @@ from cwd_wrap.kernels.buckets import Stepped, Sums, Whole
 from cwd_wrap.methods.shared import FULLY_SHARD, step_between, sums_of, wide, without_decay
 from cwd_wrap.methods.wrapper import OptimizerWrapper
 from cwd_wrap.step.choice import Method
-from cwd_wrap.tensors import has_numbers, local_real_view, totals
+from cwd_wrap.tensors import has_numbers, local_real_view, real_numel, totals
 
 
 class PNormDecay(OptimizerWrapper):
@@ -98,7 +98,7 @@ class PNormDecay(OptimizerWrapper):
             small |= zip(map(id, p), totals(p, here).tolist(), strict=True)
         shares = []
         for group in self.param_groups:
-            count = sum(p.numel() * (2 if p.is_complex() else 1) for p in group["params"])
+            count = sum(map(real_numel, group["params"]))
             shares.append(sum(small[id(p)] for p in group["params"]) / count if count else float("nan"))
         return shares
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from cwd_wrap.bases import directions, quirks, schedule_free, weight_decay
+from cwd_wrap.bases.updates import is_scaled
 from cwd_wrap.bases.weight_decay import Strength
 from cwd_wrap.graphs import capturing
 from cwd_wrap.kernels.buckets import Members, have_state
@@ -50,37 +50,21 @@ class Plan:
 
     def begin(self) -> None:
         """What comes before the base's own step."""
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # torch.no_grad, at a tenth of the time
-        try:
-            for path in self.paths:
-                path.begin()
-        finally:
-            torch._C._set_grad_enabled(grad)
+        _without_grad([path.begin for path in self.paths])
 
     def end(self) -> None:
         """What comes after it."""
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
-            for path in reversed(self.paths):
-                path.end()
+            _without_grad([path.end for path in reversed(self.paths)])
         finally:
-            torch._C._set_grad_enabled(grad)
             self._let_go()
 
     def act_alone(self) -> None:
         """The whole step, of a plan with a path that does it `alone`."""
-        grad = torch.is_grad_enabled()
-        try:  # an interrupt can land in a `finally` too, but only once
-            try:
-                torch._C._set_grad_enabled(False)
-                cast("paths.OnePass", self.alone).act()
-            finally:
-                torch._C._set_grad_enabled(grad)
-                self._let_go()
+        try:
+            _without_grad([cast("paths.OnePass", self.alone).act])
         finally:
-            torch._C._set_grad_enabled(grad)
+            self._let_go()
 
     def _let_go(self) -> None:
         """Let go of the gradients: the next backward pass needs their memory."""
@@ -107,7 +91,7 @@ class Plan:
             or self.work.method.draws
             or self.work.count
             or capturing()
-            or _is_scaled(base)
+            or is_scaled(base)
         )
         if of_this_step or not self.lasts or not isinstance(base.state, dict):
             return
@@ -129,7 +113,7 @@ class Plan:
         The plan takes over the current gradients and numbers.
         """
         base, groups = self.work.base, self._groups
-        if groups is None or capturing() or _is_scaled(base):
+        if groups is None or capturing() or is_scaled(base):
             return False
         if not (
             _same(arguments, self._arguments)
@@ -221,9 +205,18 @@ class _Group:
         return choose(work.method, work.base, self._group, work.backend, plan.forced).path if self._worked else None
 
 
-def _is_scaled(base: Optimizer) -> bool:
-    """True in a step of GradScaler that leaves it to the fused optimizer to unscale the gradients."""
-    return getattr(base, "grad_scale", None) is not None or getattr(base, "found_inf", None) is not None
+def _without_grad(acts: Sequence[Callable[[], None]]) -> None:
+    """Call each of the ``acts`` with gradients disabled."""
+    grad = torch.is_grad_enabled()
+    try:  # an interrupt can land in a `finally` too, but only once
+        try:
+            torch._C._set_grad_enabled(False)  # torch.no_grad, at a tenth of the time
+            for act in acts:
+                act()
+        finally:
+            torch._C._set_grad_enabled(grad)
+    finally:
+        torch._C._set_grad_enabled(grad)
 
 
 def _class_of(base: Any) -> tuple[object, ...]:
@@ -393,7 +386,7 @@ def _members_of(
 
 def _exempt_apart(work: Work, members: Members, i: int) -> Iterator[tuple[Members, int | None]]:
     """The members with the index ``i`` of their decay; those that the base's own decay skips apart, or left out."""
-    skips = quirks.exempt(work.base, members.group)
+    skips = quirks.exempt(work.base)
     if skips is not None:
         exempt = {j for j, p in enumerate(members.parameters) if skips(p)}
         if exempt and work.method.every_group:

@@ -62,7 +62,9 @@ class Step:
         self._hooks: tuple[dict[int, Any], ...] = ()
         self._closure: Closure | None = None  # if the base is to call it, else None
         self._grad = True  # the gradient mode before the step
-        self._groups: list[dict[str, Any]] = []  # the base's, before its own code runs
+        # The base's when the step began, for a step that never comes to the rule, and again when its decay was switched
+        # off: a hook may have replaced them.
+        self._groups: list[dict[str, Any]] = []
         self._depth = 0  # of nested base steps: a step that calls its parent class's step fires the hooks twice
 
     def run(self, closure: Closure | None) -> float | None:
