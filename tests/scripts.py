@@ -1,12 +1,14 @@
 """Runs a script of examples/ or results/ in this process, with its words on the command line.
 
 A new process imports torch, which takes longer than most of what is tested here, and so does each worker of
-`language_model.processes`: here their tasks run at once. test_examples.py and test_convergence.py start real ones.
+`language_model.processes`: here their tasks run at once, as copies that went through pickle. test_examples.py starts
+real ones.
 """
 
 import contextlib
 import importlib
 import io
+import pickle
 import subprocess
 import sys
 import warnings
@@ -30,8 +32,9 @@ class Here:
     """Stands in for an executor."""
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        task, arguments = pickle.loads(pickle.dumps((task, arguments)))
         done: Future[Any] = Future()
-        done.set_result(task(*arguments))
+        done.set_result(pickle.loads(pickle.dumps(task(*arguments))))
         return done
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import re
 import subprocess
 import sys
@@ -48,11 +47,10 @@ SWEEP = ["--task", "digits", "--steps", 3, "--seeds", 2, "--doses", 0.1, 0.8, "-
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the results of a small sweep, which real processes have made."""
+    """A folder with the results of a small sweep."""
     needs_digits()
     folder = tmp_path_factory.mktemp("sweep")
-    command = [sys.executable, "examples/lambda_sweep.py", *map(str, SWEEP), "--out", str(folder)]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run("lambda_sweep", *SWEEP, "--out", folder)
     return folder
 
 

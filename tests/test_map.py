@@ -1,9 +1,7 @@
 """The map of results/: a stack is its separate runs, the search finds the lowest place, the tables, and a small map."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -289,13 +287,10 @@ def test_the_page_is_made_from_the_committed_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.process
 def test_a_small_map(tmp_path: Path) -> None:
     """The command makes a cell of short runs; a second call adds nothing."""
     words = ["--jobs", "1", "--smoke", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "results" / "map_study.py"), *words]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert scripts.run("map_study", *words).returncode == 0
 
     first = made(tmp_path)
     assert {outcome.arm for outcome in first} == {*map_study.LEAKS, ls.NONE}
