@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -112,7 +113,10 @@ def _run(words: list[str], cwd: Path, environment: dict[str, str], folder: str) 
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[:0] = words, [str(Path(words[0]).parent)]
-            runpy.run_path(words[0], run_name="__main__")
+            main = ModuleType("__main__")
+            main.__file__ = words[0]
+            sys.modules |= {"__main__": main, "__mp_main__": main}  # the second for what its own processes send back
+            exec(compile(Path(words[0]).read_text(), words[0], "exec"), vars(main))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import call
 from support import weight
 from torch.optim import SGD
 
@@ -138,18 +138,22 @@ def test_numba_without_its_compiler_is_not_chosen(monkeypatch: pytest.MonkeyPatc
         CautiousDecay(SGD([weight(1.0)], lr=0.1), lam=0.5, backend="numba")
 
 
+def three_loops(folder: str) -> None:
+    """Have numba compile three loops of one rule into a folder."""
+    from numba.core import config
+
+    config.CACHE_DIR = folder
+    for dtype, options in ((torch.float32, {}), (torch.float64, {}), (torch.float64, {"strict": True})):
+        p = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+        p.grad = torch.ones_like(p)
+        CautiousDecay(SGD([p], lr=0.1), lam=0.1, **options).step()
+
+
 @pytest.mark.process
 @pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
 def test_each_loop_has_its_own_file_on_disk(tmp_path: Path) -> None:
     """In a common file, processes that compile two loops at once could mix them up: numba locks nothing."""
-    lines = [
-        "import torch, cwd_wrap",
-        "for dtype, options in ((torch.float32, {}), (torch.float64, {}), (torch.float64, {'strict': True})):",
-        "    p = torch.nn.Parameter(torch.ones(2, dtype=dtype)); p.grad = torch.ones_like(p)",
-        "    cwd_wrap.CautiousDecay(torch.optim.SGD([p], lr=0.1), lam=0.1, **options).step()",
-    ]
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=True)
+    call(three_loops, str(tmp_path))
     loops = [path.name for path in tmp_path.rglob("*.nbc") if "sgd_with_decay" in path.name]
 
     assert len(loops) == 3

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import call
 from torch.optim import LBFGS, SGD, AdamW, NAdam, Optimizer, Rprop
 
 from cwd_wrap import CautiousDecay, __main__, env, kernels
@@ -15,12 +16,6 @@ from cwd_wrap.bases import quirks
 from cwd_wrap.kernels import _threads
 
 CPU = torch.device("cpu")
-
-
-def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, check=True, env={**os.environ, **environment}
-    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,8 @@ def test_broken_packages_are_listed_and_do_not_stop_the_report(tmp_path: Path) -
     """Packages that are installed but raise when imported appear with their errors."""
     (tmp_path / "numba.py").write_text("raise ImportError('no LLVM here')")
     (tmp_path / "schedulefree.py").write_text("print('noise'); raise RuntimeError('not with this torch')")
-    told = python("-m", "cwd_wrap", "env", PYTHONPATH=f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}").stdout
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"}
+    told = subprocess.check_output([sys.executable, "-m", "cwd_wrap", "env"], text=True, env=environment)
 
     assert "  numba: cannot run: numba cannot be imported (no LLVM here)" in told
     assert "schedulefree: cannot be imported (RuntimeError: not with this torch)" in told
@@ -153,10 +149,12 @@ def test_without_a_command_the_usage_is_printed(
     assert "invalid choice: 'environment'" in capsys.readouterr().err
 
 
+def devices_without_fork() -> list[str]:
+    del os.register_at_fork
+    return list(env._devices())
+
+
 def test_numba_can_run_where_there_is_no_fork() -> None:
     """On a system without fork, such as Windows, the report lists numba as able to run."""
     pytest.importorskip("numba")
-    program = "import os, numba, cwd_wrap.env; del os.register_at_fork; print(*cwd_wrap.env._devices())"
-    told = python("-c", program).stdout
-
-    assert "  numba: can run" in told
+    assert any(line.startswith("  numba: can run") for line in call(devices_without_fork))

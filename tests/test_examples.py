@@ -1,25 +1,19 @@
 """The examples run at a small size from the command line."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
-ROOT = Path(__file__).parents[1]
 SMALL = ["--steps=6", "--seeds=1", "--lam=0.1", "--width=32", "--layers=1", "--context=16", "--batch=2"]
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_language_model(tmp_path: Path) -> None:
     """The demo prints its table and writes a row for each run, the curves and the picture."""
     pytest.importorskip("matplotlib")
     pytest.importorskip("tqdm")
-    done = run("examples/language_model.py", *SMALL, "--out", tmp_path)
+    done = python(ROOT / "examples" / "language_model.py", *SMALL, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
 

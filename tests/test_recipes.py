@@ -1,11 +1,10 @@
-"""The examples for engines run on two ranks, as under torchrun (one is), and print their optimizer."""
+"""The examples for engines run on two ranks, as under torchrun, and print their optimizer."""
 
 import importlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +49,6 @@ def printed(done: list[subprocess.CompletedProcess[str]]) -> str:
     return "".join(process.stdout + process.stderr for process in done)
 
 
-def torchrun(script: Path) -> str:
-    """The output of an example on two ranks."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=240,
-    )
-    return printed([done])
-
-
 def test_fsdp_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     """The last four of six steps, repeated from a checkpoint, have the same losses and shares of decayed weights."""
     pytest.importorskip("tqdm")
@@ -85,8 +69,7 @@ def test_recipes_run(script: str) -> None:
     """The example trains on two ranks and prints the class of its optimizer, which is the wrapper."""
     module, kind = RECIPES[script]
     pytest.importorskip(module.split(".")[0])
-    path = ROOT / "examples" / script
-    text = torchrun(path) if script == "with_accelerate.py" else printed(launch(path, imports=[module]))
+    text = printed(launch(ROOT / "examples" / script, imports=[module]))
 
     assert re.search(rf"type\(optimizer\): <class '[\w.]*{re.escape(kind)}", text)
 
