@@ -156,6 +156,8 @@ class Outcome:
     unmoved: float  # accuracy, on the same digits, not moved
     distance: float  # of the weights from their start
     norm: float  # of the weights
+    test_before: float  # the accuracies before the fine-tuning
+    unmoved_before: float
 
 
 def fit(model: nn.Module, images: Tensor, labels: Tensor, lam: float, epochs: int, lr: float, seed: int) -> None:
@@ -194,6 +196,7 @@ def train(run: Run, settings: Settings) -> Outcome:
     first = last - settings.images
     fit(model, images[:first], labels[:first], 0.0, settings.pretraining, 3e-3, run.seed)
 
+    before = accuracy(model, moved(test=True), of_test), accuracy(model, test, of_test)
     start = [p.detach().clone() for p in model.parameters() if p.ndim > 1]
     if run.towards == START:
         decay_towards_start(model)
@@ -208,6 +211,7 @@ def train(run: Run, settings: Settings) -> Outcome:
         accuracy(model, test, of_test),
         math.hypot(*((w - a).norm().item() for w, a in zip(weights, start, strict=True))),
         math.hypot(*(w.norm().item() for w in weights)),
+        *before,
     )
 
 
@@ -251,13 +255,18 @@ def table(grouped: Cells) -> str:
     return "\n".join(lines)
 
 
-def legend(settings: Settings) -> str:
-    """What the columns are."""
+def legend(grouped: Cells) -> str:
+    """What the columns are, and the accuracies before the fine-tuning."""
+    of_start = (
+        f"{name} {sparsity.mean_and_spread([getattr(o, f'{name}_before') for o in grouped[NONE, 0.0]], 2).strip()} %"
+        for name in ("test", "unmoved")
+    )
     return (
         f"mean over seeds ± standard deviation; validation: {VALIDATION} moved digits, by which lam is chosen\n"
         f"test: {len(load_digits()[2])} moved digits, one is {100 / len(load_digits()[2]):.2f} %; "
         "unmoved: the same ones, not moved\n"
-        "from start: length of all weights minus the pre-trained ones; norm: length of all weights"
+        "from start: length of all weights minus the pre-trained ones; norm: length of all weights\n"
+        f"before the fine-tuning: {', '.join(of_start)}"
     )
 
 
@@ -352,10 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     outcomes = lm.in_processes(train, runs, settings, min(options.jobs, len(runs)), steps, say)
 
     grouped = cells(outcomes)
-    header = ["towards", "lam", "seed", "validation", "test", "unmoved", "distance", "norm"]
-    rows = [
-        [o.run.towards, o.run.lam, o.run.seed, o.validation, o.test, o.unmoved, o.distance, o.norm] for o in outcomes
-    ]
+    names = ["validation", "test", "unmoved", "distance", "norm", "test_before", "unmoved_before"]
+    header = ["towards", "lam", "seed", *names]
+    rows = [[o.run.towards, o.run.lam, o.run.seed, *(getattr(o, name) for name in names)] for o in outcomes]
     lm.write_csv(options.out / "results.csv", header, rows)
     draw(options.out / "anchor.svg", grouped)
     weights = sum(p.numel() for p in make_model().parameters() if p.ndim > 1)
@@ -365,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"peak lr {settings.lr:g}; {options.seeds} seeds"
     )
     seconds = time.perf_counter() - began
-    parts = [f"{setting}\n{machine_and_versions(seconds)}", table(grouped), legend(settings), findings(grouped)]
+    parts = [f"{setting}\n{machine_and_versions(seconds)}", table(grouped), legend(grouped), findings(grouped)]
     summary = "\n\n".join(parts)
     (options.out / "summary.txt").write_text(summary + "\n")
     print(f"\n{summary}\n\nwritten to {options.out}: {', '.join(OUTPUTS)}")
