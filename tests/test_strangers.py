@@ -1598,6 +1598,105 @@ def test_an_optimizer_around_another_that_cannot_be_copied_warns() -> None:
         CautiousDecay(OfTwo("mine", AdamW([weight(1.0)], weight_decay=0.5)))
 
 
+# --------------------------------------------------------------------------- groups that are added later
+
+
+class KeepsStartsFrom(Around):
+    """Notes the weights of its groups when they are added, and has no defaults of its own."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inside = vars(self).get("optimizer")
+        if inside is None:  # while it is built
+            super().add_param_group(param_group)
+            return
+        inside.add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["start"] = p.detach().clone()
+
+
+def on_a_manifold() -> nn.Parameter:
+    p = weight(1.0)
+    p.manifold = Sphere()
+    return p
+
+
+def in_bfloat16() -> nn.Parameter:
+    return weight(1.0, dtype=torch.bfloat16)
+
+
+UNFIT: dict[str, tuple[Callable[[Any], Optimizer], Callable[[], dict[str, Any]]]] = {
+    "another factor": (functools.partial(ReadsOption, mult=1.0), lambda: {"params": weight(1.0), "mult": 0.1}),
+    "a multiplier": (ReadsMultipliers, lambda: {"params": with_attributes(wd_mul=0.0)}),
+    "vectors": (SkipsVectors, lambda: {"params": a_vector_and_a_matrix()}),
+    "on a manifold": (OnManifolds, lambda: {"params": (p for p in [on_a_manifold()])}),
+    "16 bits": (KeepsMasters, lambda: {"params": [in_bfloat16()]}),
+    "inside": (lambda groups: KeepsStartsFrom(KeepsMasters(groups)), lambda: {"params": [in_bfloat16()]}),
+    "inside, over CautiousUpdate": (
+        lambda groups: CautiousUpdate(KeepsStartsFrom(SkipsVectors(groups))),
+        lambda: {"params": a_vector_and_a_matrix()},
+    ),
+    "a NaN": (functools.partial(SGD, lr=0.1), lambda: {"params": [weight(1.0)], "weight_decay": math.nan}),
+    "low bits elsewhere": (
+        functools.partial(SGD, lr=0.1),
+        lambda: {"params": [in_bfloat16()], "master_bytewidth": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "group"), UNFIT.values(), ids=list(UNFIT))
+def test_a_group_that_is_refused_at_construction_is_refused_when_it_is_added(build: Any, group: Any) -> None:
+    """The text is the same, nothing of the group stays, and the next group counts for itself."""
+    matrix = nn.Parameter(torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"param group 1|cannot wrap SGD") as at_construction:
+        CautiousDecay(build([{"params": [matrix]}, group()]), lam=0.5)
+    base = build([{"params": [matrix]}])
+    opt = CautiousDecay(base, lam=0.5)
+    had, added = set(base.state), group()
+    keys = set(added)
+    with pytest.raises(ValueError, match=r"param group 1|cannot wrap SGD") as when_added:
+        opt.add_param_group(added)
+
+    assert str(at_construction.value) == str(when_added.value)
+    assert (1, had, keys) == (len(base.param_groups), set(base.state), set(added))
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(1, 1))], **({"mult": 1.0} if "mult" in added else {})})
+    for p in (p for each in opt.param_groups for p in each["params"]):
+        p.grad = torch.zeros_like(p)
+    opt.step()
+
+    assert pytest.approx([0.95, 0.95]) == [each["params"][0].item() for each in opt.param_groups]
+
+
+def test_a_group_that_is_added_takes_lam_and_is_checked_with_it() -> None:
+    """The base's own 0 is no excuse: lam is what the group would decay by."""
+    opt = CautiousDecay(SkipsVectors([nn.Parameter(torch.ones(1, 1))]), lam=0.5)
+    with pytest.raises(ValueError, match=r"^param group 1 of SkipsVectors has no single step size"):
+        opt.add_param_group({"params": a_vector_and_a_matrix()})
+    opt.add_param_group({"params": a_vector_and_a_matrix(), "weight_decay": 0.0})
+
+    assert [0.5, 0.0] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_empty_groups_may_be_added(silent: None) -> None:
+    """A group may be empty when the wrapper is built, and when it is added."""
+    opt = CautiousDecay(Descends([{"params": [weight(1.0, grad=[0.0])]}, {"params": []}]), lam=0.5)
+    opt.add_param_group({"params": []})
+    opt.step()
+
+    assert pytest.approx(0.95) == opt.param_groups[0]["params"][0].item()
+
+
+def test_what_was_refused_may_be_mended(silent: None) -> None:
+    """Without the attributes for which it was refused, the same optimizer is taken."""
+    multiplied, on = weight(1.0), on_a_manifold()
+    multiplied.wd_mul = 0.5
+    for cls, p, name in ((ReadsMultipliers, multiplied, "wd_mul"), (OnManifolds, on, "manifold")):
+        base = cls([p, weight(1.0)], weight_decay=0.5)
+        with pytest.raises(ValueError, match=name):
+            CautiousDecay(base)
+        delattr(p, name)
+        CautiousDecay(base)
+
+
 # --------------------------------------------------------------------------- coupled decay
 
 COUPLED: dict[str, tuple[Any, dict[str, Any], str | None]] = {

@@ -268,6 +268,14 @@ def measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     return found
 
 
+def look_anew(base: Optimizer, first: int = 0) -> None:
+    """Forget what was found out about the groups from index ``first`` on: their parameters may be others."""
+    of_base = _measured.get(base)
+    if of_base is not None:
+        for i in range(first, len(base.param_groups)):
+            of_base.last.pop(_where(i, base), None)
+
+
 def _anew(group: Group, where: str, base: Optimizer, of_base: _Measured) -> probe.Found:
     if (constraint := quirks.constraint(group)) is not None:
         return probe.Found(fault=constraint)

@@ -83,6 +83,7 @@ class OptimizerWrapper(Contract):
         self._took: tuple[int, ...] = ()
         """The groups that took lam when it was last set."""
         self._start()
+        weight_decay.look_anew(base_optimizer)
         self._give_lam(lam)
         if lam is None and not isinstance(base_optimizer, OptimizerWrapper):  # which has said it
             self._warn_if_coupled()
@@ -214,24 +215,33 @@ class OptimizerWrapper(Contract):
             return paths_of(self._method(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own."""
+        """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own.
+
+        Raises what the constructor raises for such a group. It is not added then.
+        """
         if not isinstance(param_group, dict):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
-        named = "weight_decay" in param_group
-        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
+        if isinstance(param_group.get("params"), Iterator):  # which can be read once
+            param_group["params"] = list(param_group["params"])
+        given, had = dict(param_group), set(self.state)
         super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        if self._method().has_work(weight_decay.lam(added, self._lam)):
-            try:
-                self._check_weights(added, len(self.param_groups) - 1)
-            except ValueError:
-                self.param_groups.pop()
-                raise
-        self._built_with.add(quirks.shapes(added))
-        self._groups.append(added)
-        if self._lam is not None and not named and "weight_decay" in added:
+        added, index = self.param_groups[-1], len(self.param_groups) - 1
+        if self._lam is not None and "weight_decay" not in given and "weight_decay" in added:
             added["weight_decay"] = self._lam
+        weight_decay.look_anew(self.base_optimizer, index)
+        try:
+            self._check_base(self.base_optimizer)
+            self._check_group(added, index, self._lam)
+        except BaseException:
+            self.param_groups.pop()
+            for p in self.state.keys() - had:
+                del self.state[p]
+            param_group.clear()  # torch has written the defaults into it
+            param_group.update(given)
+            raise
+        self._built_with.add(quirks.shapes(added))
+        self._groups = list(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same.
