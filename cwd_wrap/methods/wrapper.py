@@ -115,7 +115,7 @@ class OptimizerWrapper(Contract):
         super()._start()
         self._buffers = Buffers()
         self._gradients = Gradients()
-        self._stream = Stream(self._seed, self.__dict__.pop("_steps_drawn", None))
+        self._stream = Stream(self._seed, self.__dict__.pop("_steps_taken", None))
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
@@ -127,7 +127,7 @@ class OptimizerWrapper(Contract):
         _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
+        return {**super().__getstate__(), "_steps_taken": self._stream.steps}
 
     def _method(self) -> Method:
         """The method with its current arguments."""
@@ -360,7 +360,7 @@ class OptimizerWrapper(Contract):
         strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)
         check_pieces(method, strength, self._built_with)
         if method.draws:
-            self._stream.advance(self.base_optimizer)
+            self._stream.begin(self.base_optimizer)
         with torch.no_grad():
             plan = compile_plan(work, strength, self.path, closure=closure)
         if not fresh:

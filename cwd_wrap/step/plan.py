@@ -65,6 +65,8 @@ class Plan:
         try:
             for path in reversed(self.paths):
                 path.end()
+            if self.work.method.draws:
+                self.work.stream.count()
         finally:
             torch._C._set_grad_enabled(grad)
             self._let_go()
