@@ -1568,6 +1568,83 @@ def test_an_optimizer_around_a_known_one_is_measured(inner: Any, around: Any, te
         CautiousDecay(around(inner([weight(1.0)], lr=0.1, weight_decay=0.5)))
 
 
+class Interpolates(Around):
+    """Takes the weights a part of the way from a slow copy to where the optimizer inside leads, each ``k`` steps."""
+
+    def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        super().__init__(optimizer)
+        self.k, self.alpha, self.count = k, alpha, 0
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            for p, slow in zip((p for group in self.param_groups for p in group["params"]), self.slow, strict=True):
+                p.copy_(slow.lerp_(p, self.alpha))
+        return loss
+
+
+class MovesEachSecond(Around):
+    """Shows the weights of every other step only, and goes on from its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        shown = [p.detach().clone() for p in parameters]
+        if self.count:
+            for p, kept in zip(parameters, self.kept, strict=True):
+                p.copy_(kept)
+        super().step()
+        self.kept = [p.detach().clone() for p in parameters]
+        self.count += 1
+        if self.count % 2:
+            for p, old in zip(parameters, shown, strict=True):
+                p.copy_(old)
+
+
+PULLING: dict[str, Callable[[Optimizer], Optimizer]] = {
+    **{
+        f"each {k}, by {alpha}": functools.partial(Interpolates, k=k, alpha=alpha)
+        for k in (1, 2, 3, 5)
+        for alpha in (0.5, 0.8, 0.9)
+    },
+    "moves each second": MovesEachSecond,
+    "restores": RestoresAround,
+}
+
+
+@pytest.mark.parametrize("around", PULLING.values(), ids=list(PULLING))
+@pytest.mark.parametrize("inner", [AdamW, Descends, DecaysByRatio])
+def test_an_optimizer_that_pulls_back_decays_right_or_says_what_to_wrap(inner: Any, around: Any, silent: None) -> None:
+    """Where it is taken, the wrapped step is the plain one and the decay. Else the way out decays as the plain one."""
+    eta_lam = 0.5 * (1.0 if inner is DecaysByRatio else 0.1)
+    p, q = weight(1.0, -2.0, grad=[0.0, 0.0]), weight(1.0, -2.0, grad=[0.0, 0.0])
+    plain = around(inner([q], lr=0.1, weight_decay=0.5))
+    try:
+        opt: Optimizer = CautiousDecay(around(inner([p], lr=0.1, weight_decay=0.5)))
+    except ValueError as error:
+        assert "rap the optimizer inside it" in str(error)
+        opt = around(CautiousDecay(inner([p], lr=0.1, weight_decay=0.5)))
+        for _ in range(6):
+            opt.step()
+            plain.step()
+        torch.testing.assert_close(q, p)
+    else:
+        plain.param_groups[0]["weight_decay"] = 0.0
+        for _ in range(6):
+            before = p.detach().clone()
+            q.data.copy_(p)
+            opt.step()
+            plain.step()
+            torch.testing.assert_close(reference.ruled(before, q.detach(), eta_lam), p.detach())
+
+
 @pytest.mark.parametrize("inner", [AdamW, SGD, Adam, Descends])
 @pytest.mark.parametrize("around", [Around, Lookahead, Sharing, lambda inner: Lookahead(Around(inner))])
 def test_an_optimizer_around_another_that_only_steps_it_is_accepted(inner: Any, around: Any, silent: None) -> None:

@@ -49,6 +49,8 @@ class Copies:
 
     def __init__(self, own: Optimizer, group: Mapping[str, Any]) -> None:
         self.own = own
+        self.inside = quirks.holders(own, group)
+        """The optimizers that it has step the group."""
         self.options = {key: value for key, value in group.items() if key != "params"}
         for key, value in self.options.items():
             if not _is_plain(value, option=True):
@@ -220,7 +222,7 @@ def unnoticed(copies: Copies) -> Iterator[None]:
         for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
             stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
             hooks.clear()
-        for cls in map(type, (copies.own, *quirks.holders(copies.own, copies.group))):
+        for cls in map(type, (copies.own, *copies.inside)):
             stack.callback(_put_back, cls, vars(cls).get("step"))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:

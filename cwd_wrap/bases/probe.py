@@ -25,7 +25,7 @@ VOUCHED = {
 
 _LOST = (
     "its step takes the weights from a copy of its own, or forces them onto a constraint. The decay would be lost, or "
-    "break the constraint. Use it without a wrapper"
+    "break the constraint"
 )
 _STAYS_ON = (
     "its own decay stays on while the group's weight_decay is 0, so the weights would decay twice. Build it with "
@@ -115,7 +115,9 @@ def _written(steps: list[Taken]) -> frozenset[str]:
 def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     in_16_bit = (copies.run(copies.lam, off=True, dtype=dtype) for dtype in copies.narrow)  # some copy only these
     if any(_is_lost(copies, steps) for steps in (off, *in_16_bit)):
-        return Found(fault=_LOST)
+        return Found(
+            fault=f"{_LOST}. {'Wrap the optimizer inside it' if copies.inside else 'Use it without a wrapper'}"
+        )
     before, after = off[-1].lr
     if before != after:
         return Found(no_eta=f"its step changes lr, from {before:g} to {after:g}")
@@ -127,7 +129,12 @@ def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     built_with_decay = copies.run(copies.lam, off=True, slope=0.0)[0]
     if any((w - v).abs().max() > _noise(w, v) for w, v in zip(built_with_decay.after, at_rest.after, strict=True)):
         return Found(fault=_STAYS_ON)
-    return _step_size(copies, copies.lam, off, etas)._replace(beside=beside)
+    found = _step_size(copies, copies.lam, off, etas)
+    if found.coupled and copies.inside:
+        inner = Copies(copies.inside[0], copies.group)
+        if not _step_size(inner, inner.lam, inner.run(inner.lam, off=True), etas).coupled:
+            return Found(no_eta="it takes back a part of earlier decays: wrap the optimizer inside it")
+    return found._replace(beside=beside)
 
 
 def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
@@ -159,7 +166,9 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
             return Found(eta=eta if i else None)
     measured = [*dict.fromkeys(f"{factor:.3g} at lr={step.lr[0]:.3g}" for factor, _, step in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
-    return Found(no_eta=f"{why}: give the group weight_decay=0")
+    return Found(
+        no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+    )
 
 
 def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:

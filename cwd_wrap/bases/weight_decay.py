@@ -92,10 +92,11 @@ def check_group(
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
     found = measured(group, where, base) if acts else None
-    if found is not None and decays(group, fallback):
-        _warn_if_beside(found, base)
-    if step_size is None and decays(group, fallback):
-        eta(group, where, base, way_out)
+    if decays(group, fallback):
+        if step_size is None:
+            eta(group, where, base, way_out)
+        if found is not None:
+            _warn_if_beside(found, base)
 
 
 def _warn_if_beside(found: probe.Found, base: Optimizer) -> None:
@@ -217,10 +218,10 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     found = measured(group, where, base)
     if found is None:
         return by_options
-    _warn_if_beside(found, base)
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
+    _warn_if_beside(found, base)
     if found.unmeasured is not None:
         notices.warn_once(
             base,
