@@ -798,6 +798,91 @@ def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], si
     assert pytest.approx(0.95) == p.item()
 
 
+class AdaptsWhereItDecays(Descends):
+    """Multiplies its step by a trust ratio in groups that decay, as LARS; the decay is decoupled."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                ratio = 0.1 * p.norm() / p.grad.norm() if group["weight_decay"] != 0 else 1.0
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * ratio, alpha=group["lr"])
+
+
+class AdaptsAndCouples(Descends):
+    """The same with the decay in the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                g, ratio = p.grad, 1.0
+                if group["weight_decay"] > 0:
+                    ratio = 0.1 * p.norm() / (g.norm() + group["weight_decay"] * p.norm())
+                    g = g + group["weight_decay"] * p
+                p.sub_(g * ratio, alpha=group["lr"])
+
+
+class CentralisesWhereItDecays(Descends):
+    """Takes the mean off the gradients in groups that decay."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                for p in group["params"]:
+                    p.grad = p.grad - p.grad.mean()
+        super().step()
+
+
+SWITCHING = [
+    AdaptsWhereItDecays,
+    AdaptsAndCouples,
+    CentralisesWhereItDecays,
+    lambda *a, **o: Around(SWITCHING[0](*a, **o)),
+]
+
+
+@pytest.mark.parametrize("build", SWITCHING, ids=["decoupled", "coupled", "centralises", "inside another"])
+@pytest.mark.parametrize("when", ["built with it", "lam=", "raised later", "raised later, with step_size"])
+def test_a_step_that_is_another_one_without_a_decay_stays_as_it_is(build: Any, when: str) -> None:
+    """The wrapped step is that of the plain one with a decay too small to see, and the cautious decay."""
+    p, q = (weight(1.0, -2.0, 3.0) for _ in range(2))
+    plain = build([q], weight_decay=1e-30)
+    options = {"step_size": lambda group: group["lr"]} if "step_size" in when else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the decay is coupled, or 0
+        opt = CautiousDecay(
+            build([p], weight_decay=0.5 if when == "built with it" else 0.0), 0.5 if when == "lam=" else None, **options
+        )
+    opt.param_groups[0]["weight_decay"] = 0.5
+    for number in range(3):
+        before = p.detach().clone()
+        q.data.copy_(p)
+        p.grad = torch.tensor([0.5, 0.25, -1.0]) * (number + 1)
+        q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+
+        assert 0.5 == opt.param_groups[0]["weight_decay"]
+        torch.testing.assert_close(reference.ruled(before, q.detach(), 0.05), p.detach())
+
+
+class DividesByItsDecay(Descends):
+    """Divides the gradient by weight_decay, unless it is 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad / (group["weight_decay"] or 1.0), alpha=group["lr"])
+
+
+def test_a_step_that_divides_by_the_decay_is_refused() -> None:
+    """Without the decay its step would be another one, and with a tiny one it would be infinite."""
+    with pytest.raises(ValueError, match=r"^param group 0 of DividesByItsDecay cannot be wrapped: .*another one at"):
+        CautiousDecay(DividesByItsDecay([weight(1.0)], weight_decay=0.5))
+
+
 class Moves(Optimizer):
     """Has no weight_decay; subclasses say how a step moves a parameter."""
 

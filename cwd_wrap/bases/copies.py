@@ -63,6 +63,8 @@ class Copies:
         self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)
         self.lam = 2.0**-10 / self.lr
         """A ``weight_decay`` that takes about 0.001 off the weights."""
+        self.off = 0.0
+        """The ``weight_decay`` of a decay that is switched off."""
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
         # One parameter for each kind, with its attributes as they are: an optimizer may call their methods.
@@ -99,7 +101,7 @@ class Copies:
                     group["lr"] = _like(self.options.get("lr"), (self.lr if slope else max(self.lr, 1.0)) * rate)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
-                    group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group) if off else {})
+                    group.update({"weight_decay": self.off} | quirks.kept_while_off(own, group) if off else {})
             group, before = dict(own.param_groups[0]), [p.detach().clone() for p in parameters]
             torch.default_generator.manual_seed(number)
             own.step()

@@ -31,6 +31,10 @@ _STAYS_ON = (
     "its own decay stays on while the group's weight_decay is 0, so the weights would decay twice. Build it with "
     "weight_decay=0, and pass lam="
 )
+_ANOTHER_AT_0 = (
+    "its step is another one at weight_decay=0, and infinite at a tiny weight_decay, so its own decay cannot be "
+    "switched off. Use it without a wrapper"
+)
 _EXACT = 5e-3  # relative: a decay by division, w / (1 + eta*lam), differs by 1e-3
 
 
@@ -65,6 +69,8 @@ class Found(NamedTuple):
     """True if the decay is no multiple of the weights."""
     beside: bool = False
     """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
+    switches: bool = False
+    """True if its step without a decay is another one than with an infinitely small one."""
     unmeasured: str | None = None
     """Why nothing was measured."""
     counts: frozenset[str] = frozenset()
@@ -101,7 +107,13 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
         copies = Copies(own, group)
         with unnoticed(copies):
             off = copies.run(copies.lam, off=True)
-            return _measure(copies, off, (by_options, *_FORMS))._replace(counts=_written(off))
+            if switches := "weight_decay" in copies.options and _switches(copies, off):
+                copies.off = quirks.ALMOST_ZERO
+                off = copies.run(copies.lam, off=True)
+                if not all(w.isfinite().all() for step in off for w in step.after):
+                    return Found(fault=_ANOTHER_AT_0)
+            found = _measure(copies, off, (by_options, *_FORMS))
+            return found._replace(counts=_written(off), switches=switches)
     except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
         return Found(unmeasured=f"{type(error).__name__}: {error!s:.100}")
 
@@ -110,6 +122,16 @@ def _written(steps: list[Taken]) -> frozenset[str]:
     before, after = steps[0].group, steps[-1].own.param_groups[0]
     plain = {key: value for key, value in after.items() if isinstance(value, int | float | str)}
     return frozenset(key for key, value in plain.items() if key not in before or before[key] != value)
+
+
+def _switches(copies: Copies, off: list[Taken]) -> bool:
+    """True if its steps are others with a decay too small to change a weight: a trust ratio only where there is one."""
+    tiny = copies.run(quirks.ALMOST_ZERO)
+    return any(
+        bool((w - v).abs().max() > _noise(x, v))
+        for a, b in zip(off, tiny, strict=True)
+        for x, v, w in zip(a.before, a.after, b.after, strict=True)
+    )
 
 
 def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:

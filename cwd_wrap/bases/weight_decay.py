@@ -335,11 +335,12 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
 def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
     """The entries of the groups that turn the base's own decay off: a group, a key and the value for it."""
     entries: list[tuple[dict[str, Any], str, object]] = []
-    for group in base.param_groups:
+    for i, group in enumerate(base.param_groups):
         decay = group.get("weight_decay")
         if decay is not None and (isinstance(decay, Tensor) or decay != 0):
-            off = {"weight_decay": _OFF} | quirks.kept_while_off(base, group)
-            entries += [(group, key, value) for key, value in off.items()]
+            found = measured(group, _where(i, base), base)
+            off = {"weight_decay": quirks.ALMOST_ZERO if found is not None and found.switches else _OFF}
+            entries += [(group, key, value) for key, value in (off | quirks.kept_while_off(base, group)).items()]
     return entries
 
 
