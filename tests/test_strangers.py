@@ -763,6 +763,110 @@ def test_a_stranger_without_a_single_eta_is_refused(build: Any, text: str, silen
         opt.step()
 
 
+class DecaysSome(Descends):
+    """Decays the parameters that `decays` names; ``kept`` is how it knows them."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, kept: Any = ()) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.kept = kept
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        raise NotImplementedError
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] if self.decays(group, p) else 0.0
+
+
+class DecaysByName(DecaysSome):
+    """By the names that torch keeps in the group, for named parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        names = (name for name, each in zip(group["param_names"], group["params"], strict=True) if each is p)
+        return "bias" not in next(names)
+
+
+class DecaysByOwnName(DecaysSome):
+    """By names in an attribute."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return "bias" not in next(name for name, each in zip(self.kept, group["params"], strict=True) if each is p)
+
+
+class DecaysById(DecaysSome):
+    """By a container of ids."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return id(p) not in self.kept
+
+
+class DecaysByObject(DecaysSome):
+    """By a container of parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not any(p is each for each in self.kept)
+
+
+class DecaysMatrices(DecaysSome):
+    """By shape."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return p.ndim >= 2
+
+
+TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter], Any]]] = {
+    "names": (DecaysByName, lambda *_: ()),
+    "names of one's own": (DecaysByOwnName, lambda *_: ["a.bias", "a.weight"]),
+    "a set of ids": (DecaysById, lambda bias, _: {id(bias)}),
+    "a dict by id": (DecaysById, lambda bias, _: {id(bias): {"why": "a bias"}}),
+    "a set of parameters": (DecaysByObject, lambda bias, _: {bias}),
+    "a list of parameters": (DecaysByObject, lambda bias, _: [bias]),
+    "a dict of lists": (DecaysByObject, lambda bias, _: {bias: [1, 2]}),
+    "shape": (DecaysMatrices, lambda *_: ()),
+}
+
+
+@pytest.mark.parametrize(("cls", "kept"), TELLING.values(), ids=list(TELLING))
+def test_a_stranger_that_decays_some_parameters_of_a_group_is_refused(cls: Any, kept: Any, silent: None) -> None:
+    """Which weights should decay is then not what weight_decay says. The way out is a group with weight_decay=0."""
+    bias, matrix = weight(1.0, grad=[0.0]), nn.Parameter(torch.ones(1, 1))
+    matrix.grad = torch.zeros(1, 1)
+    named = [("a.bias", bias), ("a.weight", matrix)] if cls is DecaysByName else [bias, matrix]
+    build = functools.partial(cls, weight_decay=0.5, kept=kept(bias, matrix))
+    with pytest.raises(ValueError, match=r"by 0 at lr=0.05, 0.05 at lr=0.05.*: give the group weight_decay=0"):
+        CautiousDecay(build(named))
+    if cls is DecaysByOwnName:  # its names are for one group
+        return
+    CautiousDecay(build([{"params": named[:1], "weight_decay": 0.0}, {"params": named[1:]}])).step()
+
+    assert [1.0, pytest.approx(0.95)] == [bias.item(), matrix.item()]
+
+
+@pytest.mark.parametrize(("cls", "kept"), TELLING.values(), ids=list(TELLING))
+def test_a_group_that_a_stranger_does_not_decay_at_all_is_said(cls: Any, kept: Any) -> None:
+    """The wrapper decays it, as weight_decay says, and one warning tells that the optimizer itself does not."""
+    bias = weight(1.0, grad=[0.0])
+    given = [("a.bias", bias)] if cls is DecaysByName else [bias]
+    base = cls(given, weight_decay=0.5, kept=["a.bias"] if cls is DecaysByOwnName else kept(bias, bias))
+    with pytest.warns(
+        UserWarning, match=rf"^{cls.__name__} itself does not decay the weights of param group 0"
+    ) as said:
+        opt = CautiousDecay(base)
+        opt.step()
+
+    assert 1 == len(said)
+    assert pytest.approx(0.95) == bias.item()
+
+
+@pytest.mark.parametrize("cls", [DecaysById, DecaysByObject])
+def test_a_stranger_that_may_tell_parameters_apart_but_does_not_is_accepted(cls: Any, silent: None) -> None:
+    """Parameters of another group in the same container, or names that decay, change nothing."""
+    p, other = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    groups = [{"params": [p], "weight_decay": 0.5}, {"params": [other]}]
+    CautiousDecay(cls(groups, kept={id(other)} if cls is DecaysById else {other})).step()
+
+    assert [pytest.approx(0.95), 1.0] == [p.item(), other.item()]
+
+
 def test_without_its_schedule_or_multipliers_a_stranger_is_accepted(silent: None) -> None:
     """The options and attributes in use count: without warm-up, multipliers or vectors eta is lr."""
     for base in (

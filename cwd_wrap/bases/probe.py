@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap.bases import known, quirks
-from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, unnoticed
+from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, tells_apart, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]
@@ -71,6 +71,8 @@ class Found(NamedTuple):
     """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
     switches: bool = False
     """True if its step without a decay is another one than with an infinitely small one."""
+    idle: bool = False
+    """True if it does not decay these weights whatever ``weight_decay`` is, but perhaps others."""
     unmeasured: str | None = None
     """Why nothing was measured."""
     counts: frozenset[str] = frozenset()
@@ -91,10 +93,14 @@ def _is_vouched(layer: Optimizer) -> bool:
     return known.library(type(layer)) in VOUCHED
 
 
-def alike(group: Group) -> str:
-    """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
+def alike(base: Optimizer, group: Group) -> str:
+    """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters.
+
+    If ``base`` can tell parameters apart, only a group with the same ones has the same text.
+    """
     own = {"params", "param_names", "lr", "weight_decay"}
-    return repr((kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
+    ids = list(map(id, group["params"])) if tells_apart(base, group) else None
+    return repr((ids, kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
@@ -182,7 +188,7 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
         return Found(unmeasured="its first steps do not move the weights")
     if not any(factor for factor, _, _ in factors):
         # No decay, or one that is too small to see.
-        return Found() if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
+        return Found(idle=_is_idle(copies, lam)) if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
     for i, eta in enumerate(etas):
         if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
             return Found(eta=eta if i else None)
@@ -191,6 +197,17 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
     return Found(
         no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
     )
+
+
+def _is_idle(copies: Copies, lam: float) -> bool:
+    """Of an optimizer that does not decay the group's weights: could it decay others, by their place or as matrices?"""
+    if not any("weight_decay" in group for group in copies.own.param_groups):
+        return False
+    if copies.tells_apart:
+        return True
+    copies.kinds, copies.originals = [(2, {})], copies.originals[:1]
+    of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
+    return any(bool((w - v).abs().max() > _noise(x, v)) for x, w, v, _ in of_matrix)
 
 
 def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:
@@ -229,4 +246,6 @@ def _differing(copies: Copies) -> str:
     attributes = [attributes for _, attributes in copies.kinds]
     names = dict.fromkeys(name for each in attributes for name in each)
     differing = [name for name in names if any(each.get(name) != attributes[0].get(name) for each in attributes)]
-    return f" (its parameters differ in {', '.join(differing)})" if differing else ""
+    if differing:
+        return f" (its parameters differ in {', '.join(differing)})"
+    return " (it tells its parameters apart)" if copies.tells_apart else ""

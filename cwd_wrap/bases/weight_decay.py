@@ -222,6 +222,14 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
     _warn_if_beside(found, base)
+    if found.idle:
+        notices.warn_once(
+            base,
+            "idle",
+            -1,
+            f"{type(base).__name__} itself does not decay the weights of {where.partition(' of ')[0]}, whatever its "
+            "weight_decay is. The wrapper does. If it should not, give the group weight_decay=0",
+        )
     if found.unmeasured is not None:
         notices.warn_once(
             base,
@@ -280,7 +288,7 @@ def look_anew(base: Optimizer, first: int = 0) -> None:
 def _anew(group: Group, where: str, base: Optimizer, of_base: _Measured) -> probe.Found:
     if (constraint := quirks.constraint(group)) is not None:
         return probe.Found(fault=constraint)
-    alike = probe.alike(group)
+    alike = probe.alike(base, group)
     if alike not in of_base.found:
         of_base.found[alike] = probe.measure(base, group, lambda own, group: _by_options(group, where, own, ""))
     return of_base.found[alike]
