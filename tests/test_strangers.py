@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 from cwd_wrap.bases import directions, known, pieces, probe, updates
+from cwd_wrap.step import paths
 
 LAM = 0.5
 
@@ -123,6 +124,73 @@ def test_virtual_steps_decay_only_where_the_optimizer_inside_steps() -> None:
         opt.step()
 
     assert pytest.approx(0.9025, abs=1e-5) == p.item()
+
+
+class ClearsOutliers(SGD):
+    """If a gradient is large, sets all to 0 and returns."""
+
+    clear: Any = None
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(
+            p.grad.coalesce().values().abs().sum() > 10 if p.grad.is_sparse else p.grad.norm() > 10 for p in parameters
+        ):
+            for p in parameters:
+                type(self).clear(p)
+            return loss
+        super().step()
+        return loss
+
+
+CLEARS: dict[str, Callable[[nn.Parameter], object]] = {
+    "in place": lambda p: p.grad.zero_(),  # type: ignore[union-attr]
+    "in its data": lambda p: p.grad.data.zero_(),  # type: ignore[union-attr]
+    "by zeros": lambda p: setattr(p, "grad", torch.zeros_like(p)),
+    "by None": lambda p: setattr(p, "grad", None),
+}
+
+
+@pytest.mark.parametrize("clear", CLEARS.values(), ids=list(CLEARS))
+@pytest.mark.parametrize("by_closure", [False, True], ids=["backward", "closure"])
+@pytest.mark.parametrize("asks", [True, False], ids=["asked", "not asked"])
+@pytest.mark.parametrize("gradient", [[100.0, 0.0], [0.0] * 5 + [100.0]], ids=["at once", "at the end"])
+def test_a_skipped_step_that_clears_the_gradients_does_not_decay(
+    gradient: list[float], asks: bool, by_closure: bool, clear: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three such steps leave the weights at 1; a step with gradients of 0 takes 0.05 off, as before."""
+    monkeypatch.setattr(ClearsOutliers, "clear", clear)
+    if not asks:  # as for weights on an accelerator
+        monkeypatch.setattr(paths, "_can_ask", lambda _: False)
+    p = weight(*[1.0] * len(gradient))
+    opt = CautiousDecay(ClearsOutliers([p], lr=0.1), lam=0.5)
+
+    def closure(size: float) -> float:
+        p.grad = size * torch.tensor(gradient)
+        return 0.0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the step was skipped
+        for _ in range(3):
+            opt.step(lambda: closure(1.0)) if by_closure else (closure(1.0), opt.step())
+
+    assert [1.0] * len(gradient) == p.tolist()
+    opt.step(lambda: closure(0.0)) if by_closure else (closure(0.0), opt.step())
+
+    assert pytest.approx([0.95] * len(gradient)) == p.tolist()
+
+
+def test_a_skipped_step_that_clears_sparse_gradients_does_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a sparse gradient stay as they are, too."""
+    monkeypatch.setattr(ClearsOutliers, "clear", lambda p: p.grad.zero_())
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = CautiousDecay(ClearsOutliers([p], lr=0.1), lam=0.5)
+    p.grad = torch.sparse_coo_tensor([[1]], [[100.0, 0.0]], (3, 2), check_invariants=True)
+    with pytest.warns(UserWarning, match="skips"):
+        opt.step()
+
+    assert torch.equal(torch.ones(3, 2), p)
 
 
 def replaces_its_groups(cls: type[Optimizer]) -> type[Optimizer]:

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from cwd_wrap.bases import known, weight_decay
 from cwd_wrap.bases.journal import Journal
 from cwd_wrap.step.choice import steps_without_closure
-from cwd_wrap.step.paths import unhooked_step
+from cwd_wrap.step.paths import Snapshot, unhooked_step
 from cwd_wrap.step.plan import Plan, check_layouts
 
 if TYPE_CHECKING:
@@ -176,9 +176,9 @@ class Step:
         plan = cast("Plan", self._plan)
         for members, i in plan.members:
             members.eta_lam = 0.0 if i is None else plan.strength.eta_lam(i)
-        of_step = [members for members, _ in plan.members]
-        plan.work.note(of_step)
-        for members in of_step:
+        for path in plan.paths:
+            cast("Snapshot", path).note()  # with a closure there is no other path
+        for members, _ in plan.members:
             check_layouts(plan.work, members.gradients)
         self._groups = list(self._base.param_groups)
         for group, key, value in weight_decay.own_decay(self._base):
