@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NOT_READ = {"initial_accumulator_value", "maximize"}  # by a step of Adagrad; and of others, unless it is there
 _PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
+_GLANCE = 0.2  # seconds that a repr waits
 
 
 _alive: "WeakSet[OptimizerWrapper]" = WeakSet()
@@ -289,20 +290,32 @@ class OptimizerWrapper(Contract):
             return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        with self._between_steps("__repr__"):
-            lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+        """What it does, in a line. It raises nothing and waits for no step, since errors and debuggers print it."""
+        try:
+            if not self._lock.acquire(timeout=_GLANCE):
+                return f"{type(self).__name__}({self._owner}, in a step of another thread)"
             try:
-                taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
-                copied = f"{self.snapshot_bytes}"
-            except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
-                taken, copied = [str(self.path)], "?"
-            device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+                with self._between_steps("__repr__"):
+                    return self._described()
+            finally:
+                self._lock.release()
+        except Exception as error:  # noqa: BLE001  # of a group without its options, or of a wrapper that is half built
+            return f"<{type(self).__name__}, not described: {type(error).__name__}: {error!s:.100}>"
+
+    # ---- parts of the above
+
+    def _described(self) -> str:
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+        try:
+            taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
+            copied = f"{self.snapshot_bytes}"
+        except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
+            taken, copied = [str(self.path)], "?"
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
             f"{type(self).__name__}({self._owner}, lam={_summary(lams)}, path={_summary(taken or ['plain'])}, "
             f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
         )
-
-    # ---- parts of the above
 
     def _new_step(self, journal: Journal, count: bool) -> Step:
         return Step(self.base_optimizer, journal, lambda closure: self._plan_of_step(journal, closure, count))
