@@ -99,8 +99,8 @@ def alike(base: Optimizer, group: Group) -> str:
     If ``base`` can tell parameters apart, only a group with the same ones has the same text.
     """
     own = {"params", "param_names", "lr", "weight_decay"}
-    ids = list(map(id, group["params"])) if tells_apart(base, group) else None
-    return repr((ids, kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
+    which = [*map(id, group["params"]), *group.get("param_names", ())] if tells_apart(base, group) else None
+    return repr((which, kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
@@ -113,11 +113,15 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
         copies = Copies(own, group)
         with unnoticed(copies):
             off = copies.run(copies.lam, off=True)
-            if switches := "weight_decay" in copies.options and _switches(copies, off):
-                copies.off = quirks.ALMOST_ZERO
-                off = copies.run(copies.lam, off=True)
-                if not all(w.isfinite().all() for step in off for w in step.after):
-                    return Found(fault=_ANOTHER_AT_0)
+            copies.off = quirks.ALMOST_ZERO
+            tiny = copies.run(copies.lam, off=True) if "weight_decay" in copies.options else off
+            switches = _differ(off, tiny)
+            if not switches:
+                copies.off = 0.0
+            elif all(w.isfinite().all() for step in tiny for w in step.after):
+                off = tiny
+            else:
+                return Found(fault=_ANOTHER_AT_0)
             found = _measure(copies, off, (by_options, *_FORMS))
             return found._replace(counts=_written(off), switches=switches)
     except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
@@ -130,9 +134,8 @@ def _written(steps: list[Taken]) -> frozenset[str]:
     return frozenset(key for key, value in plain.items() if key not in before or before[key] != value)
 
 
-def _switches(copies: Copies, off: list[Taken]) -> bool:
-    """True if its steps are others with a decay too small to change a weight: a trust ratio only where there is one."""
-    tiny = copies.run(quirks.ALMOST_ZERO)
+def _differ(off: list[Taken], tiny: list[Taken]) -> bool:
+    """True if steps are others with a ``tiny`` decay than with none: a trust ratio only in groups that decay."""
     return any(
         bool((w - v).abs().max() > _noise(x, v))
         for a, b in zip(off, tiny, strict=True)
