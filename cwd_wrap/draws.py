@@ -44,21 +44,28 @@ class Stream:
     def __init__(self, seed: int, steps: int | None = None) -> None:
         self.seed = seed
         self._counters: dict[torch.device, Tensor] = {}
-        self.steps = steps
-        """Steps that were taken before this one; None: read it from the base's state."""
+        self._steps = steps or 0
+        self._is_known = steps is not None
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that were taken; None if that is to be read from the base's state."""
+        return self._steps if self._is_known else None
 
     def restart(self) -> None:
         """Read the count of steps from the base's state again, at the next step."""
-        self.steps = None
+        self._is_known = False
 
-    def advance(self, base: Optimizer) -> None:
-        """Begin a step: count it, or read the count from the base's state."""
-        if self.steps is None:
-            self.steps = _steps_taken(base.state)
+    def begin(self, base: Optimizer) -> None:
+        """Begin a step: read the count from the base's state, if that is to be done."""
+        if not self._is_known:
+            self._steps, self._is_known = _steps_taken(base.state), True
             for counter in self._counters.values():
-                counter.fill_(self.steps)  # in place: a CUDA graph may use this counter
-            return
-        self.steps += 1
+                counter.fill_(self._steps)  # in place: a CUDA graph may use this counter
+
+    def count(self) -> None:
+        """Count a step that was taken. One that raised is not counted, so the next one draws the same numbers."""
+        self._steps += 1
         for counter in self._counters.values():
             counter.add_(1)  # on the device, so that each replay of a CUDA graph counts too
 
@@ -66,7 +73,7 @@ class Stream:
         """The stream of this step, on ``device``."""
         if device not in self._counters:
             with torch.inference_mode(mode=False):  # else it could not be increased outside of it
-                self._counters[device] = torch.tensor(self.steps, device=device)
+                self._counters[device] = torch.tensor(self._steps, device=device)
         return rules.stream(torch.tensor(self.seed, device="cpu"), self._counters[device])
 
 

@@ -457,6 +457,25 @@ def test_a_step_that_waits_for_a_state_dict_ends(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+def test_a_repr_from_another_thread_does_not_wait_for_the_step(
+    every_path: PathOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of another thread's step it says that much, at once; after the step it is the whole text again."""
+    opt = stepped_adamw(every_path)
+    between, said = repr(opt), []
+
+    def ask() -> None:
+        thread = threading.Thread(target=lambda: said.append(repr(opt)))
+        thread.start()
+        thread.join()
+
+    in_the_middle(monkeypatch, ask)
+    opt.step()
+
+    assert ["CautiousDecay(AdamW, in a step of another thread)"] == said
+    assert between == repr(opt)
+
+
 def in_children_of_a_step() -> list[tuple[str, bool, bool]]:
     """For each path, in a child that is forked while a thread steps: is the state dict right; and in the parent."""
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """A closure runs with gradients enabled, as often as the base calls it, and decides which parameters step."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from reference import ruled
 from support import Pair, PathOptions, loss_of, net, train, values, weight
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cwd_wrap import CautiousDecay
 
@@ -186,3 +188,81 @@ def test_frozen_weights_are_not_copied_before_a_closure() -> None:
 
     assert sum(t.numel() for t in opt._buffers._whole.values()) == 1
     assert opt.snapshot_bytes == 4
+
+
+# ------------------------------------------------------------------------------------ closures from hooks
+
+
+class CallsItsClosure(SGD):
+    """An optimizer that the library does not know."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def by_position(closure: Any) -> Any:
+    return lambda opt, args, kwargs: ((opt, closure), {})
+
+
+def by_keyword(closure: Any) -> Any:
+    return lambda opt, args, kwargs: ((opt,), {"closure": closure})
+
+
+def around_that_of_the_step(closure: Any) -> Any:
+    """Calls that of the step first, if there is one."""
+
+    def both(opt: Optimizer, args: Any, kwargs: Any) -> Any:
+        given = args[1] if len(args) > 1 else lambda: 0.0
+        return (opt, lambda: (given(), closure())[1]), {}
+
+    return both
+
+
+@pytest.mark.parametrize("supply", [by_position, by_keyword, around_that_of_the_step])
+@pytest.mark.parametrize("cls", [SGD, CallsItsClosure, LBFGS])
+@pytest.mark.parametrize("old", [None, [-5.0, 5.0]], ids=["no gradient before", "another gradient before"])
+@pytest.mark.parametrize("with_another", [False, True], ids=["alone", "beside that of the step"])
+def test_a_hook_of_the_base_may_supply_the_closure(supply: Any, cls: Any, old: Any, with_another: bool) -> None:
+    """The step is that of the plain base with this hook, and the decay; masks follow the new gradients."""
+    p, q = (weight(1.0, -2.0, 3.0) for _ in range(2))
+    wrapped, plain = cls([p], lr=0.1), cls([q], lr=0.1)
+    opt = CautiousDecay(wrapped, lam=0.5)
+    for base, x in ((wrapped, p), (plain, q)):
+        base.register_step_pre_hook(
+            supply(lambda x=x: setattr(x, "grad", x.detach() * torch.tensor([1.0, -1.0, 0])) or 0.0)
+        )
+        x.grad = None if old is None else torch.tensor([*old, 1.0])
+    for _ in range(3):
+        before = p.detach().clone()
+        q.data.copy_(p)
+        for optimizer in (opt, plain):
+            optimizer.step(*([lambda: 7.0] if with_another else []))
+
+        torch.testing.assert_close(ruled(before, q.detach(), 0.05), p.detach())
+        assert 0.5 == opt.lam
+        if cls is LBFGS:
+            break  # it keeps gradients of the weights that it left
+
+
+@pytest.mark.parametrize("register", ["register_optimizer_step_pre_hook", "a hook that takes the closure away"])
+def test_other_hooks_with_closures(register: str) -> None:
+    """A global hook may supply one, too; and one that drops the step's leaves the gradients as they are: 0.95."""
+    p = weight(1.0, grad=[0.0])
+    opt = CautiousDecay(CallsItsClosure([p], lr=0.1), lam=0.5)
+    if register == "register_optimizer_step_pre_hook":
+        p.grad = torch.tensor([-9.0])
+        handle = register_optimizer_step_pre_hook(by_position(lambda: setattr(p, "grad", torch.zeros(1)) or 0.0))
+    else:
+        handle = opt.base_optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt,), {}))
+    with handle_removed(handle):
+        opt.step(lambda: 1 / 0) if "away" in register else opt.step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+@contextlib.contextmanager
+def handle_removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -103,11 +103,11 @@ def test_splitmix_is_the_published_one() -> None:
 # ------------------------------------------------------------------------------------ the seed and the counter
 
 
-def ones(method: dict[str, str], **options: Any) -> tuple[nn.Parameter, CautiousDecay]:
+def ones(method: dict[str, str], cls: Any = SGD, **options: Any) -> tuple[nn.Parameter, CautiousDecay]:
     """4,096 bfloat16 weights of 1, every other of which moves towards 0: a step decays, or rounds, some of them."""
     p = nn.Parameter(torch.ones(1 << 12, dtype=torch.bfloat16))
     p.grad = torch.tensor([0.5, -0.5], dtype=torch.bfloat16).repeat(1 << 11)
-    return p, CautiousDecay(SGD([p], lr=0.1), lam=0.25, **method, **options)
+    return p, CautiousDecay(cls([p], lr=0.1), lam=0.25, **method, **options)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -130,6 +130,96 @@ def test_a_seed_that_is_set_later_is_the_seed_of_the_next_step(method: dict[str,
     assert torch.equal(p, q)
     assert not torch.equal(p, r)
     assert torch.equal(p, of_copy)
+
+
+class Fails(SGD):
+    """Raises in its step, after the closure, if it is told to."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        if self.fails:
+            raise KeyError
+        super().step()
+        return loss
+
+
+def in_the_base(opt: CautiousDecay) -> None:
+    opt.base_optimizer.fails = True  # type: ignore[attr-defined]
+    try:
+        opt.step()
+    finally:
+        opt.base_optimizer.fails = False  # type: ignore[attr-defined]
+
+
+def in_a_hook(opt: CautiousDecay) -> None:
+    handle = opt.base_optimizer.register_step_pre_hook(lambda *_: {}["a batch"])
+    try:
+        opt.step()
+    finally:
+        handle.remove()
+
+
+def by_a_bad_number(opt: CautiousDecay) -> None:
+    opt.param_groups[0]["lr"] = "0.1"
+    try:
+        opt.step()
+    finally:
+        opt.param_groups[0]["lr"] = 0.1
+
+
+FAILING: dict[str, tuple[Any, Any]] = {
+    "closure": (SGD, lambda opt: opt.step(lambda: {}["a batch"])),
+    "closure of a stranger": (Fails, lambda opt: opt.step(lambda: {}["a batch"])),
+    "base": (Fails, in_the_base),
+    "hook": (SGD, in_a_hook),
+    "bad number": (SGD, by_a_bad_number),
+}
+
+
+@pytest.mark.parametrize(("cls", "fail"), FAILING.values(), ids=list(FAILING))
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_that_raised_is_not_counted(method: dict[str, str], cls: Any, fail: Any) -> None:
+    """The next step draws what it would have drawn without it, also in a copy and after the first step."""
+    (p, opt), (q, twin) = ones(method, cls=cls), ones(method, cls=cls)
+    for _ in range(3):
+        with pytest.raises((KeyError, TypeError)):
+            fail(opt)
+        copied = copy.deepcopy(opt)
+        of_copy = copied.param_groups[0]["params"][0]
+        of_copy.grad = p.grad
+        for each in (opt, twin, copied):
+            each.step()
+
+        assert torch.equal(p, q)
+        assert torch.equal(p, of_copy)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_without_gradients_is_counted(method: dict[str, str]) -> None:
+    """So it is on ranks that have none in a step in which others do: they draw the same in the next one."""
+    (p, opt), (q, twin) = ones(method), ones(method)
+    gradient, p.grad = p.grad, None
+    opt.step()
+    p.grad = gradient
+    twin.step()
+    q.data.fill_(1.0)
+    opt.step()
+    twin.step()
+
+    assert torch.equal(p, q)
+
+
+def test_a_checkpoint_that_is_loaded_in_a_step_begins_the_count_anew() -> None:
+    """A closure loads it, and the next step draws what a first one does."""
+    (p, opt), (q, twin) = ones(METHODS[0], cls=Fails), ones(METHODS[0], cls=Fails)
+    opt.step(lambda: opt.load_state_dict(opt.state_dict()))
+    p.data.fill_(1.0)
+    opt.step()
+    twin.step()
+
+    assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("seed", ["x", 0.5, True, -1, 2**63, None, torch.tensor(1)], ids=str)

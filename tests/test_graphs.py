@@ -253,11 +253,12 @@ def test_the_counter_of_a_graph_stays_in_its_place() -> None:
     base = SGD([weight(1.0)], lr=0.1)
     stream = Stream(0)
     for _ in range(3):
-        stream.advance(base)
+        stream.begin(base)
         stream.on(CPU)
+        stream.count()
     counter = stream._counters[CPU]
     stream.restart()
-    stream.advance(base)
+    stream.begin(base)
 
     assert stream._counters[CPU] is counter
     assert counter.item() == 0

@@ -27,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cwd_wrap import CautiousDecay, CautiousUpdate, PNormDecay
 from cwd_wrap.bases import directions, known, pieces, probe, updates
+from cwd_wrap.step import paths
 
 LAM = 0.5
 
@@ -123,6 +124,73 @@ def test_virtual_steps_decay_only_where_the_optimizer_inside_steps() -> None:
         opt.step()
 
     assert pytest.approx(0.9025, abs=1e-5) == p.item()
+
+
+class ClearsOutliers(SGD):
+    """If a gradient is large, sets all to 0 and returns."""
+
+    clear: Any = None
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(
+            p.grad.coalesce().values().abs().sum() > 10 if p.grad.is_sparse else p.grad.norm() > 10 for p in parameters
+        ):
+            for p in parameters:
+                type(self).clear(p)
+            return loss
+        super().step()
+        return loss
+
+
+CLEARS: dict[str, Callable[[nn.Parameter], object]] = {
+    "in place": lambda p: p.grad.zero_(),  # type: ignore[union-attr]
+    "in its data": lambda p: p.grad.data.zero_(),  # type: ignore[union-attr]
+    "by zeros": lambda p: setattr(p, "grad", torch.zeros_like(p)),
+    "by None": lambda p: setattr(p, "grad", None),
+}
+
+
+@pytest.mark.parametrize("clear", CLEARS.values(), ids=list(CLEARS))
+@pytest.mark.parametrize("by_closure", [False, True], ids=["backward", "closure"])
+@pytest.mark.parametrize("asks", [True, False], ids=["asked", "not asked"])
+@pytest.mark.parametrize("gradient", [[100.0, 0.0], [0.0] * 5 + [100.0]], ids=["at once", "at the end"])
+def test_a_skipped_step_that_clears_the_gradients_does_not_decay(
+    gradient: list[float], asks: bool, by_closure: bool, clear: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three such steps leave the weights at 1; a step with gradients of 0 takes 0.05 off, as before."""
+    monkeypatch.setattr(ClearsOutliers, "clear", clear)
+    if not asks:  # as for weights on an accelerator
+        monkeypatch.setattr(paths, "_can_ask", lambda _: False)
+    p = weight(*[1.0] * len(gradient))
+    opt = CautiousDecay(ClearsOutliers([p], lr=0.1), lam=0.5)
+
+    def closure(size: float) -> float:
+        p.grad = size * torch.tensor(gradient)
+        return 0.0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that the step was skipped
+        for _ in range(3):
+            opt.step(lambda: closure(1.0)) if by_closure else (closure(1.0), opt.step())
+
+    assert [1.0] * len(gradient) == p.tolist()
+    opt.step(lambda: closure(0.0)) if by_closure else (closure(0.0), opt.step())
+
+    assert pytest.approx([0.95] * len(gradient)) == p.tolist()
+
+
+def test_a_skipped_step_that_clears_sparse_gradients_does_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a sparse gradient stay as they are, too."""
+    monkeypatch.setattr(ClearsOutliers, "clear", lambda p: p.grad.zero_())
+    p = nn.Parameter(torch.ones(3, 2))
+    opt = CautiousDecay(ClearsOutliers([p], lr=0.1), lam=0.5)
+    p.grad = torch.sparse_coo_tensor([[1]], [[100.0, 0.0]], (3, 2), check_invariants=True)
+    with pytest.warns(UserWarning, match="skips"):
+        opt.step()
+
+    assert torch.equal(torch.ones(3, 2), p)
 
 
 def replaces_its_groups(cls: type[Optimizer]) -> type[Optimizer]:
@@ -775,6 +843,110 @@ def test_a_stranger_without_a_single_eta_is_refused(build: Any, text: str, silen
         opt.step()
 
 
+class DecaysSome(Descends):
+    """Decays the parameters that `decays` names; ``kept`` is how it knows them."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, kept: Any = ()) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.kept = kept
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        raise NotImplementedError
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] if self.decays(group, p) else 0.0
+
+
+class DecaysByName(DecaysSome):
+    """By the names that torch keeps in the group, for named parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        names = (name for name, each in zip(group["param_names"], group["params"], strict=True) if each is p)
+        return "bias" not in next(names)
+
+
+class DecaysByOwnName(DecaysSome):
+    """By names in an attribute."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return "bias" not in next(name for name, each in zip(self.kept, group["params"], strict=True) if each is p)
+
+
+class DecaysById(DecaysSome):
+    """By a container of ids."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return id(p) not in self.kept
+
+
+class DecaysByObject(DecaysSome):
+    """By a container of parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not any(p is each for each in self.kept)
+
+
+class DecaysMatrices(DecaysSome):
+    """By shape."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return p.ndim >= 2
+
+
+TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter], Any]]] = {
+    "names": (DecaysByName, lambda *_: ()),
+    "names of one's own": (DecaysByOwnName, lambda *_: ["a.bias", "a.weight"]),
+    "a set of ids": (DecaysById, lambda bias, _: {id(bias)}),
+    "a dict by id": (DecaysById, lambda bias, _: {id(bias): {"why": "a bias"}}),
+    "a set of parameters": (DecaysByObject, lambda bias, _: {bias}),
+    "a list of parameters": (DecaysByObject, lambda bias, _: [bias]),
+    "a dict of lists": (DecaysByObject, lambda bias, _: {bias: [1, 2]}),
+    "shape": (DecaysMatrices, lambda *_: ()),
+}
+
+
+@pytest.mark.parametrize(("cls", "kept"), TELLING.values(), ids=list(TELLING))
+def test_a_stranger_that_decays_some_parameters_of_a_group_is_refused(cls: Any, kept: Any, silent: None) -> None:
+    """Which weights should decay is then not what weight_decay says. The way out is a group with weight_decay=0."""
+    bias, matrix = weight(1.0, grad=[0.0]), nn.Parameter(torch.ones(1, 1))
+    matrix.grad = torch.zeros(1, 1)
+    named = [("a.bias", bias), ("a.weight", matrix)] if cls is DecaysByName else [bias, matrix]
+    build = functools.partial(cls, weight_decay=0.5, kept=kept(bias, matrix))
+    with pytest.raises(ValueError, match=r"by 0 at lr=0.05, 0.05 at lr=0.05.*: give the group weight_decay=0"):
+        CautiousDecay(build(named))
+    if cls is DecaysByOwnName:  # its names are for one group
+        return
+    CautiousDecay(build([{"params": named[:1], "weight_decay": 0.0}, {"params": named[1:]}])).step()
+
+    assert [1.0, pytest.approx(0.95)] == [bias.item(), matrix.item()]
+
+
+@pytest.mark.parametrize(("cls", "kept"), TELLING.values(), ids=list(TELLING))
+def test_a_group_that_a_stranger_does_not_decay_at_all_is_said(cls: Any, kept: Any) -> None:
+    """The wrapper decays it, as weight_decay says, and one warning tells that the optimizer itself does not."""
+    bias = weight(1.0, grad=[0.0])
+    given = [("a.bias", bias)] if cls is DecaysByName else [bias]
+    base = cls(given, weight_decay=0.5, kept=["a.bias"] if cls is DecaysByOwnName else kept(bias, bias))
+    with pytest.warns(
+        UserWarning, match=rf"^{cls.__name__} itself does not decay the weights of param group 0"
+    ) as said:
+        opt = CautiousDecay(base)
+        opt.step()
+
+    assert 1 == len(said)
+    assert pytest.approx(0.95) == bias.item()
+
+
+@pytest.mark.parametrize("cls", [DecaysById, DecaysByObject])
+def test_a_stranger_that_may_tell_parameters_apart_but_does_not_is_accepted(cls: Any, silent: None) -> None:
+    """Parameters of another group in the same container, or names that decay, change nothing."""
+    p, other = weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])
+    groups = [{"params": [p], "weight_decay": 0.5}, {"params": [other]}]
+    CautiousDecay(cls(groups, kept={id(other)} if cls is DecaysById else {other})).step()
+
+    assert [pytest.approx(0.95), 1.0] == [p.item(), other.item()]
+
+
 def test_without_its_schedule_or_multipliers_a_stranger_is_accepted(silent: None) -> None:
     """The options and attributes in use count: without warm-up, multipliers or vectors eta is lr."""
     for base in (
@@ -808,6 +980,91 @@ def test_a_decay_that_does_not_switch_off_is_refused(options: dict[str, Any], si
     CautiousDecay(DecaysAnyway([p]), lam=0.5).step()
 
     assert pytest.approx(0.95) == p.item()
+
+
+class AdaptsWhereItDecays(Descends):
+    """Multiplies its step by a trust ratio in groups that decay, as LARS; the decay is decoupled."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                ratio = 0.1 * p.norm() / p.grad.norm() if group["weight_decay"] != 0 else 1.0
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad * ratio, alpha=group["lr"])
+
+
+class AdaptsAndCouples(Descends):
+    """The same with the decay in the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                g, ratio = p.grad, 1.0
+                if group["weight_decay"] > 0:
+                    ratio = 0.1 * p.norm() / (g.norm() + group["weight_decay"] * p.norm())
+                    g = g + group["weight_decay"] * p
+                p.sub_(g * ratio, alpha=group["lr"])
+
+
+class CentralisesWhereItDecays(Descends):
+    """Takes the mean off the gradients in groups that decay."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                for p in group["params"]:
+                    p.grad = p.grad - p.grad.mean()
+        super().step()
+
+
+SWITCHING = [
+    AdaptsWhereItDecays,
+    AdaptsAndCouples,
+    CentralisesWhereItDecays,
+    lambda *a, **o: Around(SWITCHING[0](*a, **o)),
+]
+
+
+@pytest.mark.parametrize("build", SWITCHING, ids=["decoupled", "coupled", "centralises", "inside another"])
+@pytest.mark.parametrize("when", ["built with it", "lam=", "raised later", "raised later, with step_size"])
+def test_a_step_that_is_another_one_without_a_decay_stays_as_it_is(build: Any, when: str) -> None:
+    """The wrapped step is that of the plain one with a decay too small to see, and the cautious decay."""
+    p, q = (weight(1.0, -2.0, 3.0) for _ in range(2))
+    plain = build([q], weight_decay=1e-30)
+    options = {"step_size": lambda group: group["lr"]} if "step_size" in when else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the decay is coupled, or 0
+        opt = CautiousDecay(
+            build([p], weight_decay=0.5 if when == "built with it" else 0.0), 0.5 if when == "lam=" else None, **options
+        )
+    opt.param_groups[0]["weight_decay"] = 0.5
+    for number in range(3):
+        before = p.detach().clone()
+        q.data.copy_(p)
+        p.grad = torch.tensor([0.5, 0.25, -1.0]) * (number + 1)
+        q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+
+        assert 0.5 == opt.param_groups[0]["weight_decay"]
+        torch.testing.assert_close(reference.ruled(before, q.detach(), 0.05), p.detach())
+
+
+class DividesByItsDecay(Descends):
+    """Divides the gradient by weight_decay, unless it is 0."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad / (group["weight_decay"] or 1.0), alpha=group["lr"])
+
+
+def test_a_step_that_divides_by_the_decay_is_refused() -> None:
+    """Without the decay its step would be another one, and with a tiny one it would be infinite."""
+    with pytest.raises(ValueError, match=r"^param group 0 of DividesByItsDecay cannot be wrapped: .*another one at"):
+        CautiousDecay(DividesByItsDecay([weight(1.0)], weight_decay=0.5))
 
 
 class Moves(Optimizer):
@@ -1580,6 +1837,83 @@ def test_an_optimizer_around_a_known_one_is_measured(inner: Any, around: Any, te
         CautiousDecay(around(inner([weight(1.0)], lr=0.1, weight_decay=0.5)))
 
 
+class Interpolates(Around):
+    """Takes the weights a part of the way from a slow copy to where the optimizer inside leads, each ``k`` steps."""
+
+    def __init__(self, optimizer: Optimizer, k: int = 5, alpha: float = 0.5) -> None:
+        super().__init__(optimizer)
+        self.k, self.alpha, self.count = k, alpha, 0
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            for p, slow in zip((p for group in self.param_groups for p in group["params"]), self.slow, strict=True):
+                p.copy_(slow.lerp_(p, self.alpha))
+        return loss
+
+
+class MovesEachSecond(Around):
+    """Shows the weights of every other step only, and goes on from its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        shown = [p.detach().clone() for p in parameters]
+        if self.count:
+            for p, kept in zip(parameters, self.kept, strict=True):
+                p.copy_(kept)
+        super().step()
+        self.kept = [p.detach().clone() for p in parameters]
+        self.count += 1
+        if self.count % 2:
+            for p, old in zip(parameters, shown, strict=True):
+                p.copy_(old)
+
+
+PULLING: dict[str, Callable[[Optimizer], Optimizer]] = {
+    **{
+        f"each {k}, by {alpha}": functools.partial(Interpolates, k=k, alpha=alpha)
+        for k in (1, 2, 3, 5)
+        for alpha in (0.5, 0.8, 0.9)
+    },
+    "moves each second": MovesEachSecond,
+    "restores": RestoresAround,
+}
+
+
+@pytest.mark.parametrize("around", PULLING.values(), ids=list(PULLING))
+@pytest.mark.parametrize("inner", [AdamW, Descends, DecaysByRatio])
+def test_an_optimizer_that_pulls_back_decays_right_or_says_what_to_wrap(inner: Any, around: Any, silent: None) -> None:
+    """Where it is taken, the wrapped step is the plain one and the decay. Else the way out decays as the plain one."""
+    eta_lam = 0.5 * (1.0 if inner is DecaysByRatio else 0.1)
+    p, q = weight(1.0, -2.0, grad=[0.0, 0.0]), weight(1.0, -2.0, grad=[0.0, 0.0])
+    plain = around(inner([q], lr=0.1, weight_decay=0.5))
+    try:
+        opt: Optimizer = CautiousDecay(around(inner([p], lr=0.1, weight_decay=0.5)))
+    except ValueError as error:
+        assert "rap the optimizer inside it" in str(error)
+        opt = around(CautiousDecay(inner([p], lr=0.1, weight_decay=0.5)))
+        for _ in range(6):
+            opt.step()
+            plain.step()
+        torch.testing.assert_close(q, p)
+    else:
+        plain.param_groups[0]["weight_decay"] = 0.0
+        for _ in range(6):
+            before = p.detach().clone()
+            q.data.copy_(p)
+            opt.step()
+            plain.step()
+            torch.testing.assert_close(reference.ruled(before, q.detach(), eta_lam), p.detach())
+
+
 @pytest.mark.parametrize("inner", [AdamW, SGD, Adam, Descends])
 @pytest.mark.parametrize("around", [Around, Lookahead, Sharing, lambda inner: Lookahead(Around(inner))])
 def test_an_optimizer_around_another_that_only_steps_it_is_accepted(inner: Any, around: Any, silent: None) -> None:
@@ -1608,6 +1942,105 @@ def test_an_optimizer_around_another_that_cannot_be_copied_warns() -> None:
 
     with pytest.warns(UserWarning, match="the decay of OfTwo could not be measured"):
         CautiousDecay(OfTwo("mine", AdamW([weight(1.0)], weight_decay=0.5)))
+
+
+# --------------------------------------------------------------------------- groups that are added later
+
+
+class KeepsStartsFrom(Around):
+    """Notes the weights of its groups when they are added, and has no defaults of its own."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inside = vars(self).get("optimizer")
+        if inside is None:  # while it is built
+            super().add_param_group(param_group)
+            return
+        inside.add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self.state[p]["start"] = p.detach().clone()
+
+
+def on_a_manifold() -> nn.Parameter:
+    p = weight(1.0)
+    p.manifold = Sphere()
+    return p
+
+
+def in_bfloat16() -> nn.Parameter:
+    return weight(1.0, dtype=torch.bfloat16)
+
+
+UNFIT: dict[str, tuple[Callable[[Any], Optimizer], Callable[[], dict[str, Any]]]] = {
+    "another factor": (functools.partial(ReadsOption, mult=1.0), lambda: {"params": weight(1.0), "mult": 0.1}),
+    "a multiplier": (ReadsMultipliers, lambda: {"params": with_attributes(wd_mul=0.0)}),
+    "vectors": (SkipsVectors, lambda: {"params": a_vector_and_a_matrix()}),
+    "on a manifold": (OnManifolds, lambda: {"params": (p for p in [on_a_manifold()])}),
+    "16 bits": (KeepsMasters, lambda: {"params": [in_bfloat16()]}),
+    "inside": (lambda groups: KeepsStartsFrom(KeepsMasters(groups)), lambda: {"params": [in_bfloat16()]}),
+    "inside, over CautiousUpdate": (
+        lambda groups: CautiousUpdate(KeepsStartsFrom(SkipsVectors(groups))),
+        lambda: {"params": a_vector_and_a_matrix()},
+    ),
+    "a NaN": (functools.partial(SGD, lr=0.1), lambda: {"params": [weight(1.0)], "weight_decay": math.nan}),
+    "low bits elsewhere": (
+        functools.partial(SGD, lr=0.1),
+        lambda: {"params": [in_bfloat16()], "master_bytewidth": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "group"), UNFIT.values(), ids=list(UNFIT))
+def test_a_group_that_is_refused_at_construction_is_refused_when_it_is_added(build: Any, group: Any) -> None:
+    """The text is the same, nothing of the group stays, and the next group counts for itself."""
+    matrix = nn.Parameter(torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"param group 1|cannot wrap SGD") as at_construction:
+        CautiousDecay(build([{"params": [matrix]}, group()]), lam=0.5)
+    base = build([{"params": [matrix]}])
+    opt = CautiousDecay(base, lam=0.5)
+    had, added = set(base.state), group()
+    keys = set(added)
+    with pytest.raises(ValueError, match=r"param group 1|cannot wrap SGD") as when_added:
+        opt.add_param_group(added)
+
+    assert str(at_construction.value) == str(when_added.value)
+    assert (1, had, keys) == (len(base.param_groups), set(base.state), set(added))
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(1, 1))], **({"mult": 1.0} if "mult" in added else {})})
+    for p in (p for each in opt.param_groups for p in each["params"]):
+        p.grad = torch.zeros_like(p)
+    opt.step()
+
+    assert pytest.approx([0.95, 0.95]) == [each["params"][0].item() for each in opt.param_groups]
+
+
+def test_a_group_that_is_added_takes_lam_and_is_checked_with_it() -> None:
+    """The base's own 0 is no excuse: lam is what the group would decay by."""
+    opt = CautiousDecay(SkipsVectors([nn.Parameter(torch.ones(1, 1))]), lam=0.5)
+    with pytest.raises(ValueError, match=r"^param group 1 of SkipsVectors has no single step size"):
+        opt.add_param_group({"params": a_vector_and_a_matrix()})
+    opt.add_param_group({"params": a_vector_and_a_matrix(), "weight_decay": 0.0})
+
+    assert [0.5, 0.0] == [group["weight_decay"] for group in opt.param_groups]
+
+
+def test_empty_groups_may_be_added(silent: None) -> None:
+    """A group may be empty when the wrapper is built, and when it is added."""
+    opt = CautiousDecay(Descends([{"params": [weight(1.0, grad=[0.0])]}, {"params": []}]), lam=0.5)
+    opt.add_param_group({"params": []})
+    opt.step()
+
+    assert pytest.approx(0.95) == opt.param_groups[0]["params"][0].item()
+
+
+def test_what_was_refused_may_be_mended(silent: None) -> None:
+    """Without the attributes for which it was refused, the same optimizer is taken."""
+    multiplied, on = weight(1.0), on_a_manifold()
+    multiplied.wd_mul = 0.5
+    for cls, p, name in ((ReadsMultipliers, multiplied, "wd_mul"), (OnManifolds, on, "manifold")):
+        base = cls([p, weight(1.0)], weight_decay=0.5)
+        with pytest.raises(ValueError, match=name):
+            CautiousDecay(base)
+        delattr(p, name)
+        CautiousDecay(base)
 
 
 # --------------------------------------------------------------------------- coupled decay

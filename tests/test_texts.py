@@ -437,3 +437,28 @@ def test_a_step_without_hooks() -> None:
         opt.step()
 
     assert 1 == len(caught)
+
+
+def without(key: str) -> Any:
+    return lambda opt: opt.param_groups[0].pop(key)
+
+
+SICK: dict[str, tuple[Any, str]] = {
+    "no params": (without("params"), "<CautiousDecay, not described: KeyError: 'params'>"),
+    "no betas": (without("betas"), "<CautiousDecay, not described: KeyError: 'betas'>"),
+    "no group": (lambda opt: opt.param_groups.append(None), "<CautiousDecay, not described: AttributeError: "),
+    "no flag": (lambda opt: setattr(opt, "strict", "yes"), "<CautiousDecay, not described: TypeError: strict='yes'"),
+    "no mask": (lambda opt: setattr(opt, "mask", "none"), "CautiousDecay(AdamW, lam=0.5, path='None', "),
+    "no number": (lambda opt: opt.param_groups[0].update(weight_decay="x"), "CautiousDecay(AdamW, lam='x', path="),
+    "no base": (lambda opt: delattr(opt, "base_optimizer"), "<CautiousDecay, not described: AttributeError: "),
+    "nothing": (lambda opt: vars(opt).clear(), "<CautiousDecay, not described: AttributeError: "),
+}
+
+
+@pytest.mark.parametrize(("spoil", "text"), SICK.values(), ids=list(SICK))
+def test_a_repr_never_raises(spoil: Any, text: str) -> None:
+    """Debuggers and errors print a wrapper whatever is wrong with it."""
+    opt = CautiousDecay(AdamW([weight(1.0)], lr=0.1, weight_decay=0.5))
+    spoil(opt)
+
+    assert repr(opt).startswith(text)

@@ -11,7 +11,7 @@ import io
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from numbers import Real
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -49,6 +49,8 @@ class Copies:
 
     def __init__(self, own: Optimizer, group: Mapping[str, Any]) -> None:
         self.own = own
+        self.inside = quirks.holders(own, group)
+        """The optimizers that it has step the group."""
         self.options = {key: value for key, value in group.items() if key != "params"}
         for key, value in self.options.items():
             if not _is_plain(value, option=True):
@@ -61,11 +63,16 @@ class Copies:
         self.lr = next(float(rate) for rate in rates if rate is not None and rate != 0)
         self.lam = 2.0**-10 / self.lr
         """A ``weight_decay`` that takes about 0.001 off the weights."""
+        self.off = 0.0
+        """The ``weight_decay`` of a decay that is switched off."""
         device = group["params"][0].device
         self.device = torch.device("cpu") if device.type == "meta" else device
-        # One parameter for each kind, with its attributes as they are: an optimizer may call their methods.
-        examples = list({_kind(p): p for p in group["params"]}.items())[:100]
-        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in kind[1]}) for kind, p in examples]
+        self.tells_apart = tells_apart(own, group)
+        """True if there is one parameter for each of the group; else one for each kind."""
+        kinds = list({_kind(p): p for p in group["params"]}.values())[:100]
+        self.originals: list[Tensor] = group["params"] if self.tells_apart else kinds
+        # With their attributes as they are: an optimizer may call their methods.
+        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in _kind(p)[1]}) for p in self.originals]
         self.narrow = narrow(group)
 
     def run(
@@ -97,7 +104,7 @@ class Copies:
                     group["lr"] = _like(self.options.get("lr"), (self.lr if slope else max(self.lr, 1.0)) * rate)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
-                    group.update({"weight_decay": 0.0} | quirks.kept_while_off(own, group) if off else {})
+                    group.update({"weight_decay": self.off} | quirks.kept_while_off(own, group) if off else {})
             group, before = dict(own.param_groups[0]), [p.detach().clone() for p in parameters]
             torch.default_generator.manual_seed(number)
             own.step()
@@ -117,12 +124,14 @@ class Copies:
     def _build(self, original: Optimizer, parameters: list[torch.nn.Parameter], decay: float) -> Optimizer:
         """A copy of ``original`` around a copy of the optimizer that it has step the group, if there is one."""
         inner = next(iter(quirks.holders(original, self.group)), None)
-        plain = {
-            name: value
+        twins = {id(p): twin for p, twin in zip(self.originals, parameters, strict=True)}
+        own_ids = {id(p) for group in original.param_groups for p in group["params"]}
+        attributes = {
+            name: _with_twins(value, twins) if _refers(value, set(twins)) else copy.deepcopy(value)
             for name, value in vars(original).items()
-            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value)
+            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value, own_ids=own_ids if self.tells_apart else ())
         }
-        options, attributes = copy.deepcopy(self.options), copy.deepcopy(plain)
+        options = copy.deepcopy(self.options)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
         options |= {"weight_decay": decay} if "weight_decay" in options else {}
         cls: Any = type(original)
@@ -174,21 +183,67 @@ def _like(value: object, number: float) -> float | Tensor:
     return torch.full_like(value, number) if isinstance(value, Tensor) else number
 
 
-def _is_plain(value: object, *, option: bool = False) -> bool:
-    """True if a copy of the value is small, and does not lead back to the optimizer.
+def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
+    """True if it can treat each parameter of the group in its own way: it has their names, or refers to some of them.
+
+    An attribute refers to parameters if it holds them or their ids, or a name for each.
+    """
+    ids, number = set(map(id, group["params"])), len(group["params"])
+    attributes = [
+        value
+        for layer in (own, *quirks.holders(own, group))
+        for name, value in vars(layer).items()
+        if not name.startswith(_OF_THE_ORIGINAL)
+    ]
+    named = (isinstance(each, list | tuple) and all(isinstance(name, str) for name in each) for each in attributes)
+    return bool(group.get("param_names")) or any(
+        (is_named and len(each) == number) or _refers(each, ids)
+        for each, is_named in zip(attributes, named, strict=True)
+    )
+
+
+def _refers(value: object, ids: Collection[int], depth: int = 3) -> bool:
+    """True if the value is, or contains, one of the parameters with these ids, or one of the ids."""
+    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        return any(_refers(each, ids, depth - 1) for each in inside)
+    return (id(value) if isinstance(value, Tensor) else value if type(value) is int else None) in ids
+
+
+def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
+    """A copy of the value with a twin in place of each parameter and id. Parameters without one are left out."""
+
+    def is_left_out(each: object) -> bool:
+        return isinstance(each, Tensor) and id(each) not in twins
+
+    if isinstance(value, Tensor):
+        return twins[id(value)]
+    if type(value) is int and value in twins:
+        return id(twins[value])
+    if isinstance(value, dict):
+        pairs = ((key, each) for key, each in value.items() if not is_left_out(key) and not is_left_out(each))
+        return {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value)(_with_twins(each, twins) for each in value if not is_left_out(each))
+    return copy.deepcopy(value)
+
+
+def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = ()) -> bool:
+    """True if a copy of the value is small, and does not lead back to the optimizer, but to parameters of ``own_ids``.
 
     An ``option`` of a group may also be a small tensor, or an object with plain attributes (a schedule).
     """
+    inside = functools.partial(_is_plain, option=option, own_ids=own_ids)
     if isinstance(value, Tensor):
-        return option and value.numel() <= 16
+        return id(value) in own_ids or (option and value.numel() <= 16)
     if isinstance(value, MethodType | functools.partial | torch.nn.Module | Optimizer):
         return False
     if isinstance(value, FunctionType):
         return not value.__closure__
     if isinstance(value, dict):
-        return all(_is_plain(each, option=option) for each in value.values())
-    if isinstance(value, list | tuple | set):
-        return all(_is_plain(each, option=option) for each in value)
+        return all(map(inside, [*value.values(), *(key for key in value if isinstance(key, Tensor))]))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(inside, value))
     return isinstance(value, _SCALARS) or (
         option and hasattr(value, "__dict__") and _is_plain(vars(value), option=True)
     )
@@ -220,7 +275,7 @@ def unnoticed(copies: Copies) -> Iterator[None]:
         for hooks in (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks):
             stack.callback(hooks.update, dict(hooks))  # type: ignore[arg-type]
             hooks.clear()
-        for cls in map(type, (copies.own, *quirks.holders(copies.own, copies.group))):
+        for cls in map(type, (copies.own, *copies.inside)):
             stack.callback(_put_back, cls, vars(cls).get("step"))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:

@@ -1,7 +1,7 @@
 """What was measured of optimizers that no table vouches for (`probe`), and when it is measured again."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -62,10 +62,18 @@ def find(base: Optimizer, group: Group, where: str, by_options: probe.Eta) -> pr
     return found
 
 
+def forget(base: Optimizer, wheres: Iterable[str]) -> None:
+    """Forget what was found out about some groups of the optimizer."""
+    of_base = _measured.get(base)
+    if of_base is not None:
+        for where in wheres:
+            of_base.last.pop(where, None)
+
+
 def _anew(base: Optimizer, group: Group, of_base: _Measured, by_options: probe.Eta) -> probe.Found:
     if (constraint := quirks.constraint(group)) is not None:
         return probe.Found(fault=constraint)
-    alike = probe.alike(group)
+    alike = probe.alike(base, group)
     if alike not in of_base.found:
         of_base.found[alike] = probe.measure(base, group, by_options)
     return of_base.found[alike]

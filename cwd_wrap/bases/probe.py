@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cwd_wrap.bases import known, quirks
-from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, unnoticed
+from cwd_wrap.bases.copies import Copies, Taken, kinds, narrow, tells_apart, unnoticed
 
 Group = Mapping[str, Any]
 Eta = Callable[[Optimizer, Group], float | Tensor]
@@ -25,11 +25,15 @@ VOUCHED = {
 
 _LOST = (
     "its step takes the weights from a copy of its own, or forces them onto a constraint. The decay would be lost, or "
-    "break the constraint. Use it without a wrapper"
+    "break the constraint"
 )
 _STAYS_ON = (
     "its own decay stays on while the group's weight_decay is 0, so the weights would decay twice. Build it with "
     "weight_decay=0, and pass lam="
+)
+_ANOTHER_AT_0 = (
+    "its step is another one at weight_decay=0, and infinite at a tiny weight_decay, so its own decay cannot be "
+    "switched off. Use it without a wrapper"
 )
 _EXACT = 5e-3  # relative: a decay by division, w / (1 + eta*lam), differs by 1e-3
 
@@ -65,6 +69,10 @@ class Found(NamedTuple):
     """True if the decay is no multiple of the weights."""
     beside: bool = False
     """True if it decays the weights although its ``weight_decay`` is 0, or it has none."""
+    switches: bool = False
+    """True if its step without a decay is another one than with an infinitely small one."""
+    idle: bool = False
+    """True if it does not decay these weights whatever ``weight_decay`` is, but perhaps others."""
     unmeasured: str | None = None
     """Why nothing was measured."""
     counts: frozenset[str] = frozenset()
@@ -85,10 +93,14 @@ def _is_vouched(layer: Optimizer) -> bool:
     return known.library(type(layer)) in VOUCHED
 
 
-def alike(group: Group) -> str:
-    """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters."""
+def alike(base: Optimizer, group: Group) -> str:
+    """The same text for groups that are measured together: same options but lr and decay, same kinds of parameters.
+
+    If ``base`` can tell parameters apart, only a group with the same ones has the same text.
+    """
     own = {"params", "param_names", "lr", "weight_decay"}
-    return repr((kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
+    which = [*map(id, group["params"]), *group.get("param_names", ())] if tells_apart(base, group) else None
+    return repr((which, kinds(group), narrow(group), {key: value for key, value in group.items() if key not in own}))
 
 
 def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
@@ -101,7 +113,17 @@ def measure(base: Optimizer, group: Group, by_options: Eta) -> Found:
         copies = Copies(own, group)
         with unnoticed(copies):
             off = copies.run(copies.lam, off=True)
-            return _measure(copies, off, (by_options, *_FORMS))._replace(counts=_written(off))
+            copies.off = quirks.ALMOST_ZERO
+            tiny = copies.run(copies.lam, off=True) if "weight_decay" in copies.options else off
+            switches = _differ(off, tiny)
+            if not switches:
+                copies.off = 0.0
+            elif all(w.isfinite().all() for step in tiny for w in step.after):
+                off = tiny
+            else:
+                return Found(fault=_ANOTHER_AT_0)
+            found = _measure(copies, off, (by_options, *_FORMS))
+            return found._replace(counts=_written(off), switches=switches)
     except Exception as error:  # noqa: BLE001  # whatever the optimizer's code raises
         return Found(unmeasured=f"{type(error).__name__}: {error!s:.100}")
 
@@ -112,10 +134,21 @@ def _written(steps: list[Taken]) -> frozenset[str]:
     return frozenset(key for key, value in plain.items() if key not in before or before[key] != value)
 
 
+def _differ(off: list[Taken], tiny: list[Taken]) -> bool:
+    """True if steps are others with a ``tiny`` decay than with none: a trust ratio only in groups that decay."""
+    return any(
+        bool((w - v).abs().max() > _noise(x, v))
+        for a, b in zip(off, tiny, strict=True)
+        for x, v, w in zip(a.before, a.after, b.after, strict=True)
+    )
+
+
 def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     in_16_bit = (copies.run(copies.lam, off=True, dtype=dtype) for dtype in copies.narrow)  # some copy only these
     if any(_is_lost(copies, steps) for steps in (off, *in_16_bit)):
-        return Found(fault=_LOST)
+        return Found(
+            fault=f"{_LOST}. {'Wrap the optimizer inside it' if copies.inside else 'Use it without a wrapper'}"
+        )
     before, after = off[-1].lr
     if before != after:
         return Found(no_eta=f"its step changes lr, from {before:g} to {after:g}")
@@ -127,7 +160,12 @@ def _measure(copies: Copies, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     built_with_decay = copies.run(copies.lam, off=True, slope=0.0)[0]
     if any((w - v).abs().max() > _noise(w, v) for w, v in zip(built_with_decay.after, at_rest.after, strict=True)):
         return Found(fault=_STAYS_ON)
-    return _step_size(copies, copies.lam, off, etas)._replace(beside=beside)
+    found = _step_size(copies, copies.lam, off, etas)
+    if found.coupled and copies.inside:
+        inner = Copies(copies.inside[0], copies.group)
+        if not _step_size(inner, inner.lam, inner.run(inner.lam, off=True), etas).coupled:
+            return Found(no_eta="it takes back a part of earlier decays: wrap the optimizer inside it")
+    return found._replace(beside=beside)
 
 
 def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
@@ -153,13 +191,26 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
         return Found(unmeasured="its first steps do not move the weights")
     if not any(factor for factor, _, _ in factors):
         # No decay, or one that is too small to see.
-        return Found() if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
+        return Found(idle=_is_idle(copies, lam)) if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
     for i, eta in enumerate(etas):
         if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
             return Found(eta=eta if i else None)
     measured = [*dict.fromkeys(f"{factor:.3g} at lr={step.lr[0]:.3g}" for factor, _, step in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
-    return Found(no_eta=f"{why}: give the group weight_decay=0")
+    return Found(
+        no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+    )
+
+
+def _is_idle(copies: Copies, lam: float) -> bool:
+    """Of an optimizer that does not decay the group's weights: could it decay others, by their place or as matrices?"""
+    if not any("weight_decay" in group for group in copies.own.param_groups):
+        return False
+    if copies.tells_apart:
+        return True
+    copies.kinds, copies.originals = [(2, {})], copies.originals[:1]
+    of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
+    return any(bool((w - v).abs().max() > _noise(x, v)) for x, w, v, _ in of_matrix)
 
 
 def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:
@@ -198,4 +249,6 @@ def _differing(copies: Copies) -> str:
     attributes = [attributes for _, attributes in copies.kinds]
     names = dict.fromkeys(name for each in attributes for name in each)
     differing = [name for name in names if any(each.get(name) != attributes[0].get(name) for each in attributes)]
-    return f" (its parameters differ in {', '.join(differing)})" if differing else ""
+    if differing:
+        return f" (its parameters differ in {', '.join(differing)})"
+    return " (it tells its parameters apart)" if copies.tells_apart else ""

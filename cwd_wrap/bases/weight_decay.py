@@ -73,10 +73,11 @@ def check_group(
         raise ValueError(msg)
     check(lam(group, fallback), "weight_decay", where)
     found = _measured(group, where, base) if acts else None
-    if found is not None and decays(group, fallback):
-        _warn_if_beside(found, base)
-    if step_size is None and decays(group, fallback):
-        eta(group, where, base, way_out)
+    if decays(group, fallback):
+        if step_size is None:
+            eta(group, where, base, way_out)
+        if found is not None:
+            _warn_if_beside(found, base)
 
 
 def _warn_if_beside(found: probe.Found, base: Optimizer) -> None:
@@ -198,10 +199,18 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
     found = _measured(group, where, base)
     if found is None:
         return by_options
-    _warn_if_beside(found, base)
     if found.no_eta is not None:
         msg = f"{where} has no single step size for its decay: {found.no_eta}{way_out}"
         raise ValueError(msg)
+    _warn_if_beside(found, base)
+    if found.idle:
+        notices.warn_once(
+            base,
+            "idle",
+            -1,
+            f"{type(base).__name__} itself does not decay the weights of {where.partition(' of ')[0]}, whatever its "
+            "weight_decay is. The wrapper does. If it should not, give the group weight_decay=0",
+        )
     if found.unmeasured is not None:
         notices.warn_once(
             base,
@@ -220,6 +229,11 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
 
 def _measured(group: Group, where: str, base: Optimizer) -> probe.Found | None:
     return measured.find(base, group, where, lambda own, group: _by_options(group, where, own, ""))
+
+
+def look_anew(base: Optimizer, first: int = 0) -> None:
+    """Forget what was found out about the groups from index ``first`` on: their parameters may be others."""
+    measured.forget(base, [_where(i, base) for i in range(first, len(base.param_groups))])
 
 
 def coupling(group: Group, index: int, base: Optimizer) -> str | None:
@@ -271,11 +285,12 @@ def _by_options(group: Group, where: str, base: Optimizer, way_out: str) -> floa
 def own_decay(base: Optimizer) -> list[tuple[dict[str, Any], str, object]]:
     """The entries of the groups that turn the base's own decay off: a group, a key and the value for it."""
     entries: list[tuple[dict[str, Any], str, object]] = []
-    for group in base.param_groups:
+    for i, group in enumerate(base.param_groups):
         decay = group.get("weight_decay")
         if decay is not None and (isinstance(decay, Tensor) or decay != 0):
-            off = {"weight_decay": _OFF} | quirks.kept_while_off(base, group)
-            entries += [(group, key, value) for key, value in off.items()]
+            found = _measured(group, _where(i, base), base)
+            off = {"weight_decay": quirks.ALMOST_ZERO if found is not None and found.switches else _OFF}
+            entries += [(group, key, value) for key, value in (off | quirks.kept_while_off(base, group)).items()]
     return entries
 
 

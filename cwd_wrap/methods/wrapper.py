@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NOT_READ = {"initial_accumulator_value", "maximize"}  # by a step of Adagrad; and of others, unless it is there
 _PATIENCE = 60.0  # seconds that a state dict waits for a step in another thread
+_GLANCE = 0.2  # seconds that a repr waits
 
 
 _alive: "WeakSet[OptimizerWrapper]" = WeakSet()
@@ -83,6 +84,7 @@ class OptimizerWrapper(Contract):
         self._took: tuple[int, ...] = ()
         """The groups that took lam when it was last set."""
         self._start()
+        weight_decay.look_anew(base_optimizer)
         self._give_lam(lam)
         if lam is None and not isinstance(base_optimizer, OptimizerWrapper):  # which has said it
             self._warn_if_coupled()
@@ -114,7 +116,7 @@ class OptimizerWrapper(Contract):
         super()._start()
         self._buffers = Buffers()
         self._gradients = Gradients()
-        self._stream = Stream(self._seed, self.__dict__.pop("_steps_drawn", None))
+        self._stream = Stream(self._seed, self.__dict__.pop("_steps_taken", None))
         self.observer = None
         self._built_with = set(map(quirks.shapes, self.param_groups))
         self._groups = list(self.param_groups)
@@ -126,7 +128,7 @@ class OptimizerWrapper(Contract):
         _alive.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_steps_drawn": self._stream.steps}
+        return {**super().__getstate__(), "_steps_taken": self._stream.steps}
 
     def _method(self) -> Method:
         """The method with its current arguments."""
@@ -214,24 +216,33 @@ class OptimizerWrapper(Contract):
             return paths_of(self._method(), self.base_optimizer, lams, self.backend, self.path)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own."""
+        """Add a group to the base. It gets ``lam``, if that was given, unless it has a ``weight_decay`` of its own.
+
+        Raises what the constructor raises for such a group. It is not added then.
+        """
         if not isinstance(param_group, dict):
             msg = f"param_group must be a dict, but got {type(param_group).__name__}"
             raise TypeError(msg)
-        named = "weight_decay" in param_group
-        self._check_group(self.defaults | param_group | {"params": []}, len(self.param_groups), self._lam)
+        if isinstance(param_group.get("params"), Iterator):  # which can be read once
+            param_group["params"] = list(param_group["params"])
+        given, had = dict(param_group), set(self.state)
         super().add_param_group(param_group)
-        added = self.param_groups[-1]
-        if self._method().has_work(weight_decay.lam(added, self._lam)):
-            try:
-                self._check_weights(added, len(self.param_groups) - 1)
-            except ValueError:
-                self.param_groups.pop()
-                raise
-        self._built_with.add(quirks.shapes(added))
-        self._groups.append(added)
-        if self._lam is not None and not named and "weight_decay" in added:
+        added, index = self.param_groups[-1], len(self.param_groups) - 1
+        if self._lam is not None and "weight_decay" not in given and "weight_decay" in added:
             added["weight_decay"] = self._lam
+        weight_decay.look_anew(self.base_optimizer, index)
+        try:
+            self._check_base(self.base_optimizer)
+            self._check_group(added, index, self._lam)
+        except BaseException:
+            self.param_groups.pop()
+            for p in self.state.keys() - had:
+                del self.state[p]
+            param_group.clear()  # torch has written the defaults into it
+            param_group.update(given)
+            raise
+        self._built_with.add(quirks.shapes(added))
+        self._groups = list(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, key for key: checkpoints of the plain optimizer and of the wrapper are the same.
@@ -279,20 +290,32 @@ class OptimizerWrapper(Contract):
             return copies * copied_bytes(of_path.get("snapshot", []), of_path.get("pieces", []))
 
     def __repr__(self) -> str:
-        with self._between_steps("__repr__"):
-            lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+        """What it does, in a line. It raises nothing and waits for no step, since errors and debuggers print it."""
+        try:
+            if not self._lock.acquire(timeout=_GLANCE):
+                return f"{type(self).__name__}({self._owner}, in a step of another thread)"
             try:
-                taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
-                copied = f"{self.snapshot_bytes}"
-            except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
-                taken, copied = [str(self.path)], "?"
-            device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+                with self._between_steps("__repr__"):
+                    return self._described()
+            finally:
+                self._lock.release()
+        except Exception as error:  # noqa: BLE001  # of a group without its options, or of a wrapper that is half built
+            return f"<{type(self).__name__}, not described: {type(error).__name__}: {error!s:.100}>"
+
+    # ---- parts of the above
+
+    def _described(self) -> str:
+        lams = [weight_decay.lam(group, self._lam) for group in self.param_groups]
+        try:
+            taken = [of_group.path for of_group in self.paths() if of_group.path != "plain"]
+            copied = f"{self.snapshot_bytes}"
+        except ValueError:  # a loaded checkpoint rules out the path that the user forces: the next step says why
+            taken, copied = [str(self.path)], "?"
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         return (
             f"{type(self).__name__}({self._owner}, lam={_summary(lams)}, path={_summary(taken or ['plain'])}, "
             f"backend={self.backend or kernels.name(None, device)!r}, snapshot_bytes={copied})"
         )
-
-    # ---- parts of the above
 
     def _new_step(self, journal: Journal, count: bool) -> Step:
         return Step(self.base_optimizer, journal, lambda closure: self._plan_of_step(journal, closure, count))
@@ -350,7 +373,7 @@ class OptimizerWrapper(Contract):
         strength = weight_decay.Strength(self.base_optimizer, self._lam, self.step_size, self._way_out)
         check_pieces(method, strength, self._built_with)
         if method.draws:
-            self._stream.advance(self.base_optimizer)
+            self._stream.begin(self.base_optimizer)
         with torch.no_grad():
             plan = compile_plan(work, strength, self.path, closure=closure)
         if not fresh:

@@ -267,23 +267,37 @@ class Snapshot:
         self._fill = copying(copies, views, work.copy_on)
         each = iter(copies)
         self._x = [[next(each) for _ in of_group.parameters] for of_group in members]
+        self._asks = path == "snapshot" and _may_skip(work)
+        self._can_ask = self._asks and all(_can_ask(p) for of_group in members for p in of_group.parameters)
+        self._pushed = False  # is a gradient not 0?
+        self._pushed_each: list[Tensor] = []  # the same of each dense gradient, where asking takes long
         self.calls: list[Call] = []
 
     def begin(self) -> None:
         """Copy the weights, and note the gradients."""
         for copy, to, source in self._fill:
             copy(to, source)
+        self.note()
+
+    def note(self) -> None:
+        """Note the gradients. A base that skips the step may set them to 0."""
         self._work.note(self._members)
+        if not self._asks:
+            return
+        gradients = [g for members in self._members for g in members.gradients if g is not None]
+        if self._can_ask:
+            self._pushed = _any_pushed(gradients)
+        else:
+            self._pushed_each = [local_real_view(g).any() for g in gradients if not g.is_sparse]
 
     def end(self) -> None:
         """Compare, and apply the method."""
         work = self._work
-        asks = self._path == "snapshot" and _may_skip(work)
-        if asks and self._was_skipped():
+        if self._asks and self._was_skipped():
             return
         if not self.calls or not all(call.holds() for call in self.calls):  # the base may have replaced tensors
             self.calls = self._compare()
-        if asks:
+        if self._asks and not self._can_ask:
             self._mask_where_skipped()
         if work.method.reads_gradient:
             _check_gradients(work, self._members)
@@ -300,15 +314,15 @@ class Snapshot:
 
         `_mask_where_skipped` does without an answer, where one takes long or differs between ranks.
         """
-        of_groups = list(zip(self._members, self._x, strict=True))
-        if not all(_can_ask(p) for members in self._members for p in members.parameters):
+        if not self._can_ask:
             return False
+        of_groups = list(zip(self._members, self._x, strict=True))
         for members, x in reversed(of_groups):  # a head moves in nearly every step, an embedding may not
             rows = zip(members.parameters, members.gradients, x, strict=True)
             for p, g, before in reversed(list(rows)):
                 if g is not None and not torch.equal(local_real_view(p), before):
                     return False
-        return _skipped(self._work, [g for members in self._members for g in members.gradients if g is not None])
+        return _skipped(self._work, self._pushed)
 
     def _mask_where_skipped(self) -> None:
         """Make eta*lam 0 on a device where no weight moved although a gradient is not 0, without waiting to know.
@@ -316,18 +330,16 @@ class Snapshot:
         Ranks that share a weight find the same, and make the same calls, in which the method may count over them.
         """
         rows = [
-            (p, g, before)
+            (p, before)
             for members, x in zip(self._members, self._x, strict=True)
             for p, g, before in zip(members.parameters, members.gradients, x, strict=True)
             if g is not None and not g.is_sparse
         ]
-        if all(_can_ask(p) for p, *_ in rows):
-            return
         steps = {}
         for device in dict.fromkeys(p.device for p, *_ in rows):  # in one order on all ranks: `totals` communicates
             here = [row for row in rows if row[0].device == device]
-            moved = torch.stack([(local_real_view(p) != before).any() for p, _, before in here])
-            pushed = torch.stack([local_real_view(g).any() for _, g, _ in here])
+            moved = torch.stack([(local_real_view(p) != before).any() for p, before in here])
+            pushed = torch.stack([g for (p, _), g in zip(rows, self._pushed_each, strict=True) if p.device == device])
             found = totals([p for p, *_ in here], torch.stack([moved, pushed], dim=1).float()).any(0)
             steps[device] = found[0] | ~found[1]
         for bucket in [bucket for call in self.calls for bucket in call.buckets]:
@@ -391,9 +403,13 @@ class Rows:
         self._members = members
         self.calls: list[Call] = []
         self._before: list[tuple[Of, tuple[Tensor, ...], Tensor, Draws | None]] = []
+        parameters = [p for of_group in members for p in of_group.parameters]
+        self._asks = _may_skip(work) and all(map(_can_ask, parameters))
+        self._pushed = False
 
     def begin(self) -> None:
         """Copy the rows."""
+        self._pushed = self._asks and _any_pushed([cast("Tensor", g) for some in self._members for g in some.gradients])
         for of_group in self._members:
             for i, (p, g) in enumerate(zip(of_group.parameters, of_group.gradients, strict=True)):
                 indices = sparse_indices(cast("Tensor", g))
@@ -405,10 +421,9 @@ class Rows:
         parameters = [of.members.parameters[of.rows[0]] for of, *_ in self._before]
         moved = zip(parameters, self._before, strict=True)
         if (
-            _may_skip(self._work)
-            and all(map(_can_ask, parameters))
+            self._asks
             and all(torch.equal(local_real_view(p)[at], x) for p, (_, at, x, _) in moved)
-            and _skipped(self._work, [cast("Tensor", of.members.gradients[of.rows[0]]) for of, *_ in self._before])
+            and _skipped(self._work, self._pushed)
         ):
             return
         for row in self._before:
@@ -515,10 +530,16 @@ def _can_ask(p: Tensor) -> bool:
     return p.device.type == "cpu" and has_numbers(p) and not is_distributed(p)
 
 
-def _skipped(work: Work, gradients: Sequence[Tensor]) -> bool:
-    """True if one of the ``gradients`` of a step that moved no weight is not 0. Says so once."""
-    values = (g.coalesce().values() if g.is_sparse else local_real_view(g) for g in gradients)
-    if not any(bool(value.any()) for value in values):
+def _any_pushed(gradients: Sequence[Tensor]) -> bool:
+    """True if a gradient is not 0. Mostly the first few numbers of one show it."""
+    values = [g.coalesce().values() if g.is_sparse else local_real_view(g) for g in reversed(gradients)]
+    corners = (value[(slice(4),) * value.ndim] for value in values)
+    return any(bool(value.any()) for some in (corners, values) for value in some)
+
+
+def _skipped(work: Work, pushed: bool) -> bool:
+    """True if a gradient of a step that moved no weight was not 0 (``pushed``). Says so once."""
+    if not pushed:
         return False
     name = type(work.base).__name__
     notices.warn_once(

@@ -56,6 +56,8 @@ class Plan:
         """What comes after it."""
         try:
             _without_grad([path.end for path in reversed(self.paths)])
+            if self.work.method.draws:
+                self.work.stream.count()
         finally:
             self._let_go()
 

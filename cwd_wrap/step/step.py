@@ -1,6 +1,7 @@
 """One step: the base's own step with its decay off, and the method's rule around it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from cwd_wrap.bases import known, weight_decay
 from cwd_wrap.bases.journal import Journal
 from cwd_wrap.step.choice import steps_without_closure
-from cwd_wrap.step.paths import unhooked_step
+from cwd_wrap.step.paths import Snapshot, unhooked_step
 from cwd_wrap.step.plan import Plan, check_layouts
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Step:
         self._changes = False  # are there any to undo?
         self._own_readers: dict[str, Any] = {}  # those that the base has as attributes of the instance
         self._hooks: tuple[dict[int, Any], ...] = ()
-        self._closure: Closure | None = None  # if the base is to call it, else None
+        self._closure: Closure | None = None  # that of the user, if the base is to call it
+        self._closes = False  # does the base call a closure, which may be a hook's?
         self._grad = True  # the gradient mode before the step
         # The base's when the step began, for a step that never comes to the rule, and again when its decay was switched
         # off: a hook may have replaced them.
@@ -111,7 +113,7 @@ class Step:
         attributes.update(zip(_READERS, readers, strict=True))
         step: Callable[..., float | None] = base.step
         if is_unheard(base) and known.name(type(base)) is not None:
-            self._begin()
+            self._begin(self._closure is not None)
             step = unhooked_step(base)  # without torch's layer, which would find no hooks
         elif getattr(type(base).step, "hooked", False) and hasattr(base, "_optimizer_step_pre_hooks"):
             before, after = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
@@ -121,8 +123,8 @@ class Step:
             after[id(self)] = _untraced(self._after_base) if traced else self._after_base
             cast("OrderedDict[int, object]", after).move_to_end(id(self), last=False)
         else:
-            self._begin()
-        stepped = step() if self._closure is None else step(self._call_closure)
+            self._begin(self._closure is not None)
+        stepped = step() if self._closure is None else step(partial(self._call, self._closure))
         if self._plan is not None:  # the base did not fire its hooks
             self._end()
         return stepped
@@ -137,20 +139,26 @@ class Step:
 
         return read_between
 
-    def _before_base(self, *_: object) -> None:
+    def _before_base(self, _: object, args: Any, kwargs: Any) -> Any:
         self._depth += 1
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self._plan is None:  # also for a second step of the base within one: its `step` may be a user's function
-            self._begin()
+            self._begin(closure is not None)
+        if closure is None or not self._closes or getattr(closure, "func", None) == self._call:
+            return None
+        ours = partial(self._call, closure)  # a hook's closure
+        return (args, kwargs | {"closure": ours}) if "closure" in kwargs else ((args[0], ours, *args[2:]), kwargs)
 
     def _after_base(self, *_: object) -> None:
         self._depth -= 1
         if self._depth == 0:
             self._end()
 
-    def _begin(self) -> None:
+    def _begin(self, closure: bool) -> None:
         self.begun = True
+        self._closes = closure
         self._groups = list(self._base.param_groups)
-        self._plan = plan = self._make_plan(self._closure is not None)
+        self._plan = plan = self._make_plan(closure)
         for group, key, value in plan.own_decay:
             self._journal.put(group, key, value)
         plan.begin()
@@ -161,17 +169,18 @@ class Step:
         plan.end()
         self.done = plan
 
-    def _call_closure(self) -> float:
-        """The closure, for the base to call. The decay is restored meanwhile: the closure can read and set it."""
+    def _call(self, closure: Closure) -> float:
+        """Call ``closure`` for the base. The decay is restored meanwhile: the closure can read and set it."""
         weight_decay.on(self._base, self._journal, self._groups)
         with torch.enable_grad():
-            loss = cast("Closure", self._closure)()
+            loss = closure()
+        weight_decay.on(self._base, self._journal, self._groups)  # it may call the closure that the base was to call
         plan = cast("Plan", self._plan)
         for members, i in plan.members:
             members.eta_lam = 0.0 if i is None else plan.strength.eta_lam(i)
-        of_step = [members for members, _ in plan.members]
-        plan.work.note(of_step)
-        for members in of_step:
+        for path in plan.paths:
+            cast("Snapshot", path).note()  # with a closure there is no other path
+        for members, _ in plan.members:
             check_layouts(plan.work, members.gradients)
         self._groups = list(self._base.param_groups)
         for group, key, value in weight_decay.own_decay(self._base):
