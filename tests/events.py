@@ -125,7 +125,7 @@ class World:
         try:
             self.note(what, self._plain(act()))
         except Exception as error:
-            self.note(what, (type(error).__name__, re.sub("0x[0-9a-f]+", "0x...", str(error))))
+            self.note(what, (type(error).__name__, re.sub(r"0x[0-9a-f]+|\d{12,}", "<where>", str(error))))
 
     def _set_gradients(self) -> None:
         for p in self.known:

@@ -328,6 +328,22 @@ def test_a_weight_of_another_shape_is_copied_anew(path: PathOptions) -> None:
     torch.testing.assert_close(w.detach(), torch.full((2, 1), 0.7075))
 
 
+def test_a_forced_path_that_does_not_work_is_no_error_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once AdamW's step is someone else's, it takes no path in pieces: a step raises that, if it has a gradient."""
+    p = weight(1.0, grad=[1.0])
+    opt = CautiousDecay(AdamW([p], lr=0.1, weight_decay=0.5), path="pieces")
+    opt.step()
+    step = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self: step(self))
+    opt.zero_grad()
+    opt.step()
+    opt.step()
+    p.grad = torch.ones(1)
+
+    with pytest.raises(ValueError, match="path='pieces' does not work for param group 0 of AdamW"):
+        opt.step()
+
+
 def test_a_parameter_that_stays_on_another_path_gets_new_gradients() -> None:
     """A parameter whose counter one_pass cannot read takes the direction, with the gradients of each step."""
     histories = []

@@ -202,9 +202,17 @@ class _Group:
         )
 
     def _chosen(self, plan: Plan) -> str | None:
-        """The path of the group's members; None if nothing acts on them."""
+        """The path of the group's members; None if nothing acts on them, or the forced path cannot.
+
+        In a step with members to act on the latter is an error, which a new plan raises.
+        """
         work = plan.work
-        return choose(work.method, work.base, self._group, work.backend, plan.forced).path if self._worked else None
+        if not self._worked:
+            return None
+        try:
+            return choose(work.method, work.base, self._group, work.backend, plan.forced).path
+        except ValueError:
+            return None
 
 
 def _without_grad(acts: Sequence[Callable[[], None]]) -> None:
