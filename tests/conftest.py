@@ -15,6 +15,8 @@ from cwd_wrap.step import paths
 LIBRARIES = ("torch", "numba", "triton", "timm", "prodigyopt", "hypothesis")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+if not torch.cuda.is_available():  # torch's own would note for each absent kind of card where it was called: 2 ms
+    torch.manual_seed = torch.default_generator.manual_seed
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from cwd_wrap.kernels import _triton

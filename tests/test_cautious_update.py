@@ -371,16 +371,14 @@ def test_sparse_gradients_from_a_closure_are_refused_too() -> None:
 
 
 class MovesAfterItsParent(SGD):
-    """Takes its parent's step, then subtracts lr, and adds 1 if its group decays."""
+    """Takes its parent's step, then subtracts lr, and adds twice the group's weight_decay."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         super().step(closure)
         for group in self.param_groups:
             for p in group["params"]:
-                p.sub_(group["lr"])
-                if group["weight_decay"]:
-                    p.add_(1.0)
+                p.add_(2 * group["weight_decay"] - group["lr"])
 
 
 def test_a_base_that_moves_weights_after_its_parents_step() -> None:
