@@ -54,6 +54,7 @@ GPU_TESTS = (
 WEIGHTS = 100 if DRY else 1 << 26  # in all, for the speeds of the kernels
 TENSORS = 1 if DRY else 8
 TRIALS = 1 if DRY else 15
+WARM = 1 if DRY else 3  # steps before those that count
 Trial = tuple[str, Callable[[], object]]
 """A row's name, and a function that returns its value, or the tuple (value, unit, ratio, remark) or its beginning."""
 
@@ -285,7 +286,7 @@ def replay_of(step: Callable[[], object]) -> Callable[[], object]:
     """The replay of a graph of ``step``, after three steps on a side stream; without a card, the step itself."""
     if not DRY:
         return captured(step).replay
-    for _ in range(3):
+    for _ in range(WARM):
         step()
     return step
 
@@ -302,7 +303,7 @@ def graphs() -> Iterator[Trial]:
             step = replay_of(step)
             opt.drop_snapshot()
         else:
-            for _ in range(3):
+            for _ in range(WARM):
                 step()
         canaries = [torch.full((1 << 10 if DRY else 1 << 20,), 7.0, device=DEVICE) for _ in range(8)]
         after = []
@@ -342,7 +343,7 @@ def graphs() -> Iterator[Trial]:
                 opt.step()
 
             replay = replay_of(step) if graphed else step
-            for _ in range(4 if graphed else 7):
+            for _ in range(4 if graphed else 4 + WARM):
                 replay()
             found.append(weights(model.parameters()))
         torch.testing.assert_close(*found)
@@ -496,7 +497,7 @@ def sync() -> Iterator[Trial]:
         opt = wrapped(path, small_net(torch.bfloat16 if options else torch.float32), rate, **options)
         if observed:
             opt.observer = MaskMonitor()
-        for _ in range(3):
+        for _ in range(WARM):
             opt.step()
         waited()
         with ExitStack() as stack:

@@ -23,18 +23,18 @@ ROOT = Path(__file__).parents[1]
 NEEDS_A_CARD = {"card", "driver"}
 
 
-def dry(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, str]]]:
-    command = [sys.executable, "benchmarks/gpu_proof.py", "--dry", "--out", str(folder), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def rows_in(folder: Path) -> list[dict[str, str]]:
     with (folder / "rows.csv").open() as file:
-        return done, list(csv.DictReader(file))
+        return list(csv.DictReader(file))
 
 
 def test_every_row_that_can_run_without_a_card_does(tmp_path: Path) -> None:
     """All rows except those that need a card run in the interpreter on small tensors."""
     pytest.importorskip("triton")
-    done, rows = dry(tmp_path, "--here")
+    command = [sys.executable, "benchmarks/gpu_proof.py", "--dry", "--out", str(tmp_path), "--here"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    rows = rows_in(tmp_path)
     labels = [row["what"] for row in rows]
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,7 +48,8 @@ def test_every_row_that_can_run_without_a_card_does(tmp_path: Path) -> None:
 def test_a_part_in_a_process_of_its_own(tmp_path: Path) -> None:
     """A part in its own process, as on a card, gives its rows as printed lines, a table and a page."""
     pytest.importorskip("triton")
-    done, rows = dry(tmp_path, "--only", "large")
+    done = python("benchmarks/gpu_proof.py", "--dry", "--out", tmp_path, "--only", "large")
+    rows = rows_in(tmp_path)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert [row["what"] for row in rows if row["part"] == "large"] == ["direction", "snapshot", "one_pass, SGD"]

@@ -678,7 +678,7 @@ if __name__ == "__main__":
     if "import" in sys.argv:
         import cwd_wrap.timm
     for start_method in sys.argv[1].split(","):
-        loads = "loads" in sys.argv and start_method != "forkserver"
+        loads = "loads" in sys.argv
         torch.multiprocessing.start_processes(work, (start_method, loads), start_method=start_method)
 """
 
@@ -686,13 +686,12 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("launcher", "argv", "expected"),
     [
-        (["-m", "cwd_wrap.timm", "-m"], ["spawn"], ["CautiousDecayAdamW __mp_main__"]),
+        (["-m", "cwd_wrap.timm", "-m"], ["forkserver"], ["CautiousDecayAdamW __mp_main__"]),
         (
             ["-m", "cwd_wrap.timm"],
-            ["fork,forkserver,spawn", "loads"],
+            ["fork,spawn", "loads"],
             [
                 "CautiousDecayAdamW CautiousDecayAdamW __main__",
-                "CautiousDecayAdamW __mp_main__",
                 "CautiousDecayAdamW CautiousDecayAdamW __mp_main__",
             ],
         ),
