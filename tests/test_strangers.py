@@ -778,6 +778,33 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
+class CouplesVectors(Descends):
+    """Adds the decay of vectors to their gradients, in Adam, and decays others by ``rate`` * lr."""
+
+    def __init__(self, params: Any, weight_decay: float = 0.5, rate: float = 1.0) -> None:
+        super().__init__(params, weight_decay=weight_decay, rate=rate)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                vector = p.ndim == 1
+                if not vector:
+                    p.mul_(1 - group["rate"] * group["lr"] * group["weight_decay"])
+                g = p.grad + group["weight_decay"] * p if vector else p.grad
+                p.sub_(in_adam(self.state[p], g), alpha=group["lr"])
+
+
+class Signs(Descends):
+    """Steps by the sign of the gradient and the coupled decay, which flips few signs."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad + group["weight_decay"] * p).sign(), alpha=group["lr"])
+
+
 def with_attributes(**attributes: Any) -> list[nn.Parameter]:
     """Two parameters, one with attributes."""
     parameters = [weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])]
@@ -814,6 +841,14 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "an item of a parameter p.wd_mul": (
         lambda: ReadsItems(with_attributes(wd_mul=nn.Parameter(torch.tensor(0.5))), weight_decay=0.5),
         "differ in wd_mul",
+    ),
+    "couples vectors": (
+        lambda: CouplesVectors(a_vector_and_a_matrix(), rate=0.5),
+        "it decays some of its parameters through their gradients, and others in another way or not at all: give",
+    ),
+    "couples vectors, others do not decay": (
+        lambda: CouplesVectors(a_vector_and_a_matrix(), rate=0.0),
+        "it decays some of its parameters through their gradients, and others in another way or not at all: give",
     ),
     "skips vectors": (
         lambda: SkipsVectors(a_vector_and_a_matrix(), weight_decay=0.5),
@@ -1191,12 +1226,15 @@ class AddsToTheGradient(Descends):
                 p.sub_(in_adam(self.state[p], p.grad + group["weight_decay"] * p), alpha=group["lr"])
 
 
-def test_a_stranger_with_coupled_decay_is_accepted(silent: None) -> None:
-    """A coupled decay has no factor: eta is lr."""
-    p = weight(1.0, grad=[0.0])
-    CautiousDecay(AddsToTheGradient([p]), lam=0.5).step()
+@pytest.mark.parametrize("cls", [AddsToTheGradient, CouplesVectors, Signs])
+def test_a_stranger_with_coupled_decay_is_accepted(cls: Any, silent: None) -> None:
+    """A coupled decay has no factor: eta is lr. Other parameters may have no dimensions, or a decay by lr."""
+    parameters = [weight(1.0, grad=[0.0]), *(nn.Parameter(torch.ones([1] * ndim)) for ndim in (0, 2))]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    CautiousDecay(cls(parameters, weight_decay=0.0), lam=0.5).step()
 
-    assert pytest.approx(0.95) == p.item()
+    assert [pytest.approx(0.95)] * 3 == [p.item() for p in parameters]
 
 
 class NeedsAModel(Descends):

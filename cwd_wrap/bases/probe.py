@@ -178,27 +178,55 @@ def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
     )
 
 
+class _Factor(NamedTuple):
+    """What the decay of a parameter was multiplied by in a step."""
+
+    parameter: int
+    value: float
+    error: float
+    step: Taken
+
+    def fits(self, eta: Eta) -> bool:
+        return abs(self.value - _tried(eta, self.step)) <= _EXACT * self.value + self.error
+
+
 def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     on = copies.run(lam)
     if on[-1].own.param_groups[0]["weight_decay"] != lam:
         return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
-    factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
-    for x, w, v, step in _side_by_side(on, off):
+    factors: list[_Factor] = []
+    coupled: set[int] = set()
+    for i, x, w, v, step in _side_by_side(on, off):
         if (factor := _factor(x, w, v, lam)) is None:
-            return Found(coupled=True)
-        factors.append((factor, _noise(x, v) / lam, step))
+            coupled.add(i)
+        else:
+            factors.append(_Factor(i, factor, _noise(x, v) / lam, step))
+    if coupled:
+        why = _why_not_coupled(copies, [each for each in factors if each.parameter not in coupled], etas[0])
+        again = why is not None and lam == copies.lam  # it may be too small to flip a sign
+        return _step_size(copies, 512 * lam, off, etas) if again else Found(coupled=why is None, no_eta=why)
     if not factors:
         return Found(unmeasured="its first steps do not move the weights")
-    if not any(factor for factor, _, _ in factors):
+    if not any(each.value for each in factors):
         # No decay, or one that is too small to see.
         return Found(idle=_is_idle(copies, lam)) if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
     for i, eta in enumerate(etas):
-        if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
+        if all(each.fits(eta) for each in factors):
             return Found(eta=eta if i else None)
-    measured = [*dict.fromkeys(f"{factor:.3g} at lr={step.lr[0]:.3g}" for factor, _, step in factors)]
+    measured = [*dict.fromkeys(f"{each.value:.3g} at lr={each.step.lr[0]:.3g}" for each in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
     return Found(
         no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+    )
+
+
+def _why_not_coupled(copies: Copies, others: list[_Factor], eta: Eta) -> str | None:
+    """Why the decay of a group is not coupled although that of all parameters but ``others`` is; None if it is."""
+    if all(each.fits(eta) or each.step.before[each.parameter].numel() == 1 for each in others):
+        return None  # of one number any change is a multiple
+    return (
+        "measured, it decays some of its parameters through their gradients, and others in another way or not at all"
+        f"{_differing(copies)}: give these a group of their own, with weight_decay=0 if it does not decay them"
     )
 
 
@@ -210,15 +238,18 @@ def _is_idle(copies: Copies, lam: float) -> bool:
         return True
     copies.kinds, copies.originals = [(2, {})], copies.originals[:1]
     of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
-    return any(bool((w - v).abs().max() > _noise(x, v)) for x, w, v, _ in of_matrix)
+    return any(bool((w - v).abs().max() > _noise(x, v)) for _, x, w, v, _ in of_matrix)
 
 
-def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:
-    """The weights before the step, after it with decay and without, and the step; only where a step was made."""
+def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Taken]]:
+    """Each parameter's place, its weights before the step, after it with decay and without, and the step.
+
+    Only where a step was made.
+    """
     for with_decay, without in zip(on, off, strict=True):
-        for x, w, v in zip(without.before, with_decay.after, without.after, strict=True):
+        for i, (x, w, v) in enumerate(zip(without.before, with_decay.after, without.after, strict=True)):
             if not torch.equal(v, x):
-                yield x, w, v, without
+                yield i, x, w, v, without
 
 
 def _factor(x: Tensor, w: Tensor, v: Tensor, lam: float) -> float | None:
