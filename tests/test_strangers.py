@@ -4,6 +4,7 @@ They skip steps, accumulate gradients, hold other optimizers, multiply the decay
 learning rate, or keep weights under a constraint. The wrapper must give the right weights, or say why it cannot.
 """
 
+import enum
 import functools
 import gc
 import importlib
@@ -778,6 +779,26 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
+class ReadsAMark(Descends):
+    """Does not decay what has a mark, of any kind."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 0.0 if hasattr(p, "mark") else group["lr"]
+
+
+class Kind(enum.Enum):
+    """Of parameters."""
+
+    BIAS = 1
+
+
+class DecaysByWidth(Descends):
+    """Multiplies lr by the root of the ratio of a matrix's sides where it is wide."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (max(1, p.shape[1] / p.shape[0]) ** 0.5 if p.ndim == 2 else 1)
+
+
 class CouplesVectors(Descends):
     """Adds the decay of vectors to their gradients, in Adam, and decays others by ``rate`` * lr."""
 
@@ -841,6 +862,17 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "an item of a parameter p.wd_mul": (
         lambda: ReadsItems(with_attributes(wd_mul=nn.Parameter(torch.tensor(0.5))), weight_decay=0.5),
         "differ in wd_mul",
+    ),
+    **{
+        f"a mark, {mark!r}": (
+            functools.partial(lambda mark: ReadsAMark(with_attributes(mark=mark), weight_decay=0.5), mark),
+            r"by 0.05 at lr=0.05, 0 at lr=0.05.* \(its parameters differ in mark\)",
+        )
+        for mark in ("bias", None, Kind.BIAS, {"decay": False}, ("no", 1))
+    },
+    "by its width": (
+        lambda: DecaysByWidth([nn.Parameter(torch.ones(1, 2))], weight_decay=0.5),
+        "by 0.0577 at lr=0.05",
     ),
     "couples vectors": (
         lambda: CouplesVectors(a_vector_and_a_matrix(), rate=0.5),

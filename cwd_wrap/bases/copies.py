@@ -12,6 +12,7 @@ import random
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from numbers import Real
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -69,10 +70,13 @@ class Copies:
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.tells_apart = tells_apart(own, group)
         """True if there is one parameter for each of the group; else one for each kind."""
-        kinds = list({_kind(p): p for p in group["params"]}.values())[:100]
+        kinds = list({_kind(p): p for p in group["params"]}.values())
         self.originals: list[Tensor] = group["params"] if self.tells_apart else kinds
         # With their attributes as they are: an optimizer may call their methods.
-        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in _kind(p)[1]}) for p in self.originals]
+        self.kinds = [
+            ((ndim, wide), {name: _apart(vars(p)[name]) for name, _ in marks})
+            for p, (ndim, wide, marks) in zip(self.originals, map(_kind, self.originals), strict=True)
+        ]
         self.narrow = narrow(group)
 
     def run(
@@ -115,8 +119,9 @@ class Copies:
 
     def _parameters(self, dtype: torch.dtype) -> list[torch.nn.Parameter]:
         parameters = []
-        for ndim, attributes in self.kinds:
-            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=dtype))
+        for (ndim, wide), attributes in self.kinds:
+            shape = _SHAPE[:ndim][::-1] if wide else _SHAPE[:ndim]
+            p = torch.nn.Parameter(torch.ones(shape, device=self.device, dtype=dtype))
             vars(p).update({name: _apart(value) for name, value in attributes.items()})
             parameters.append(p)
         return parameters
@@ -148,17 +153,31 @@ class Copies:
         return own
 
 
-Kind = tuple[int, tuple[tuple[str, float], ...]]
+Kind = tuple[int, bool, tuple[tuple[str, str], ...]]
 
 
 def kinds(group: Mapping[str, Any]) -> list[Kind]:
-    """What a step can tell parameters apart by: the number of dimensions, and attributes (``p.wd_mul``)."""
+    """What a step can tell parameters apart by: dimensions, whether a matrix is wide, and attributes (``p.wd_mul``)."""
     return list(dict.fromkeys(map(_kind, group["params"])))
 
 
 def _kind(p: Tensor) -> Kind:
-    numbers = ((name, _apart(value)) for name, value in vars(p).items() if _is_number(value))
-    return p.ndim, tuple((name, float(value)) for name, value in numbers)
+    texts = ((name, _text(value)) for name, value in vars(p).items())
+    wide = p.ndim == 2 and p.shape[0] < p.shape[1]
+    return p.ndim, wide, tuple((name, text) for name, text in texts if text is not None)
+
+
+def _text(value: object) -> str | None:
+    """The same text for equal values. None for others than numbers, names and marks, and lists and dicts of them."""
+    if _is_number(value):
+        return repr(float(_apart(value)))
+    if value is None or isinstance(value, str | Enum | type):
+        return repr(value)
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        pairs = [[*value], [*value.values()]] if isinstance(value, dict) else [[*value]]
+        texts = [_text(each) for some in pairs for each in some]
+        return None if None in texts else f"{type(value).__name__}{texts}"
+    return None
 
 
 def _is_number(value: object) -> bool:
@@ -170,7 +189,7 @@ def _is_number(value: object) -> bool:
 
 
 def _apart(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:

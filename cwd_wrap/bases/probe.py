@@ -236,7 +236,7 @@ def _is_idle(copies: Copies, lam: float) -> bool:
         return False
     if copies.tells_apart:
         return True
-    copies.kinds, copies.originals = [(2, {})], copies.originals[:1]
+    copies.kinds, copies.originals = [((2, False), {})], copies.originals[:1]
     of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
     return any(bool((w - v).abs().max() > _noise(x, v)) for _, x, w, v, _ in of_matrix)
 
@@ -279,7 +279,9 @@ def _differing(copies: Copies) -> str:
     """The attributes in which the group's parameters differ, in brackets."""
     attributes = [attributes for _, attributes in copies.kinds]
     names = dict.fromkeys(name for each in attributes for name in each)
-    differing = [name for name in names if any(each.get(name) != attributes[0].get(name) for each in attributes)]
+    differing = [
+        name for name in names if any(name not in each or each[name] != attributes[0].get(name) for each in attributes)
+    ]
     if differing:
         return f" (its parameters differ in {', '.join(differing)})"
     return " (it tells its parameters apart)" if copies.tells_apart else ""
