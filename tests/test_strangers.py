@@ -14,6 +14,7 @@ import random
 import sys
 import warnings
 import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -960,6 +961,52 @@ class DecaysMatrices(DecaysSome):
         return p.ndim >= 2
 
 
+class DecaysByDefault(DecaysSome):
+    """By a dict that has an answer for all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return bool(self.kept[p])
+
+
+class DecaysByInfo(DecaysSome):
+    """By objects that hold parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not any(p is each.of for each in self.kept)
+
+
+class DecaysByFunction(DecaysSome):
+    """By a function that it is given, or all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self.kept or self.kept(p)
+
+
+class DecaysByConfig(DecaysSome):
+    """By an attribute of an object that it is given, or all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self.kept or p.ndim >= self.kept.least
+
+
+def has_dimensions(p: Tensor, least: int) -> bool:
+    return p.ndim >= least
+
+
+def at_least(least: int) -> Callable[[Tensor], bool]:
+    return lambda p: p.ndim >= least
+
+
+class AtLeast:
+    """The same as an object."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, p: Tensor) -> bool:
+        return p.ndim >= self.least
+
+
 TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter], Any]]] = {
     "names": (DecaysByName, lambda *_: ()),
     "names of one's own": (DecaysByOwnName, lambda *_: ["a.bias", "a.weight"]),
@@ -968,6 +1015,13 @@ TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter]
     "a set of parameters": (DecaysByObject, lambda bias, _: {bias}),
     "a list of parameters": (DecaysByObject, lambda bias, _: [bias]),
     "a dict of lists": (DecaysByObject, lambda bias, _: {bias: [1, 2]}),
+    "a deque": (DecaysByObject, lambda bias, _: deque([bias])),
+    "a dict with a default": (DecaysByDefault, lambda bias, _: defaultdict(lambda: True, {bias: False})),
+    "objects": (DecaysByInfo, lambda bias, _: [SimpleNamespace(of=bias)]),
+    "a function with a cell": (DecaysByFunction, lambda *_: at_least(2)),
+    "a partial": (DecaysByFunction, lambda *_: functools.partial(has_dimensions, least=2)),
+    "an object to call": (DecaysByFunction, lambda *_: AtLeast(2)),
+    "an object": (DecaysByConfig, lambda *_: SimpleNamespace(least=2)),
     "shape": (DecaysMatrices, lambda *_: ()),
 }
 
@@ -981,7 +1035,7 @@ def test_a_stranger_that_decays_some_parameters_of_a_group_is_refused(cls: Any, 
     build = functools.partial(cls, weight_decay=0.5, kept=kept(bias, matrix))
     with pytest.raises(ValueError, match=r"by 0 at lr=0.05, 0.05 at lr=0.05.*: give the group weight_decay=0"):
         CautiousDecay(build(named))
-    if cls is DecaysByOwnName:  # its names are for one group
+    if cls in {DecaysByOwnName, DecaysByDefault}:  # what they keep is for one group
         return
     CautiousDecay(build([{"params": named[:1], "weight_decay": 0.0}, {"params": named[1:]}])).step()
 
@@ -1303,10 +1357,29 @@ def one_rank() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def by_ids(*parameters: Tensor) -> Callable[[Tensor], bool]:
+    ids = {id(p) for p in parameters}
+    return lambda p: id(p) in ids
+
+
+class DecaysAll(DecaysSome):
+    """In spite of what it keeps."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return True
+
+
+def of_one(kept: Callable[[nn.Parameter], Any]) -> Optimizer:
+    return DecaysAll([p := weight(1.0)], weight_decay=0.5, kept=kept(p))
+
+
 UNMEASURED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "needs a model": (lambda: NeedsAModel(nn.Linear(1, 1), weight_decay=0.5), "'list' object has no"),
     "communicates": (lambda: Communicates([weight(1.0)], weight_decay=0.5), "its step communicates with other ranks"),
     "holds a large object": (lambda: HasASchedule([weight(1.0)]), "its group holds a SimpleNamespace as schedule"),
+    "a function of ids": (lambda: of_one(by_ids), "its kept, a function, cannot be copied"),
+    "a module": (lambda: of_one(lambda _: nn.Identity()), "its kept, a Identity, cannot be copied"),
+    "many numbers": (lambda: of_one(lambda _: torch.ones(3)), "its kept, a Tensor, cannot be copied"),
 }
 
 

@@ -11,6 +11,7 @@ import io
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from numbers import Real
@@ -27,7 +28,9 @@ from cwd_wrap.bases import quirks
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
 _SMALL_D = 2.0**-6
-_SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
+_SCALARS = (Real, complex, str, Enum, type, torch.dtype, torch.device, type(None))
+_ROWS = (list, tuple, set, frozenset, deque)
+_FUNCTIONS = (FunctionType, functools.partial)
 _OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
 
 
@@ -133,8 +136,9 @@ class Copies:
         own_ids = {id(p) for group in original.param_groups for p in group["params"]}
         attributes = {
             name: _with_twins(value, twins) if _refers(value, set(twins)) else copy.deepcopy(value)
-            for name, value in vars(original).items()
-            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value, own_ids=own_ids if self.tells_apart else ())
+            for name, value in _attributes(original).items()
+            if _is_plain(value, own_ids=own_ids if self.tells_apart else ())
+            and not (isinstance(value, _FUNCTIONS) and _refers(value, set(twins)))
         }
         options = copy.deepcopy(self.options)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
@@ -150,7 +154,29 @@ class Copies:
             {name: value for name, value in attributes.items() if not any(value == each for each in decays - {0, None})}
         )
         own.param_groups[0].update(options)
+        for name, value in _attributes(original).items():
+            if name not in attributes and not _same_kind(value, vars(own).get(name)) and self._decides(value):
+                msg = f"its {name}, a {type(value).__name__}, cannot be copied"
+                raise TypeError(msg)
         return own
+
+    def _decides(self, value: object) -> bool:
+        """True if steps may depend on an attribute: one to call, with parameters, or a tensor from before any step."""
+        ids = set(map(id, self.group["params"]))
+        return callable(value) or _refers(value, ids) or (hasattr(value, "__array__") and not self.own.state)
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes that a class of optimizers has for itself."""
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if not name.startswith(_OF_THE_ORIGINAL) and not hasattr(Optimizer, name)  # a scheduler replaces `step`
+    }
+
+
+def _same_kind(a: object, b: object) -> bool:
+    return type(a) is type(b) and getattr(a, "__code__", None) is getattr(b, "__code__", None)
 
 
 Kind = tuple[int, bool, tuple[tuple[str, str], ...]]
@@ -208,12 +234,7 @@ def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
     An attribute refers to parameters if it holds them or their ids, or a name for each.
     """
     ids, number = set(map(id, group["params"])), len(group["params"])
-    attributes = [
-        value
-        for layer in (own, *quirks.holders(own, group))
-        for name, value in vars(layer).items()
-        if not name.startswith(_OF_THE_ORIGINAL)
-    ]
+    attributes = [value for layer in (own, *quirks.holders(own, group)) for value in _attributes(layer).values()]
     named = (isinstance(each, list | tuple) and all(isinstance(name, str) for name in each) for each in attributes)
     return bool(group.get("param_names")) or any(
         (is_named and len(each) == number) or _refers(each, ids)
@@ -223,10 +244,25 @@ def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
 
 def _refers(value: object, ids: Collection[int], depth: int = 3) -> bool:
     """True if the value is, or contains, one of the parameters with these ids, or one of the ids."""
-    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
+    inside = _inside(value) if depth else None
+    if inside is not None:
         return any(_refers(each, ids, depth - 1) for each in inside)
     return (id(value) if isinstance(value, Tensor) else value if type(value) is int else None) in ids
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """What a container, a function or an object holds; None for others."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, _ROWS):
+        return [*value]
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or ()]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, Tensor | MethodType | torch.nn.Module | Optimizer | type) or not hasattr(value, "__dict__"):
+        return None
+    return [*vars(value).values()]
 
 
 def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
@@ -241,31 +277,42 @@ def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
         return id(twins[value])
     if isinstance(value, dict):
         pairs = ((key, each) for key, each in value.items() if not is_left_out(key) and not is_left_out(each))
-        return {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
-    if isinstance(value, list | tuple | set | frozenset):
+        inside = {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
+        value = copy.copy(value)
+        value.clear()
+        value.update(inside)
+        return value
+    if isinstance(value, _ROWS):
         return type(value)(_with_twins(each, twins) for each in value if not is_left_out(each))
-    return copy.deepcopy(value)
+    if not _refers(value, set(twins)):
+        return copy.deepcopy(value)
+    if isinstance(value, _FUNCTIONS):
+        msg = f"it has a {type(value).__name__} that refers to parameters"
+        raise TypeError(msg)
+    value = copy.copy(value)
+    vars(value).update({name: _with_twins(each, twins) for name, each in vars(value).items()})
+    return value
 
 
-def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = ()) -> bool:
+def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = (), objects: bool = True) -> bool:
     """True if a copy of the value is small, and does not lead back to the optimizer, but to parameters of ``own_ids``.
 
-    An ``option`` of a group may also be a small tensor, or an object with plain attributes (a schedule).
+    An object is plain if all that it holds is. An ``option`` of a group may also be a small tensor, or an object that
+    holds others (a schedule).
     """
-    inside = functools.partial(_is_plain, option=option, own_ids=own_ids)
+    inside = functools.partial(_is_plain, option=option, own_ids=own_ids, objects=objects)
     if isinstance(value, Tensor):
-        return id(value) in own_ids or (option and value.numel() <= 16)
-    if isinstance(value, MethodType | functools.partial | torch.nn.Module | Optimizer):
+        return id(value) in own_ids or value.ndim == 0 or (option and value.numel() <= 16)
+    if isinstance(value, MethodType | torch.nn.Module | Optimizer):
         return False
-    if isinstance(value, FunctionType):
-        return not value.__closure__
     if isinstance(value, dict):
         return all(map(inside, [*value.values(), *(key for key in value if isinstance(key, Tensor))]))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(inside, value))
-    return isinstance(value, _SCALARS) or (
-        option and hasattr(value, "__dict__") and _is_plain(vars(value), option=True)
-    )
+    if isinstance(value, (*_ROWS, *_FUNCTIONS)):
+        return all(map(inside, _inside(value) or ()))
+    if isinstance(value, _SCALARS):
+        return True
+    inside = functools.partial(inside, objects=option)
+    return objects and hasattr(value, "__dict__") and all(map(inside, vars(value).values()))
 
 
 class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]
