@@ -780,6 +780,19 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
+class Schedules(Descends):
+    """Multiplies lr by a schedule of its own, over the steps that it counts in the ``place``."""
+
+    def __init__(self, params: Any, rule: Callable[[int], float], place: str = "state", **options: Any) -> None:
+        super().__init__(params, weight_decay=0.5, **options)
+        self.rule, self.place, self.steps = rule, place, 0
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        kept: Any = {"state": self.state[p], "group": group, "attribute": vars(self)}[self.place]
+        kept["steps"] = kept.get("steps", torch.zeros(()) if self.place == "state" else 0) + 1
+        return group["lr"] * self.rule(int(kept["steps"]))
+
+
 class ReadsAMark(Descends):
     """Does not decay what has a mark, of any kind."""
 
@@ -870,6 +883,17 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
             r"by 0.05 at lr=0.05, 0 at lr=0.05.* \(its parameters differ in mark\)",
         )
         for mark in ("bias", None, Kind.BIAS, {"decay": False}, ("no", 1))
+    },
+    **{
+        f"{name}, counted in {place}": (
+            functools.partial(lambda rule, place: Schedules([weight(1.0)], rule, place), rule, place),
+            f"by {first} in its first steps, but by {later} at the same lr after a thousand",
+        )
+        for place in ("state", "group", "attribute")
+        for name, rule, first, later in (
+            ("a cosine", lambda t: math.cos(t / 1000) ** 2, "0.05", "0.0137"),
+            ("a late begin", lambda t: t > 100, "0", "0.05"),
+        )
     },
     "by its width": (
         lambda: DecaysByWidth([nn.Parameter(torch.ones(1, 2))], weight_decay=0.5),
@@ -1321,6 +1345,17 @@ def test_a_stranger_with_coupled_decay_is_accepted(cls: Any, silent: None) -> No
     CautiousDecay(cls(parameters, weight_decay=0.0), lam=0.5).step()
 
     assert [pytest.approx(0.95)] * 3 == [p.item() for p in parameters]
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda t: 1.0, lambda t: (1.0, 1.0, 1.0, 1.0)[t]], ids=["counts", "has a short table"]
+)
+def test_a_stranger_that_counts_its_steps_is_accepted(rule: Any, silent: None) -> None:
+    """Where the decay does not change with the steps, or where later steps cannot be tried."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(Schedules([p], rule)).step()
+
+    assert pytest.approx(0.95) == p.item()
 
 
 class NeedsAModel(Descends):

@@ -27,6 +27,7 @@ from cwd_wrap.bases import quirks
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
+_MORE = 1016  # steps: the third is then number 1019. It is prime, since some optimizers do more in each k-th step
 _SMALL_D = 2.0**-6
 _SCALARS = (Real, complex, str, Enum, type, torch.dtype, torch.device, type(None))
 _ROWS = (list, tuple, set, frozenset, deque)
@@ -90,16 +91,20 @@ class Copies:
         size: float = 1.0,
         slope: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        late: bool = False,
     ) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
         ``slope`` multiplies the gradients, and ``size`` the weights after the first step. ``dtype`` is that of both.
         With the slope 0 the learning rate is 1 at least, since only a decay moves the weights, perhaps a small one.
+        In a ``late`` run the optimizer's counters of steps say before the last one that many more were made.
         """
         parameters = self._parameters(dtype)
         own = self._build(self.own, parameters, decay)
-        taken = []
+        taken, counted = [], [_numbers(own)]
         for number, rate in enumerate(_RATES):
+            if late and number == len(_RATES) - 1:
+                _count_on(*counted[-2:])
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
@@ -118,6 +123,8 @@ class Copies:
             taken.append(Taken(own, group, before, [p.detach().clone() for p in parameters]))
             if taken[-1].lr[0] != taken[-1].lr[1]:
                 break
+            if late:
+                counted.append(_numbers(own))
         return taken
 
     def _parameters(self, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -164,6 +171,31 @@ class Copies:
         """True if steps may depend on an attribute: one to call, with parameters, or a tensor from before any step."""
         ids = set(map(id, self.group["params"]))
         return callable(value) or _refers(value, ids) or (hasattr(value, "__array__") and not self.own.state)
+
+
+Numbers = dict[tuple[int, Any], tuple[Any, Any]]
+"""Where each number is: a dict and a key, and what it is."""
+
+
+def _numbers(own: Optimizer) -> Numbers:
+    """The numbers in the state, the groups and the attributes of an optimizer and of those inside."""
+    found: Numbers = {}
+    for layer in quirks.all_layers(own):
+        for where in (
+            vars(layer),
+            *layer.param_groups,
+            *(each for each in layer.state.values() if hasattr(each, "items")),
+        ):
+            numbers = ((key, value) for key, value in where.items() if _is_number(value) and type(value) is not bool)
+            found |= {(id(where), key): (where, _apart(value)) for key, value in numbers}
+    return found
+
+
+def _count_on(before: Numbers, now: Numbers) -> None:
+    """Add many steps to the numbers that the last step has increased by 1."""
+    for (where, key), (owner, value) in now.items():
+        if (where, key) in before and value - before[where, key][1] == 1:
+            owner[key] += _MORE
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

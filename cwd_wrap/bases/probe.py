@@ -38,6 +38,11 @@ _ANOTHER_AT_0 = (
 _EXACT = 5e-3  # relative: a decay by division, w / (1 + eta*lam), differs by 1e-3
 
 
+def _none(_: Optimizer, group: Group) -> float:
+    del group
+    return 0.0
+
+
 def _one(_: Optimizer, group: Group) -> float:
     del group
     return 1.0
@@ -209,15 +214,41 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
         return Found(unmeasured="its first steps do not move the weights")
     if not any(each.value for each in factors):
         # No decay, or one that is too small to see.
-        return Found(idle=_is_idle(copies, lam)) if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
+        again = lam == copies.lam
+        return _step_size(copies, 512 * lam, off, etas) if again else _of_none(copies, lam)
     for i, eta in enumerate(etas):
         if all(each.fits(eta) for each in factors):
-            return Found(eta=eta if i else None)
+            return _later(copies, lam, eta) or Found(eta=eta if i else None)
+    return Found(no_eta=_measured(copies, factors))
+
+
+def _measured(copies: Copies, factors: list[_Factor]) -> str:
     measured = [*dict.fromkeys(f"{each.value:.3g} at lr={each.step.lr[0]:.3g}" for each in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
-    return Found(
-        no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
-    )
+    return f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+
+
+def _of_none(copies: Copies, lam: float) -> Found:
+    return _later(copies, lam, _none) or Found(idle=_is_idle(copies, lam))
+
+
+def _later(copies: Copies, lam: float, eta: Eta) -> Found | None:
+    """What was found if ``eta`` is not the step size after many steps (a schedule in the optimizer); None if it is."""
+    if copies.inside:
+        return None  # what it has counted may be the steps until it pulls back
+    try:
+        on, off = copies.run(lam, late=True), copies.run(lam, off=True, late=True)
+    except Exception:  # noqa: BLE001  # a table may have fewer rows
+        return None
+    for i, x, w, v, step in _side_by_side(on[2:], off[2:]):
+        value = _factor(x, w, v, lam)
+        if value is not None and not _Factor(i, value, _noise(x, v) / lam, step).fits(eta):
+            first = _tried(eta, step)
+            return Found(
+                no_eta=f"measured, it multiplies weight_decay by {first:.3g} in its first steps, but by {value:.3g} at "
+                "the same lr after a thousand: give the group weight_decay=0"
+            )
+    return None
 
 
 def _why_not_coupled(copies: Copies, others: list[_Factor], eta: Eta) -> str | None:
