@@ -1092,6 +1092,17 @@ def test_a_stranger_that_may_tell_parameters_apart_but_does_not_is_accepted(cls:
     assert [pytest.approx(0.95), 1.0] == [p.item(), other.item()]
 
 
+def test_attributes_of_parameters_may_refer_to_one_another(silent: None) -> None:
+    """A dict that holds itself is left out of a measurement; so is an object."""
+    p = weight(1.0, grad=[0.0])
+    kept: dict[str, Any] = {"object": object()}
+    kept["kept"] = kept
+    vars(p)["kept"] = kept
+    CautiousDecay(Descends([p], weight_decay=0.5)).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
 def test_without_its_schedule_or_multipliers_a_stranger_is_accepted(silent: None) -> None:
     """The options and attributes in use count: without warm-up, multipliers or vectors eta is lr."""
     for base in (

@@ -142,10 +142,10 @@ class Copies:
         twins = {id(p): twin for p, twin in zip(self.originals, parameters, strict=True)}
         own_ids = {id(p) for group in original.param_groups for p in group["params"]}
         attributes = {
-            name: _with_twins(value, twins) if _refers(value, set(twins)) else copy.deepcopy(value)
+            name: _with_twins(value, twins) if _refers(value, twins) else copy.deepcopy(value)
             for name, value in _attributes(original).items()
             if _is_plain(value, own_ids=own_ids if self.tells_apart else ())
-            and not (isinstance(value, _FUNCTIONS) and _refers(value, set(twins)))
+            and not (isinstance(value, _FUNCTIONS) and _refers(value, twins))
         }
         options = copy.deepcopy(self.options)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
@@ -225,15 +225,15 @@ def _kind(p: Tensor) -> Kind:
     return p.ndim, wide, tuple((name, text) for name, text in texts if text is not None)
 
 
-def _text(value: object) -> str | None:
+def _text(value: object, depth: int = 3) -> str | None:
     """The same text for equal values. None for others than numbers, names and marks, and lists and dicts of them."""
     if _is_number(value):
         return repr(float(_apart(value)))
     if value is None or isinstance(value, str | Enum | type):
         return repr(value)
-    if isinstance(value, dict | list | tuple | set | frozenset):
+    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
         pairs = [[*value], [*value.values()]] if isinstance(value, dict) else [[*value]]
-        texts = [_text(each) for some in pairs for each in some]
+        texts = [_text(each, depth - 1) for some in pairs for each in some]
         return None if None in texts else f"{type(value).__name__}{texts}"
     return None
 
@@ -305,8 +305,8 @@ def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
 
     if isinstance(value, Tensor):
         return twins[id(value)]
-    if type(value) is int and value in twins:
-        return id(twins[value])
+    if isinstance(value, _SCALARS):
+        return id(twins[value]) if type(value) is int and value in twins else value
     if isinstance(value, dict):
         pairs = ((key, each) for key, each in value.items() if not is_left_out(key) and not is_left_out(each))
         inside = {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
@@ -316,7 +316,7 @@ def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
         return value
     if isinstance(value, _ROWS):
         return type(value)(_with_twins(each, twins) for each in value if not is_left_out(each))
-    if not _refers(value, set(twins)):
+    if not _refers(value, twins):
         return copy.deepcopy(value)
     if isinstance(value, _FUNCTIONS):
         msg = f"it has a {type(value).__name__} that refers to parameters"
