@@ -1446,6 +1446,28 @@ def test_a_stranger_that_cannot_be_measured_warns_once(build: Any, why: str, one
     assert pytest.approx(0.95) == opt.param_groups[0]["params"][0].flatten()[0].item()
 
 
+class TakesItsParametersByName(Optimizer):
+    """Calls its decay wd, and takes lr first, as Moonlight's Muon."""
+
+    def __init__(self, lr: float = 0.1, wd: float = 0.5, parameters: Any = None) -> None:
+        super().__init__(parameters, {"lr": lr, "wd": wd})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["wd"]).add_(p.grad, alpha=-group["lr"])
+
+
+def test_a_decay_that_cannot_be_measured_may_have_another_name() -> None:
+    """The warning says that it stays on beside the wrapper's: 1 * 0.95 - 0.05."""
+    p = weight(1.0, grad=[0.0])
+    with pytest.warns(UserWarning, match=r"could not be measured.* under another name, that stays on: pass 0 for it\."):
+        CautiousDecay(TakesItsParametersByName(parameters=[p]), lam=0.5).step()
+
+    assert pytest.approx(0.90) == p.item()
+
+
 class Noisy(Descends):
     """Draws from all generators, prints, and counts its steps."""
 
