@@ -614,11 +614,26 @@ class DecaysByDividing(Descends):
                 p.sub_(p.grad, alpha=group["lr"]).div_(1 + group["lr"] * group["weight_decay"])
 
 
+class KeepsInState(Descends):
+    """1, if its state says so, or an attribute with a name that begins like that of the state."""
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, *, fixed: bool = False, state_fixed: bool = False
+    ) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.state["fixed"], self.state_is_fixed = fixed, state_fixed
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 1.0 if self.state["fixed"] or self.state_is_fixed else group["lr"]
+
+
 MEASURED: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
     "lr": (Descends, [0.1, 0.05, 0.025]),
     "lr / initial_lr": (DecaysByRatio, [1.0, 0.5, 0.25]),
     "lr / _init_lr": (DecaysByRatioInside, [1.0, 0.5, 0.25]),
     "1": (functools.partial(DecaysFixed, fixed=True), [1.0, 1.0, 1.0]),
+    "1, by the state": (functools.partial(KeepsInState, fixed=True), [1.0, 1.0, 1.0]),
+    "1, by an attribute state_": (functools.partial(KeepsInState, state_fixed=True), [1.0, 1.0, 1.0]),
     "lr, by an attribute": (DecaysFixed, [0.1, 0.05, 0.025]),
     "lr**2 / max_lr": (DecaysBySquare, [0.1, 0.025, 0.00625]),
     "lr, by dividing": (DecaysByDividing, [0.1, 0.05, 0.025]),

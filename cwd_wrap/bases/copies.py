@@ -32,7 +32,7 @@ _SMALL_D = 2.0**-6
 _SCALARS = (Real, complex, str, Enum, type, torch.dtype, torch.device, type(None))
 _ROWS = (list, tuple, set, frozenset, deque)
 _FUNCTIONS = (FunctionType, functools.partial)
-_OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
+_OF_THE_ORIGINAL = ("param_groups", "state")  # attributes that a copy has for itself
 
 
 class Taken(NamedTuple):
@@ -161,6 +161,10 @@ class Copies:
             {name: value for name, value in attributes.items() if not any(value == each for each in decays - {0, None})}
         )
         own.param_groups[0].update(options)
+        made: Any = getattr(own, "state", {})
+        for key, value in getattr(original, "state", {}).items():
+            if isinstance(key, str) and key in made and _is_plain(value):
+                made[key] = copy.deepcopy(value)
         for name, value in _attributes(original).items():
             if name not in attributes and not _same_kind(value, vars(own).get(name)) and self._decides(value):
                 msg = f"its {name}, a {type(value).__name__}, cannot be copied"
@@ -203,7 +207,9 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(optimizer).items()
-        if not name.startswith(_OF_THE_ORIGINAL) and not hasattr(Optimizer, name)  # a scheduler replaces `step`
+        if name not in _OF_THE_ORIGINAL
+        and not name.startswith("_optimizer_")  # hooks
+        and not hasattr(Optimizer, name)  # a scheduler replaces `step`
     }
 
 
