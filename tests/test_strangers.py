@@ -1384,6 +1384,32 @@ def test_a_stranger_that_counts_its_steps_is_accepted(rule: Any, silent: None) -
     assert pytest.approx(0.95) == p.item()
 
 
+class MakesBuffers(Descends):
+    """Keeps what its first step makes in a dict by id, and in a list."""
+
+    buffers: Any = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if self.buffers is None:
+            self.buffers, self.flat = {id(p): torch.zeros_like(p) for p in parameters}, torch.zeros(len(parameters))
+        for p in parameters:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            self.buffers[id(p)].add_(p.grad)
+        super().step()
+
+
+def test_a_stranger_may_be_wrapped_after_steps_that_made_its_buffers(silent: None) -> None:
+    """The copies make buffers of their own."""
+    p = weight(1.0, grad=[0.0])
+    base = MakesBuffers([p], weight_decay=0.0)
+    base.step()
+    CautiousDecay(base, lam=0.5).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
 class NeedsAModel(Descends):
     """Is built from a model."""
 

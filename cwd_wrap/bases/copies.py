@@ -172,9 +172,10 @@ class Copies:
         return own
 
     def _decides(self, value: object) -> bool:
-        """True if steps may depend on an attribute: one to call, with parameters, or a tensor from before any step."""
-        ids = set(map(id, self.group["params"]))
-        return callable(value) or _refers(value, ids) or (hasattr(value, "__array__") and not self.own.state)
+        """True if steps may depend on an attribute: one to call, or a tensor or parameters from before any step."""
+        if callable(value) or self.own.state:  # a step may have made the others
+            return callable(value)
+        return hasattr(value, "__array__") or _refers(value, set(map(id, self.group["params"])))
 
 
 Numbers = dict[tuple[int, Any], tuple[Any, Any]]
