@@ -1384,6 +1384,15 @@ def test_a_stranger_that_counts_its_steps_is_accepted(rule: Any, silent: None) -
     assert pytest.approx(0.95) == p.item()
 
 
+def test_a_function_of_a_stranger_may_have_an_empty_cell(silent: None) -> None:
+    """As one that refers to a name that has no value yet."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(DecaysAll([p], weight_decay=0.5, kept=lambda: later)).step()
+    later = None
+
+    assert pytest.approx(0.95) == p.item()
+
+
 class MakesBuffers(Descends):
     """Keeps what its first step makes in a dict by id, and in a list."""
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from numbers import Real
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -296,7 +296,7 @@ def _inside(value: Any) -> list[Any] | None:
     if isinstance(value, _ROWS):
         return [*value]
     if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or ()]
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # which is empty
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, Tensor | MethodType | torch.nn.Module | Optimizer | type) or not hasattr(value, "__dict__"):
