@@ -4,6 +4,7 @@ They skip steps, accumulate gradients, hold other optimizers, multiply the decay
 learning rate, or keep weights under a constraint. The wrapper must give the right weights, or say why it cannot.
 """
 
+import enum
 import functools
 import gc
 import importlib
@@ -13,6 +14,7 @@ import random
 import sys
 import warnings
 import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -612,11 +614,26 @@ class DecaysByDividing(Descends):
                 p.sub_(p.grad, alpha=group["lr"]).div_(1 + group["lr"] * group["weight_decay"])
 
 
+class KeepsInState(Descends):
+    """1, if its state says so, or an attribute with a name that begins like that of the state."""
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, weight_decay: float = 0.0, *, fixed: bool = False, state_fixed: bool = False
+    ) -> None:
+        super().__init__(params, lr, weight_decay)
+        self.state["fixed"], self.state_is_fixed = fixed, state_fixed
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 1.0 if self.state["fixed"] or self.state_is_fixed else group["lr"]
+
+
 MEASURED: dict[str, tuple[Callable[..., Optimizer], list[float]]] = {
     "lr": (Descends, [0.1, 0.05, 0.025]),
     "lr / initial_lr": (DecaysByRatio, [1.0, 0.5, 0.25]),
     "lr / _init_lr": (DecaysByRatioInside, [1.0, 0.5, 0.25]),
     "1": (functools.partial(DecaysFixed, fixed=True), [1.0, 1.0, 1.0]),
+    "1, by the state": (functools.partial(KeepsInState, fixed=True), [1.0, 1.0, 1.0]),
+    "1, by an attribute state_": (functools.partial(KeepsInState, state_fixed=True), [1.0, 1.0, 1.0]),
     "lr, by an attribute": (DecaysFixed, [0.1, 0.05, 0.025]),
     "lr**2 / max_lr": (DecaysBySquare, [0.1, 0.025, 0.00625]),
     "lr, by dividing": (DecaysByDividing, [0.1, 0.05, 0.025]),
@@ -778,6 +795,66 @@ class SkipsVectors(Descends):
         return group["lr"] if p.ndim > 1 else 0.0
 
 
+class Schedules(Descends):
+    """Multiplies lr by a schedule of its own, over the steps that it counts in the ``place``."""
+
+    def __init__(self, params: Any, rule: Callable[[int], float], place: str = "state", **options: Any) -> None:
+        super().__init__(params, weight_decay=0.5, **options)
+        self.rule, self.place, self.steps = rule, place, 0
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        kept: Any = {"state": self.state[p], "group": group, "attribute": vars(self)}[self.place]
+        kept["steps"] = kept.get("steps", torch.zeros(()) if self.place == "state" else 0) + 1
+        return group["lr"] * self.rule(int(kept["steps"]))
+
+
+class ReadsAMark(Descends):
+    """Does not decay what has a mark, of any kind."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return 0.0 if hasattr(p, "mark") else group["lr"]
+
+
+class Kind(enum.Enum):
+    """Of parameters."""
+
+    BIAS = 1
+
+
+class DecaysByWidth(Descends):
+    """Multiplies lr by the root of the ratio of a matrix's sides where it is wide."""
+
+    def factor(self, group: dict[str, Any], p: Tensor) -> Any:
+        return group["lr"] * (max(1, p.shape[1] / p.shape[0]) ** 0.5 if p.ndim == 2 else 1)
+
+
+class CouplesVectors(Descends):
+    """Adds the decay of vectors to their gradients, in Adam, and decays others by ``rate`` * lr."""
+
+    def __init__(self, params: Any, weight_decay: float = 0.5, rate: float = 1.0) -> None:
+        super().__init__(params, weight_decay=weight_decay, rate=rate)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                vector = p.ndim == 1
+                if not vector:
+                    p.mul_(1 - group["rate"] * group["lr"] * group["weight_decay"])
+                g = p.grad + group["weight_decay"] * p if vector else p.grad
+                p.sub_(in_adam(self.state[p], g), alpha=group["lr"])
+
+
+class Signs(Descends):
+    """Steps by the sign of the gradient and the coupled decay, which flips few signs."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad + group["weight_decay"] * p).sign(), alpha=group["lr"])
+
+
 def with_attributes(**attributes: Any) -> list[nn.Parameter]:
     """Two parameters, one with attributes."""
     parameters = [weight(1.0, grad=[0.0]), weight(1.0, grad=[0.0])]
@@ -814,6 +891,36 @@ REFUSED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "an item of a parameter p.wd_mul": (
         lambda: ReadsItems(with_attributes(wd_mul=nn.Parameter(torch.tensor(0.5))), weight_decay=0.5),
         "differ in wd_mul",
+    ),
+    **{
+        f"a mark, {mark!r}": (
+            functools.partial(lambda mark: ReadsAMark(with_attributes(mark=mark), weight_decay=0.5), mark),
+            r"by 0.05 at lr=0.05, 0 at lr=0.05.* \(its parameters differ in mark\)",
+        )
+        for mark in ("bias", None, Kind.BIAS, {"decay": False}, ("no", 1))
+    },
+    **{
+        f"{name}, counted in {place}": (
+            functools.partial(lambda rule, place: Schedules([weight(1.0)], rule, place), rule, place),
+            f"by {first} in its first steps, but by {later} at the same lr after a thousand",
+        )
+        for place in ("state", "group", "attribute")
+        for name, rule, first, later in (
+            ("a cosine", lambda t: math.cos(t / 1000) ** 2, "0.05", "0.0137"),
+            ("a late begin", lambda t: t > 100, "0", "0.05"),
+        )
+    },
+    "by its width": (
+        lambda: DecaysByWidth([nn.Parameter(torch.ones(1, 2))], weight_decay=0.5),
+        "by 0.0577 at lr=0.05",
+    ),
+    "couples vectors": (
+        lambda: CouplesVectors(a_vector_and_a_matrix(), rate=0.5),
+        "it decays some of its parameters through their gradients, and others in another way or not at all: give",
+    ),
+    "couples vectors, others do not decay": (
+        lambda: CouplesVectors(a_vector_and_a_matrix(), rate=0.0),
+        "it decays some of its parameters through their gradients, and others in another way or not at all: give",
     ),
     "skips vectors": (
         lambda: SkipsVectors(a_vector_and_a_matrix(), weight_decay=0.5),
@@ -893,6 +1000,52 @@ class DecaysMatrices(DecaysSome):
         return p.ndim >= 2
 
 
+class DecaysByDefault(DecaysSome):
+    """By a dict that has an answer for all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return bool(self.kept[p])
+
+
+class DecaysByInfo(DecaysSome):
+    """By objects that hold parameters."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not any(p is each.of for each in self.kept)
+
+
+class DecaysByFunction(DecaysSome):
+    """By a function that it is given, or all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self.kept or self.kept(p)
+
+
+class DecaysByConfig(DecaysSome):
+    """By an attribute of an object that it is given, or all."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return not self.kept or p.ndim >= self.kept.least
+
+
+def has_dimensions(p: Tensor, least: int) -> bool:
+    return p.ndim >= least
+
+
+def at_least(least: int) -> Callable[[Tensor], bool]:
+    return lambda p: p.ndim >= least
+
+
+class AtLeast:
+    """The same as an object."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, p: Tensor) -> bool:
+        return p.ndim >= self.least
+
+
 TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter], Any]]] = {
     "names": (DecaysByName, lambda *_: ()),
     "names of one's own": (DecaysByOwnName, lambda *_: ["a.bias", "a.weight"]),
@@ -901,6 +1054,13 @@ TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter]
     "a set of parameters": (DecaysByObject, lambda bias, _: {bias}),
     "a list of parameters": (DecaysByObject, lambda bias, _: [bias]),
     "a dict of lists": (DecaysByObject, lambda bias, _: {bias: [1, 2]}),
+    "a deque": (DecaysByObject, lambda bias, _: deque([bias])),
+    "a dict with a default": (DecaysByDefault, lambda bias, _: defaultdict(lambda: True, {bias: False})),
+    "objects": (DecaysByInfo, lambda bias, _: [SimpleNamespace(of=bias)]),
+    "a function with a cell": (DecaysByFunction, lambda *_: at_least(2)),
+    "a partial": (DecaysByFunction, lambda *_: functools.partial(has_dimensions, least=2)),
+    "an object to call": (DecaysByFunction, lambda *_: AtLeast(2)),
+    "an object": (DecaysByConfig, lambda *_: SimpleNamespace(least=2)),
     "shape": (DecaysMatrices, lambda *_: ()),
 }
 
@@ -914,7 +1074,7 @@ def test_a_stranger_that_decays_some_parameters_of_a_group_is_refused(cls: Any, 
     build = functools.partial(cls, weight_decay=0.5, kept=kept(bias, matrix))
     with pytest.raises(ValueError, match=r"by 0 at lr=0.05, 0.05 at lr=0.05.*: give the group weight_decay=0"):
         CautiousDecay(build(named))
-    if cls is DecaysByOwnName:  # its names are for one group
+    if cls in {DecaysByOwnName, DecaysByDefault}:  # what they keep is for one group
         return
     CautiousDecay(build([{"params": named[:1], "weight_decay": 0.0}, {"params": named[1:]}])).step()
 
@@ -945,6 +1105,17 @@ def test_a_stranger_that_may_tell_parameters_apart_but_does_not_is_accepted(cls:
     CautiousDecay(cls(groups, kept={id(other)} if cls is DecaysById else {other})).step()
 
     assert [pytest.approx(0.95), 1.0] == [p.item(), other.item()]
+
+
+def test_attributes_of_parameters_may_refer_to_one_another(silent: None) -> None:
+    """A dict that holds itself is left out of a measurement; so is an object."""
+    p = weight(1.0, grad=[0.0])
+    kept: dict[str, Any] = {"object": object()}
+    kept["kept"] = kept
+    vars(p)["kept"] = kept
+    CautiousDecay(Descends([p], weight_decay=0.5)).step()
+
+    assert pytest.approx(0.95) == p.item()
 
 
 def test_without_its_schedule_or_multipliers_a_stranger_is_accepted(silent: None) -> None:
@@ -1191,10 +1362,59 @@ class AddsToTheGradient(Descends):
                 p.sub_(in_adam(self.state[p], p.grad + group["weight_decay"] * p), alpha=group["lr"])
 
 
-def test_a_stranger_with_coupled_decay_is_accepted(silent: None) -> None:
-    """A coupled decay has no factor: eta is lr."""
+@pytest.mark.parametrize("cls", [AddsToTheGradient, CouplesVectors, Signs])
+def test_a_stranger_with_coupled_decay_is_accepted(cls: Any, silent: None) -> None:
+    """A coupled decay has no factor: eta is lr. Other parameters may have no dimensions, or a decay by lr."""
+    parameters = [weight(1.0, grad=[0.0]), *(nn.Parameter(torch.ones([1] * ndim)) for ndim in (0, 2))]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    CautiousDecay(cls(parameters, weight_decay=0.0), lam=0.5).step()
+
+    assert [pytest.approx(0.95)] * 3 == [p.item() for p in parameters]
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda t: 1.0, lambda t: (1.0, 1.0, 1.0, 1.0)[t]], ids=["counts", "has a short table"]
+)
+def test_a_stranger_that_counts_its_steps_is_accepted(rule: Any, silent: None) -> None:
+    """Where the decay does not change with the steps, or where later steps cannot be tried."""
     p = weight(1.0, grad=[0.0])
-    CautiousDecay(AddsToTheGradient([p]), lam=0.5).step()
+    CautiousDecay(Schedules([p], rule)).step()
+
+    assert pytest.approx(0.95) == p.item()
+
+
+def test_a_function_of_a_stranger_may_have_an_empty_cell(silent: None) -> None:
+    """As one that refers to a name that has no value yet."""
+    p = weight(1.0, grad=[0.0])
+    CautiousDecay(DecaysAll([p], weight_decay=0.5, kept=lambda: later)).step()
+    later = None
+
+    assert pytest.approx(0.95) == p.item()
+
+
+class MakesBuffers(Descends):
+    """Keeps what its first step makes in a dict by id, and in a list."""
+
+    buffers: Any = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if self.buffers is None:
+            self.buffers, self.flat = {id(p): torch.zeros_like(p) for p in parameters}, torch.zeros(len(parameters))
+        for p in parameters:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            self.buffers[id(p)].add_(p.grad)
+        super().step()
+
+
+def test_a_stranger_may_be_wrapped_after_steps_that_made_its_buffers(silent: None) -> None:
+    """The copies make buffers of their own."""
+    p = weight(1.0, grad=[0.0])
+    base = MakesBuffers([p], weight_decay=0.0)
+    base.step()
+    CautiousDecay(base, lam=0.5).step()
 
     assert pytest.approx(0.95) == p.item()
 
@@ -1233,10 +1453,29 @@ def one_rank() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def by_ids(*parameters: Tensor) -> Callable[[Tensor], bool]:
+    ids = {id(p) for p in parameters}
+    return lambda p: id(p) in ids
+
+
+class DecaysAll(DecaysSome):
+    """In spite of what it keeps."""
+
+    def decays(self, group: dict[str, Any], p: Tensor) -> bool:
+        return True
+
+
+def of_one(kept: Callable[[nn.Parameter], Any]) -> Optimizer:
+    return DecaysAll([p := weight(1.0)], weight_decay=0.5, kept=kept(p))
+
+
 UNMEASURED: dict[str, tuple[Callable[[], Optimizer], str]] = {
     "needs a model": (lambda: NeedsAModel(nn.Linear(1, 1), weight_decay=0.5), "'list' object has no"),
     "communicates": (lambda: Communicates([weight(1.0)], weight_decay=0.5), "its step communicates with other ranks"),
     "holds a large object": (lambda: HasASchedule([weight(1.0)]), "its group holds a SimpleNamespace as schedule"),
+    "a function of ids": (lambda: of_one(by_ids), "its kept, a function, cannot be copied"),
+    "a module": (lambda: of_one(lambda _: nn.Identity()), "its kept, a Identity, cannot be copied"),
+    "many numbers": (lambda: of_one(lambda _: torch.ones(3)), "its kept, a Tensor, cannot be copied"),
 }
 
 
@@ -1255,6 +1494,28 @@ def test_a_stranger_that_cannot_be_measured_warns_once(build: Any, why: str, one
 
     assert 1 == len(caught)
     assert pytest.approx(0.95) == opt.param_groups[0]["params"][0].flatten()[0].item()
+
+
+class TakesItsParametersByName(Optimizer):
+    """Calls its decay wd, and takes lr first, as Moonlight's Muon."""
+
+    def __init__(self, lr: float = 0.1, wd: float = 0.5, parameters: Any = None) -> None:
+        super().__init__(parameters, {"lr": lr, "wd": wd})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["wd"]).add_(p.grad, alpha=-group["lr"])
+
+
+def test_a_decay_that_cannot_be_measured_may_have_another_name() -> None:
+    """The warning says that it stays on beside the wrapper's: 1 * 0.95 - 0.05."""
+    p = weight(1.0, grad=[0.0])
+    with pytest.warns(UserWarning, match=r"could not be measured.* under another name, that stays on: pass 0 for it\."):
+        CautiousDecay(TakesItsParametersByName(parameters=[p]), lam=0.5).step()
+
+    assert pytest.approx(0.90) == p.item()
 
 
 class Noisy(Descends):

@@ -11,9 +11,11 @@ import io
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from numbers import Real
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +27,12 @@ from cwd_wrap.bases import quirks
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
+_MORE = 1016  # steps: the third is then number 1019. It is prime, since some optimizers do more in each k-th step
 _SMALL_D = 2.0**-6
-_SCALARS = (int, float, complex, str, type, torch.dtype, torch.device, type(None))
-_OF_THE_ORIGINAL = ("param_groups", "state", "_optimizer_")  # attributes that a copy has for itself; the last are hooks
+_SCALARS = (Real, complex, str, Enum, type, torch.dtype, torch.device, type(None))
+_ROWS = (list, tuple, set, frozenset, deque)
+_FUNCTIONS = (FunctionType, functools.partial)
+_OF_THE_ORIGINAL = ("param_groups", "state")  # attributes that a copy has for itself
 
 
 class Taken(NamedTuple):
@@ -69,10 +74,13 @@ class Copies:
         self.device = torch.device("cpu") if device.type == "meta" else device
         self.tells_apart = tells_apart(own, group)
         """True if there is one parameter for each of the group; else one for each kind."""
-        kinds = list({_kind(p): p for p in group["params"]}.values())[:100]
+        kinds = list({_kind(p): p for p in group["params"]}.values())
         self.originals: list[Tensor] = group["params"] if self.tells_apart else kinds
         # With their attributes as they are: an optimizer may call their methods.
-        self.kinds = [(p.ndim, {name: _apart(vars(p)[name]) for name, _ in _kind(p)[1]}) for p in self.originals]
+        self.kinds = [
+            ((ndim, wide), {name: _apart(vars(p)[name]) for name, _ in marks})
+            for p, (ndim, wide, marks) in zip(self.originals, map(_kind, self.originals), strict=True)
+        ]
         self.narrow = narrow(group)
 
     def run(
@@ -83,16 +91,20 @@ class Copies:
         size: float = 1.0,
         slope: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        late: bool = False,
     ) -> list[Taken]:
         """Some steps of a new copy, built with this ``weight_decay``, which is then switched ``off`` as in a wrapper.
 
         ``slope`` multiplies the gradients, and ``size`` the weights after the first step. ``dtype`` is that of both.
         With the slope 0 the learning rate is 1 at least, since only a decay moves the weights, perhaps a small one.
+        In a ``late`` run the optimizer's counters of steps say before the last one that many more were made.
         """
         parameters = self._parameters(dtype)
         own = self._build(self.own, parameters, decay)
-        taken = []
+        taken, counted = [], [_numbers(own)]
         for number, rate in enumerate(_RATES):
+            if late and number == len(_RATES) - 1:
+                _count_on(*counted[-2:])
             generator = torch.Generator("cpu").manual_seed(number)
             for p in parameters:
                 sign = torch.randint(0, 2, p.shape, generator=generator, device="cpu") * 2 - 1
@@ -111,12 +123,15 @@ class Copies:
             taken.append(Taken(own, group, before, [p.detach().clone() for p in parameters]))
             if taken[-1].lr[0] != taken[-1].lr[1]:
                 break
+            if late:
+                counted.append(_numbers(own))
         return taken
 
     def _parameters(self, dtype: torch.dtype) -> list[torch.nn.Parameter]:
         parameters = []
-        for ndim, attributes in self.kinds:
-            p = torch.nn.Parameter(torch.ones(_SHAPE[:ndim], device=self.device, dtype=dtype))
+        for (ndim, wide), attributes in self.kinds:
+            shape = _SHAPE[:ndim][::-1] if wide else _SHAPE[:ndim]
+            p = torch.nn.Parameter(torch.ones(shape, device=self.device, dtype=dtype))
             vars(p).update({name: _apart(value) for name, value in attributes.items()})
             parameters.append(p)
         return parameters
@@ -127,9 +142,10 @@ class Copies:
         twins = {id(p): twin for p, twin in zip(self.originals, parameters, strict=True)}
         own_ids = {id(p) for group in original.param_groups for p in group["params"]}
         attributes = {
-            name: _with_twins(value, twins) if _refers(value, set(twins)) else copy.deepcopy(value)
-            for name, value in vars(original).items()
-            if not name.startswith(_OF_THE_ORIGINAL) and _is_plain(value, own_ids=own_ids if self.tells_apart else ())
+            name: _with_twins(value, twins) if _refers(value, twins) else copy.deepcopy(value)
+            for name, value in _attributes(original).items()
+            if _is_plain(value, own_ids=own_ids if self.tells_apart else ())
+            and not (isinstance(value, _FUNCTIONS) and _refers(value, twins))
         }
         options = copy.deepcopy(self.options)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
@@ -145,20 +161,88 @@ class Copies:
             {name: value for name, value in attributes.items() if not any(value == each for each in decays - {0, None})}
         )
         own.param_groups[0].update(options)
+        made: Any = getattr(own, "state", {})
+        for key, value in getattr(original, "state", {}).items():
+            if isinstance(key, str) and key in made and _is_plain(value):
+                made[key] = copy.deepcopy(value)
+        for name, value in _attributes(original).items():
+            if name not in attributes and not _same_kind(value, vars(own).get(name)) and self._decides(value):
+                msg = f"its {name}, a {type(value).__name__}, cannot be copied"
+                raise TypeError(msg)
         return own
 
+    def _decides(self, value: object) -> bool:
+        """True if steps may depend on an attribute: one to call, or a tensor or parameters from before any step."""
+        if callable(value) or self.own.state:  # a step may have made the others
+            return callable(value)
+        return hasattr(value, "__array__") or _refers(value, set(map(id, self.group["params"])))
 
-Kind = tuple[int, tuple[tuple[str, float], ...]]
+
+Numbers = dict[tuple[int, Any], tuple[Any, Any]]
+"""Where each number is: a dict and a key, and what it is."""
+
+
+def _numbers(own: Optimizer) -> Numbers:
+    """The numbers in the state, the groups and the attributes of an optimizer and of those inside."""
+    found: Numbers = {}
+    for layer in quirks.all_layers(own):
+        for where in (
+            vars(layer),
+            *layer.param_groups,
+            *(each for each in layer.state.values() if hasattr(each, "items")),
+        ):
+            numbers = ((key, value) for key, value in where.items() if _is_number(value) and type(value) is not bool)
+            found |= {(id(where), key): (where, _apart(value)) for key, value in numbers}
+    return found
+
+
+def _count_on(before: Numbers, now: Numbers) -> None:
+    """Add many steps to the numbers that the last step has increased by 1."""
+    for (where, key), (owner, value) in now.items():
+        if (where, key) in before and value - before[where, key][1] == 1:
+            owner[key] += _MORE
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes that a class of optimizers has for itself."""
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in _OF_THE_ORIGINAL
+        and not name.startswith("_optimizer_")  # hooks
+        and not hasattr(Optimizer, name)  # a scheduler replaces `step`
+    }
+
+
+def _same_kind(a: object, b: object) -> bool:
+    return type(a) is type(b) and getattr(a, "__code__", None) is getattr(b, "__code__", None)
+
+
+Kind = tuple[int, bool, tuple[tuple[str, str], ...]]
 
 
 def kinds(group: Mapping[str, Any]) -> list[Kind]:
-    """What a step can tell parameters apart by: the number of dimensions, and attributes (``p.wd_mul``)."""
+    """What a step can tell parameters apart by: dimensions, whether a matrix is wide, and attributes (``p.wd_mul``)."""
     return list(dict.fromkeys(map(_kind, group["params"])))
 
 
 def _kind(p: Tensor) -> Kind:
-    numbers = ((name, _apart(value)) for name, value in vars(p).items() if _is_number(value))
-    return p.ndim, tuple((name, float(value)) for name, value in numbers)
+    texts = ((name, _text(value)) for name, value in vars(p).items())
+    wide = p.ndim == 2 and p.shape[0] < p.shape[1]
+    return p.ndim, wide, tuple((name, text) for name, text in texts if text is not None)
+
+
+def _text(value: object, depth: int = 3) -> str | None:
+    """The same text for equal values. None for others than numbers, names and marks, and lists and dicts of them."""
+    if _is_number(value):
+        return repr(float(_apart(value)))
+    if value is None or isinstance(value, str | Enum | type):
+        return repr(value)
+    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
+        pairs = [[*value], [*value.values()]] if isinstance(value, dict) else [[*value]]
+        texts = [_text(each, depth - 1) for some in pairs for each in some]
+        return None if None in texts else f"{type(value).__name__}{texts}"
+    return None
 
 
 def _is_number(value: object) -> bool:
@@ -170,7 +254,7 @@ def _is_number(value: object) -> bool:
 
 
 def _apart(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:
@@ -189,12 +273,7 @@ def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
     An attribute refers to parameters if it holds them or their ids, or a name for each.
     """
     ids, number = set(map(id, group["params"])), len(group["params"])
-    attributes = [
-        value
-        for layer in (own, *quirks.holders(own, group))
-        for name, value in vars(layer).items()
-        if not name.startswith(_OF_THE_ORIGINAL)
-    ]
+    attributes = [value for layer in (own, *quirks.holders(own, group)) for value in _attributes(layer).values()]
     named = (isinstance(each, list | tuple) and all(isinstance(name, str) for name in each) for each in attributes)
     return bool(group.get("param_names")) or any(
         (is_named and len(each) == number) or _refers(each, ids)
@@ -204,10 +283,25 @@ def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
 
 def _refers(value: object, ids: Collection[int], depth: int = 3) -> bool:
     """True if the value is, or contains, one of the parameters with these ids, or one of the ids."""
-    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
+    inside = _inside(value) if depth else None
+    if inside is not None:
         return any(_refers(each, ids, depth - 1) for each in inside)
     return (id(value) if isinstance(value, Tensor) else value if type(value) is int else None) in ids
+
+
+def _inside(value: Any) -> list[Any] | None:
+    """What a container, a function or an object holds; None for others."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, _ROWS):
+        return [*value]
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # which is empty
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, Tensor | MethodType | torch.nn.Module | Optimizer | type) or not hasattr(value, "__dict__"):
+        return None
+    return [*vars(value).values()]
 
 
 def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
@@ -218,35 +312,46 @@ def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
 
     if isinstance(value, Tensor):
         return twins[id(value)]
-    if type(value) is int and value in twins:
-        return id(twins[value])
+    if isinstance(value, _SCALARS):
+        return id(twins[value]) if type(value) is int and value in twins else value
     if isinstance(value, dict):
         pairs = ((key, each) for key, each in value.items() if not is_left_out(key) and not is_left_out(each))
-        return {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
-    if isinstance(value, list | tuple | set | frozenset):
+        inside = {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
+        value = copy.copy(value)
+        value.clear()
+        value.update(inside)
+        return value
+    if isinstance(value, _ROWS):
         return type(value)(_with_twins(each, twins) for each in value if not is_left_out(each))
-    return copy.deepcopy(value)
+    if not _refers(value, twins):
+        return copy.deepcopy(value)
+    if isinstance(value, _FUNCTIONS):
+        msg = f"it has a {type(value).__name__} that refers to parameters"
+        raise TypeError(msg)
+    value = copy.copy(value)
+    vars(value).update({name: _with_twins(each, twins) for name, each in vars(value).items()})
+    return value
 
 
-def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = ()) -> bool:
+def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = (), objects: bool = True) -> bool:
     """True if a copy of the value is small, and does not lead back to the optimizer, but to parameters of ``own_ids``.
 
-    An ``option`` of a group may also be a small tensor, or an object with plain attributes (a schedule).
+    An object is plain if all that it holds is. An ``option`` of a group may also be a small tensor, or an object that
+    holds others (a schedule).
     """
-    inside = functools.partial(_is_plain, option=option, own_ids=own_ids)
+    inside = functools.partial(_is_plain, option=option, own_ids=own_ids, objects=objects)
     if isinstance(value, Tensor):
-        return id(value) in own_ids or (option and value.numel() <= 16)
-    if isinstance(value, MethodType | functools.partial | torch.nn.Module | Optimizer):
+        return id(value) in own_ids or value.ndim == 0 or (option and value.numel() <= 16)
+    if isinstance(value, MethodType | torch.nn.Module | Optimizer):
         return False
-    if isinstance(value, FunctionType):
-        return not value.__closure__
     if isinstance(value, dict):
         return all(map(inside, [*value.values(), *(key for key in value if isinstance(key, Tensor))]))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(inside, value))
-    return isinstance(value, _SCALARS) or (
-        option and hasattr(value, "__dict__") and _is_plain(vars(value), option=True)
-    )
+    if isinstance(value, (*_ROWS, *_FUNCTIONS)):
+        return all(map(inside, _inside(value) or ()))
+    if isinstance(value, _SCALARS):
+        return True
+    inside = functools.partial(inside, objects=option)
+    return objects and hasattr(value, "__dict__") and all(map(inside, vars(value).values()))
 
 
 class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -38,6 +38,11 @@ _ANOTHER_AT_0 = (
 _EXACT = 5e-3  # relative: a decay by division, w / (1 + eta*lam), differs by 1e-3
 
 
+def _none(_: Optimizer, group: Group) -> float:
+    del group
+    return 0.0
+
+
 def _one(_: Optimizer, group: Group) -> float:
     del group
     return 1.0
@@ -178,27 +183,81 @@ def _is_lost(copies: Copies, steps: list[Taken]) -> bool:
     )
 
 
+class _Factor(NamedTuple):
+    """What the decay of a parameter was multiplied by in a step."""
+
+    parameter: int
+    value: float
+    error: float
+    step: Taken
+
+    def fits(self, eta: Eta) -> bool:
+        return abs(self.value - _tried(eta, self.step)) <= _EXACT * self.value + self.error
+
+
 def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ...]) -> Found:
     on = copies.run(lam)
     if on[-1].own.param_groups[0]["weight_decay"] != lam:
         return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
-    factors: list[tuple[float, float, Taken]] = []  # a factor, its uncertainty, and the step
-    for x, w, v, step in _side_by_side(on, off):
+    factors: list[_Factor] = []
+    coupled: set[int] = set()
+    for i, x, w, v, step in _side_by_side(on, off):
         if (factor := _factor(x, w, v, lam)) is None:
-            return Found(coupled=True)
-        factors.append((factor, _noise(x, v) / lam, step))
+            coupled.add(i)
+        else:
+            factors.append(_Factor(i, factor, _noise(x, v) / lam, step))
+    if coupled:
+        why = _why_not_coupled(copies, [each for each in factors if each.parameter not in coupled], etas[0])
+        again = why is not None and lam == copies.lam  # it may be too small to flip a sign
+        return _step_size(copies, 512 * lam, off, etas) if again else Found(coupled=why is None, no_eta=why)
     if not factors:
         return Found(unmeasured="its first steps do not move the weights")
-    if not any(factor for factor, _, _ in factors):
+    if not any(each.value for each in factors):
         # No decay, or one that is too small to see.
-        return Found(idle=_is_idle(copies, lam)) if lam > copies.lam else _step_size(copies, 512 * lam, off, etas)
+        again = lam == copies.lam
+        return _step_size(copies, 512 * lam, off, etas) if again else _of_none(copies, lam)
     for i, eta in enumerate(etas):
-        if all(abs(factor - _tried(eta, step)) <= _EXACT * factor + error for factor, error, step in factors):
-            return Found(eta=eta if i else None)
-    measured = [*dict.fromkeys(f"{factor:.3g} at lr={step.lr[0]:.3g}" for factor, _, step in factors)]
+        if all(each.fits(eta) for each in factors):
+            return _later(copies, lam, eta) or Found(eta=eta if i else None)
+    return Found(no_eta=_measured(copies, factors))
+
+
+def _measured(copies: Copies, factors: list[_Factor]) -> str:
+    measured = [*dict.fromkeys(f"{each.value:.3g} at lr={each.step.lr[0]:.3g}" for each in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
-    return Found(
-        no_eta=f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+    return f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
+
+
+def _of_none(copies: Copies, lam: float) -> Found:
+    return _later(copies, lam, _none) or Found(idle=_is_idle(copies, lam))
+
+
+def _later(copies: Copies, lam: float, eta: Eta) -> Found | None:
+    """What was found if ``eta`` is not the step size after many steps (a schedule in the optimizer); None if it is."""
+    if copies.inside:
+        return None  # what it has counted may be the steps until it pulls back
+    try:
+        on, off = copies.run(lam, late=True), copies.run(lam, off=True, late=True)
+    except Exception:  # noqa: BLE001  # a table may have fewer rows
+        return None
+    for i, x, w, v, step in _side_by_side(on[2:], off[2:]):
+        value = _factor(x, w, v, lam)
+        if value is not None and not _Factor(i, value, _noise(x, v) / lam, step).fits(eta):
+            first = _tried(eta, step)
+            return Found(
+                no_eta=f"measured, it multiplies weight_decay by {first:.3g} in its first steps, but by {value:.3g} at "
+                "the same lr after a thousand: give the group weight_decay=0"
+            )
+    return None
+
+
+def _why_not_coupled(copies: Copies, others: list[_Factor], eta: Eta) -> str | None:
+    """Why the decay of a group is not coupled although that of all parameters but ``others`` is; None if it is."""
+    if all(each.fits(eta) or each.step.before[each.parameter].numel() == 1 for each in others):
+        return None  # of one number any change is a multiple
+    return (
+        "measured, it decays some of its parameters through their gradients, and others in another way or not at all"
+        f"{_differing(copies)}: give these a group of their own, with weight_decay=0 if it does not decay them"
     )
 
 
@@ -208,17 +267,20 @@ def _is_idle(copies: Copies, lam: float) -> bool:
         return False
     if copies.tells_apart:
         return True
-    copies.kinds, copies.originals = [(2, {})], copies.originals[:1]
+    copies.kinds, copies.originals = [((2, False), {})], copies.originals[:1]
     of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
-    return any(bool((w - v).abs().max() > _noise(x, v)) for x, w, v, _ in of_matrix)
+    return any(bool((w - v).abs().max() > _noise(x, v)) for _, x, w, v, _ in of_matrix)
 
 
-def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[Tensor, Tensor, Tensor, Taken]]:
-    """The weights before the step, after it with decay and without, and the step; only where a step was made."""
+def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Taken]]:
+    """Each parameter's place, its weights before the step, after it with decay and without, and the step.
+
+    Only where a step was made.
+    """
     for with_decay, without in zip(on, off, strict=True):
-        for x, w, v in zip(without.before, with_decay.after, without.after, strict=True):
+        for i, (x, w, v) in enumerate(zip(without.before, with_decay.after, without.after, strict=True)):
             if not torch.equal(v, x):
-                yield x, w, v, without
+                yield i, x, w, v, without
 
 
 def _factor(x: Tensor, w: Tensor, v: Tensor, lam: float) -> float | None:
@@ -248,7 +310,9 @@ def _differing(copies: Copies) -> str:
     """The attributes in which the group's parameters differ, in brackets."""
     attributes = [attributes for _, attributes in copies.kinds]
     names = dict.fromkeys(name for each in attributes for name in each)
-    differing = [name for name in names if any(each.get(name) != attributes[0].get(name) for each in attributes)]
+    differing = [
+        name for name in names if any(name not in each or each[name] != attributes[0].get(name) for each in attributes)
+    ]
     if differing:
         return f" (its parameters differ in {', '.join(differing)})"
     return " (it tells its parameters apart)" if copies.tells_apart else ""

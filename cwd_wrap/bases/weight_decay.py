@@ -212,17 +212,15 @@ def eta(group: Group, where: str, base: Optimizer, way_out: str = WAY_OUT) -> fl
             "weight_decay is. The wrapper does. If it should not, give the group weight_decay=0",
         )
     if found.unmeasured is not None:
+        has_decay = any("weight_decay" in each for each in base.param_groups)
+        other = "" if has_decay else ". If it has a decay under another name, that stays on: pass 0 for it"
+        how = '. Pass step_size=lambda group: group["lr"] if that is right, else another step_size=' if way_out else ""
         notices.warn_once(
             base,
             "unmeasured",
             -1,
             f"the decay of {type(base).__name__} could not be measured ({found.unmeasured}). It is taken to be "
-            "lr * weight_decay, as in AdamW"
-            + (
-                '. Pass step_size=lambda group: group["lr"] if that is right, else another step_size='
-                if way_out
-                else ""
-            ),
+            f"lr * weight_decay, as in AdamW{other}{how}",
         )
     return by_options if found.eta is None else found.eta(base, group)
 
