@@ -19,6 +19,8 @@ if not torch.cuda.is_available():  # torch's own would note for each absent kind
     torch.manual_seed = torch.default_generator.manual_seed
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreted  # noqa: F401 - is patched
+
     from cwd_wrap.kernels import _triton
 
     _triton.CHUNK = 2 * _triton.BLOCK  # the interpreter takes milliseconds for a block

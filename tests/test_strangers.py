@@ -1036,7 +1036,7 @@ def at_least(least: int) -> Callable[[Tensor], bool]:
     return lambda p: p.ndim >= least
 
 
-class AtLeast:
+class Floored:
     """The same as an object."""
 
     def __init__(self, least: int) -> None:
@@ -1059,7 +1059,7 @@ TELLING: dict[str, tuple[type[DecaysSome], Callable[[nn.Parameter, nn.Parameter]
     "objects": (DecaysByInfo, lambda bias, _: [SimpleNamespace(of=bias)]),
     "a function with a cell": (DecaysByFunction, lambda *_: at_least(2)),
     "a partial": (DecaysByFunction, lambda *_: functools.partial(has_dimensions, least=2)),
-    "an object to call": (DecaysByFunction, lambda *_: AtLeast(2)),
+    "an object to call": (DecaysByFunction, lambda *_: Floored(2)),
     "an object": (DecaysByConfig, lambda *_: SimpleNamespace(least=2)),
     "shape": (DecaysMatrices, lambda *_: ()),
 }
