@@ -27,9 +27,12 @@ demo: $(BIN)/.examples  ## train a small language model with AdamW and with Caut
 demo-timm: $(BIN)/.examples  ## classify digits with timm's adamw and cautious_adamw: about a minute
 	$(BIN)/python examples/with_timm.py
 
+# The longest files first: at the end no processor waits for one of them.
+LONGEST := $(addprefix tests/test_,$(addsuffix .py,gpu_proof triton_compiled timm kernels experiments updates pieces))
 test: $(BIN)/.test  ## all tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/test_kernels.py tests/test_triton_values.py -k triton
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		$(LONGEST) $(filter-out $(LONGEST),$(sort $(wildcard tests/test_*.py)))
 
 # Neither what starts processes or compiles at length, nor other libraries: half a minute on two processors.
 CHECKED := $(addprefix tests/test_,$(addsuffix .py,closures exceptions layout masks methods paths project public rules \

@@ -6,13 +6,14 @@ There it raises (Ctrl-C, a handler that raises), or saves (a handler that writes
 
 import contextlib
 import copy
+import gc
 import itertools
 import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -371,91 +372,82 @@ def test_what_is_saved_at_any_line_is_as_between_steps(name: str, how: str) -> N
 
 # ------------------------------------------------------------------------------------ one pass on two threads
 
-TWO_THREADS = """
-import gc, signal, time
-import torch
-from cwd_wrap import CautiousDecay
 
-torch.set_num_threads(2)
-
-
-def build(numel):
+def big(numel: int) -> CautiousDecay:
+    """A wrapper on one pass that has stepped one tensor of ones, all of whose elements stay equal."""
     p = torch.nn.Parameter(torch.ones(numel))
     p.grad = torch.ones_like(p)
-    opt = CautiousDecay(torch.optim.AdamW([p], fused=True, weight_decay=0.5), path="one_pass")
+    opt = CautiousDecay(AdamW([p], fused=True, weight_decay=0.5), path="one_pass")
     opt.step()
     opt.step()
     return opt
 
 
-def seconds(opt):
+def seconds(opt: CautiousDecay) -> float:
     start = time.perf_counter()
     opt.step()
     return time.perf_counter() - start
 
 
-def on_alarm(handler, after):
+def on_alarm(handler: Callable[..., None], after: float) -> None:
     signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, after)
 
 
-# A handler that saves: all elements of a tensor are equal at any time between two steps.
-opt, half = build(1 << 22), []
+def interrupted_on_two_threads() -> tuple[int, int]:
+    """How many tensors a handler saw half stepped, and how often weights changed after a handler had raised."""
+    torch.set_num_threads(2)
+    opt = big(1 << 22)
+    half = []
 
+    def save(*_: object) -> None:
+        state = next(iter(opt.state_dict()["state"].values()))
+        half.extend(key for key, t in state.items() if t.min() != t.max())
 
-def save(*_):
-    state = next(iter(opt.state_dict()["state"].values()))
-    half.extend(key for key, t in state.items() if t.min() != t.max())
+    one = min(seconds(opt) for _ in range(3))
+    for turn in range(12):
+        on_alarm(save, one * (1 + turn) / 12)
+        opt.step()
+        time.sleep(2 * one)
 
+    def stop(*_: object) -> None:
+        raise TimeoutError
 
-one = min(seconds(opt) for _ in range(3))
-for turn in range(12):
-    on_alarm(save, one * (1 + turn) / 12)
-    opt.step()
-    time.sleep(2 * one)
-print("half saved:", len(half), flush=True)
-
-
-# A handler that raises: after that no thread writes any more, and the tensors may go.
-def stop(*_):
-    raise TimeoutError
-
-
-for numel, turns in ((1 << 22, 6), (1 << 24, 2)):  # the memory of the larger ones goes back to the system at once
     written = 0
-    for turn in range(turns):
-        opt = build(numel)
-        on_alarm(stop, seconds(opt) * (1 + turn) / turns)
-        try:
-            while True:
-                opt.step()
-        except TimeoutError:
-            p = opt.param_groups[0]["params"][0]
-            before = p.detach().clone()
-            time.sleep(one)
-            written += not torch.equal(before, p)
-            del p, opt
-        gc.collect()
-    print("written after the end:", written, flush=True)
-"""
+    for numel, turns in ((1 << 22, 6), (1 << 24, 2)):  # the memory of the larger ones goes back to the system at once
+        for turn in range(turns):
+            opt = big(numel)
+            on_alarm(stop, seconds(opt) * (1 + turn) / turns)
+            try:
+                while True:
+                    opt.step()
+            except TimeoutError:
+                p = opt.param_groups[0]["params"][0]
+                before = p.detach().clone()
+                time.sleep(one)
+                written += not torch.equal(before, p)
+                del p, opt
+            gc.collect()
+    return len(half), written
 
 
 @pytest.fixture(scope="module")
-def on_two_threads() -> subprocess.CompletedProcess[str]:
+def on_two_threads() -> tuple[int, int]:
     pytest.importorskip("numba")
     if not hasattr(signal, "setitimer"):
         pytest.skip("this system has no timers for signals")
-    return subprocess.run([sys.executable, "-c", TWO_THREADS], capture_output=True, text=True, timeout=300)
+    found: tuple[int, int] = call(interrupted_on_two_threads)
+    return found
 
 
-def test_a_handler_that_saves_during_one_pass_sees_no_half_stepped_tensor(on_two_threads: Any) -> None:
+def test_a_handler_that_saves_during_one_pass_sees_no_half_stepped_tensor(on_two_threads: tuple[int, int]) -> None:
     """One pass on two threads: a handler runs before or after it, so each tensor that it saves is of one step."""
-    assert "half saved: 0" in on_two_threads.stdout, on_two_threads.stderr[-2000:]
+    assert on_two_threads[0] == 0
 
 
-def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads: Any) -> None:
+def test_a_handler_that_raises_during_one_pass_stops_all_threads(on_two_threads: tuple[int, int]) -> None:
     """After the error no thread writes to the weights any more, and they can be freed without a crash."""
-    assert (0, 2) == (on_two_threads.returncode, on_two_threads.stdout.count("written after the end: 0\n"))
+    assert on_two_threads[1] == 0
 
 
 # ------------------------------------------------------------------------------------ a child of a process in a step
