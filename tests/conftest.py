@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # torch's own would note for each absent kind
     torch.manual_seed = torch.default_generator.manual_seed
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    import interpreted  # noqa: F401 - is patched
+    import interpreted  # noqa: F401 - it patches the interpreter
 
     from cwd_wrap.kernels import _triton
 

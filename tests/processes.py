@@ -69,9 +69,9 @@ def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any
         pipe.send((False, traceback.format_exc()))
 
 
-def python(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """What ``python *words`` in the folder ``cwd`` returns and prints. The words: a script, or -m and a module."""
-    return finished([started(context(), words, cwd, environment)])[0]
+    return finished([started(context(), words, cwd, {})])[0]
 
 
 Started = tuple[Any, tempfile.TemporaryDirectory[str]]

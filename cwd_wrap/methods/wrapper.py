@@ -408,9 +408,9 @@ class OptimizerWrapper(Contract):
 
     def _tell_that_it_failed(self) -> None:
         """Tell the observer that the step that it was asked about has raised."""
-        tell = getattr(self.observer, "step_failed", None) if self._asked else None
-        if tell is not None:
-            tell()
+        step_failed = getattr(self.observer, "step_failed", None) if self._asked else None
+        if step_failed is not None:
+            step_failed()
 
     @property
     def _owner(self) -> str:
