@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1] / "cwd_wrap"
 ROOMS: dict[str, set[str]] = {
     "": {"rules", "tensors", "notices", "graphs", "report", "plot", "params_first", "draws"},
     "bases": {
-        "known", "directions", "schedule_free", "updates", "pieces", "quirks", "copies", "probe", "measured", "journal",
+        "known", "directions", "schedule_free", "updates", "pieces", "quirks", "values", "copies", "probe", "measured",
+        "journal",
         "weight_decay",
     },
     "kernels": {"bind", "buckets", "_eager", "_threads", "_walk", "_numba", "_tables", "_triton"},
@@ -40,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
     "bases.updates": {"bases.known", "bases.schedule_free"},
     "bases.pieces": {"bases.known"},
     "bases.quirks": {"bases.known", "bases.schedule_free"},
-    "bases.copies": {"bases.quirks"},
+    "bases.values": set(),
+    "bases.copies": {"bases.quirks", "bases.values"},
     "bases.probe": {"bases.copies", "bases.known", "bases.quirks"},
     "bases.measured": {"bases.probe", "bases.quirks"},
     "bases.journal": {"bases.quirks"},

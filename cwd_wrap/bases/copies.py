@@ -5,17 +5,12 @@ The optimizer, its parameters, its hooks, all random generators and other ranks 
 
 import contextlib
 import copy
-import functools
 import inspect
 import io
 import random
 import sys
 import warnings
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping
-from enum import Enum
-from numbers import Real
-from types import CellType, FunctionType, MethodType
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +19,12 @@ from torch.optim import Optimizer, optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cwd_wrap.bases import quirks
+from cwd_wrap.bases.values import FUNCTIONS, apart, is_number, is_plain, refers, text, with_twins
 
 _SHAPE = (4, 3, 2, 2, 2, 2)
 _RATES = (0.5, 1.0, 0.5)  # of the learning rate at each step: some optimizers divide it by the first or the largest
 _MORE = 1016  # steps: the third is then number 1019. It is prime, since some optimizers do more in each k-th step
 _SMALL_D = 2.0**-6
-_SCALARS = (Real, complex, str, Enum, type, torch.dtype, torch.device, type(None))
-_ROWS = (list, tuple, set, frozenset, deque)
-_FUNCTIONS = (FunctionType, functools.partial)
 _OF_THE_ORIGINAL = ("param_groups", "state")  # attributes that a copy has for itself
 
 
@@ -58,7 +51,7 @@ class Copies:
         """The optimizers that it has step the group."""
         self.options = {key: value for key, value in group.items() if key != "params"}
         for key, value in self.options.items():
-            if not _is_plain(value, option=True):
+            if not is_plain(value, option=True):
                 msg = f"its group holds a {type(value).__name__} as {key}"
                 raise TypeError(msg)
         if quirks.has_d(group) and isinstance(d := group["d"], float) and (d < _SMALL_D or d == 1):
@@ -78,7 +71,7 @@ class Copies:
         self.originals: list[Tensor] = group["params"] if self.tells_apart else kinds
         # With their attributes as they are: an optimizer may call their methods.
         self.kinds = [
-            ((ndim, wide), {name: _apart(vars(p)[name]) for name, _ in marks})
+            ((ndim, wide), {name: apart(vars(p)[name]) for name, _ in marks})
             for p, (ndim, wide, marks) in zip(self.originals, map(_kind, self.originals), strict=True)
         ]
         self.narrow = narrow(group)
@@ -132,7 +125,7 @@ class Copies:
         for (ndim, wide), attributes in self.kinds:
             shape = _SHAPE[:ndim][::-1] if wide else _SHAPE[:ndim]
             p = torch.nn.Parameter(torch.ones(shape, device=self.device, dtype=dtype))
-            vars(p).update({name: _apart(value) for name, value in attributes.items()})
+            vars(p).update({name: apart(value) for name, value in attributes.items()})
             parameters.append(p)
         return parameters
 
@@ -142,10 +135,10 @@ class Copies:
         twins = {id(p): twin for p, twin in zip(self.originals, parameters, strict=True)}
         own_ids = {id(p) for group in original.param_groups for p in group["params"]}
         attributes = {
-            name: _with_twins(value, twins) if _refers(value, twins) else copy.deepcopy(value)
+            name: with_twins(value, twins) if refers(value, twins) else copy.deepcopy(value)
             for name, value in _attributes(original).items()
-            if _is_plain(value, own_ids=own_ids if self.tells_apart else ())
-            and not (isinstance(value, _FUNCTIONS) and _refers(value, twins))
+            if is_plain(value, own_ids=own_ids if self.tells_apart else ())
+            and not (isinstance(value, FUNCTIONS) and refers(value, twins))
         }
         options = copy.deepcopy(self.options)
         options |= {"lr": _like(options["lr"], self.lr)} if "lr" in options else {}
@@ -163,7 +156,7 @@ class Copies:
         own.param_groups[0].update(options)
         made: Any = getattr(own, "state", {})
         for key, value in getattr(original, "state", {}).items():
-            if isinstance(key, str) and key in made and _is_plain(value):
+            if isinstance(key, str) and key in made and is_plain(value):
                 made[key] = copy.deepcopy(value)
         for name, value in _attributes(original).items():
             if name not in attributes and not _same_kind(value, vars(own).get(name)) and self._decides(value):
@@ -175,7 +168,7 @@ class Copies:
         """True if steps may depend on an attribute: one to call, or a tensor or parameters from before any step."""
         if callable(value) or self.own.state:  # a step may have made the others
             return callable(value)
-        return hasattr(value, "__array__") or _refers(value, set(map(id, self.group["params"])))
+        return hasattr(value, "__array__") or refers(value, set(map(id, self.group["params"])))
 
 
 Numbers = dict[tuple[int, Any], tuple[Any, Any]]
@@ -191,8 +184,8 @@ def _numbers(own: Optimizer) -> Numbers:
             *layer.param_groups,
             *(each for each in layer.state.values() if hasattr(each, "items")),
         ):
-            numbers = ((key, value) for key, value in where.items() if _is_number(value) and type(value) is not bool)
-            found |= {(id(where), key): (where, _apart(value)) for key, value in numbers}
+            numbers = ((key, value) for key, value in where.items() if is_number(value) and type(value) is not bool)
+            found |= {(id(where), key): (where, apart(value)) for key, value in numbers}
     return found
 
 
@@ -227,34 +220,9 @@ def kinds(group: Mapping[str, Any]) -> list[Kind]:
 
 
 def _kind(p: Tensor) -> Kind:
-    texts = ((name, _text(value)) for name, value in vars(p).items())
+    texts = ((name, text(value)) for name, value in vars(p).items())
     wide = p.ndim == 2 and p.shape[0] < p.shape[1]
-    return p.ndim, wide, tuple((name, text) for name, text in texts if text is not None)
-
-
-def _text(value: object, depth: int = 3) -> str | None:
-    """The same text for equal values. None for others than numbers, names and marks, and lists and dicts of them."""
-    if _is_number(value):
-        return repr(float(_apart(value)))
-    if value is None or isinstance(value, str | Enum | type):
-        return repr(value)
-    if isinstance(value, dict | list | tuple | set | frozenset) and depth:
-        pairs = [[*value], [*value.values()]] if isinstance(value, dict) else [[*value]]
-        texts = [_text(each, depth - 1) for some in pairs for each in some]
-        return None if None in texts else f"{type(value).__name__}{texts}"
-    return None
-
-
-def _is_number(value: object) -> bool:
-    """True for real numbers, also for numpy's, and for tensors without dimensions."""
-    if isinstance(value, Tensor):
-        plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
-        return plain and value.ndim == 0 and not value.is_complex()
-    return isinstance(value, Real)
-
-
-def _apart(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    return p.ndim, wide, tuple((name, each) for name, each in texts if each is not None)
 
 
 def narrow(group: Mapping[str, Any]) -> list[torch.dtype]:
@@ -276,82 +244,9 @@ def tells_apart(own: Optimizer, group: Mapping[str, Any]) -> bool:
     attributes = [value for layer in (own, *quirks.holders(own, group)) for value in _attributes(layer).values()]
     named = (isinstance(each, list | tuple) and all(isinstance(name, str) for name in each) for each in attributes)
     return bool(group.get("param_names")) or any(
-        (is_named and len(each) == number) or _refers(each, ids)
+        (is_named and len(each) == number) or refers(each, ids)
         for each, is_named in zip(attributes, named, strict=True)
     )
-
-
-def _refers(value: object, ids: Collection[int], depth: int = 3) -> bool:
-    """True if the value is, or contains, one of the parameters with these ids, or one of the ids."""
-    inside = _inside(value) if depth else None
-    if inside is not None:
-        return any(_refers(each, ids, depth - 1) for each in inside)
-    return (id(value) if isinstance(value, Tensor) else value if type(value) is int else None) in ids
-
-
-def _inside(value: Any) -> list[Any] | None:
-    """What a container, a function or an object holds; None for others."""
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, _ROWS):
-        return [*value]
-    if isinstance(value, FunctionType):
-        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]  # which is empty
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, Tensor | MethodType | torch.nn.Module | Optimizer | type) or not hasattr(value, "__dict__"):
-        return None
-    return [*vars(value).values()]
-
-
-def _with_twins(value: Any, twins: Mapping[int, Tensor]) -> Any:
-    """A copy of the value with a twin in place of each parameter and id. Parameters without one are left out."""
-
-    def is_left_out(each: object) -> bool:
-        return isinstance(each, Tensor) and id(each) not in twins
-
-    if isinstance(value, Tensor):
-        return twins[id(value)]
-    if isinstance(value, _SCALARS):
-        return id(twins[value]) if type(value) is int and value in twins else value
-    if isinstance(value, dict):
-        pairs = ((key, each) for key, each in value.items() if not is_left_out(key) and not is_left_out(each))
-        inside = {_with_twins(key, twins): _with_twins(each, twins) for key, each in pairs}
-        value = copy.copy(value)
-        value.clear()
-        value.update(inside)
-        return value
-    if isinstance(value, _ROWS):
-        return type(value)(_with_twins(each, twins) for each in value if not is_left_out(each))
-    if not _refers(value, twins):
-        return copy.deepcopy(value)
-    if isinstance(value, _FUNCTIONS):
-        msg = f"it has a {type(value).__name__} that refers to parameters"
-        raise TypeError(msg)
-    value = copy.copy(value)
-    vars(value).update({name: _with_twins(each, twins) for name, each in vars(value).items()})
-    return value
-
-
-def _is_plain(value: object, *, option: bool = False, own_ids: Collection[int] = (), objects: bool = True) -> bool:
-    """True if a copy of the value is small, and does not lead back to the optimizer, but to parameters of ``own_ids``.
-
-    An object is plain if all that it holds is. An ``option`` of a group may also be a small tensor, or an object that
-    holds others (a schedule).
-    """
-    inside = functools.partial(_is_plain, option=option, own_ids=own_ids, objects=objects)
-    if isinstance(value, Tensor):
-        return id(value) in own_ids or value.ndim == 0 or (option and value.numel() <= 16)
-    if isinstance(value, MethodType | torch.nn.Module | Optimizer):
-        return False
-    if isinstance(value, dict):
-        return all(map(inside, [*value.values(), *(key for key in value if isinstance(key, Tensor))]))
-    if isinstance(value, (*_ROWS, *_FUNCTIONS)):
-        return all(map(inside, _inside(value) or ()))
-    if isinstance(value, _SCALARS):
-        return True
-    inside = functools.partial(inside, objects=option)
-    return objects and hasattr(value, "__dict__") and all(map(inside, vars(value).values()))
 
 
 class _NoMessages(TorchDispatchMode):  # type: ignore[no-untyped-call]

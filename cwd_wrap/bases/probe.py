@@ -199,13 +199,9 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
     on = copies.run(lam)
     if on[-1].own.param_groups[0]["weight_decay"] != lam:
         return Found()  # it rewrites its weight_decay in its step: no factor of what it was before
-    factors: list[_Factor] = []
-    coupled: set[int] = set()
-    for i, x, w, v, step in _side_by_side(on, off):
-        if (factor := _factor(x, w, v, lam)) is None:
-            coupled.add(i)
-        else:
-            factors.append(_Factor(i, factor, _noise(x, v) / lam, step))
+    found = list(_factors(on, off, lam))
+    factors = [each for _, each in found if each is not None]
+    coupled = {i for i, each in found if each is None}
     if coupled:
         why = _why_not_coupled(copies, [each for each in factors if each.parameter not in coupled], etas[0])
         again = why is not None and lam == copies.lam  # it may be too small to flip a sign
@@ -219,10 +215,10 @@ def _step_size(copies: Copies, lam: float, off: list[Taken], etas: tuple[Eta, ..
     for i, eta in enumerate(etas):
         if all(each.fits(eta) for each in factors):
             return _later(copies, lam, eta) or Found(eta=eta if i else None)
-    return Found(no_eta=_measured(copies, factors))
+    return Found(no_eta=_by_factors(copies, factors))
 
 
-def _measured(copies: Copies, factors: list[_Factor]) -> str:
+def _by_factors(copies: Copies, factors: list[_Factor]) -> str:
     measured = [*dict.fromkeys(f"{each.value:.3g} at lr={each.step.lr[0]:.3g}" for each in factors)]
     why = f"measured, it multiplies weight_decay by {', '.join(measured[:4])}{_differing(copies)}"
     return f"{why}: {'wrap the optimizer inside it, ' if copies.inside else ''}give the group weight_decay=0"
@@ -240,13 +236,11 @@ def _later(copies: Copies, lam: float, eta: Eta) -> Found | None:
         on, off = copies.run(lam, late=True), copies.run(lam, off=True, late=True)
     except Exception:  # noqa: BLE001  # a table may have fewer rows
         return None
-    for i, x, w, v, step in _side_by_side(on[2:], off[2:]):
-        value = _factor(x, w, v, lam)
-        if value is not None and not _Factor(i, value, _noise(x, v) / lam, step).fits(eta):
-            first = _tried(eta, step)
+    for _, each in _factors(on[2:], off[2:], lam):
+        if each is not None and not each.fits(eta):
             return Found(
-                no_eta=f"measured, it multiplies weight_decay by {first:.3g} in its first steps, but by {value:.3g} at "
-                "the same lr after a thousand: give the group weight_decay=0"
+                no_eta=f"measured, it multiplies weight_decay by {_tried(eta, each.step):.3g} in its first steps, but "
+                f"by {each.value:.3g} at the same lr after a thousand: give the group weight_decay=0"
             )
     return None
 
@@ -270,6 +264,13 @@ def _is_idle(copies: Copies, lam: float) -> bool:
     copies.kinds, copies.originals = [((2, False), {})], copies.originals[:1]
     of_matrix = _side_by_side(copies.run(lam), copies.run(lam, off=True))
     return any(bool((w - v).abs().max() > _noise(x, v)) for _, x, w, v, _ in of_matrix)
+
+
+def _factors(on: list[Taken], off: list[Taken], lam: float) -> Iterator[tuple[int, _Factor | None]]:
+    """For each parameter that a step moved its place and the factor of its decay, or None if it has none."""
+    for i, x, w, v, step in _side_by_side(on, off):
+        value = _factor(x, w, v, lam)
+        yield i, None if value is None else _Factor(i, value, _noise(x, v) / lam, step)
 
 
 def _side_by_side(on: list[Taken], off: list[Taken]) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Taken]]:
